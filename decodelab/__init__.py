@@ -15,7 +15,8 @@ def _where() -> dict[str, str]:
 
     found: dict[str, str] = {}
     twice = set()
-    for module, symbols in d["syms"].items():
+    index: dict[str, dict[str, _Any]] = d["syms"]  # type: ignore[assignment]
+    for module, symbols in index.items():
         for path in symbols:
             name = path.removeprefix(module + ".")
             if "." not in name and not name.startswith("_"):

@@ -61,7 +61,7 @@ def _check_config(config: Any) -> None:
     if config.use_cache is False:
         raise ValueError("decodelab decoders need the KV cache: leave out use_cache=False")
 
-# %% ../../nbs/core/contract.ipynb #c50d9d4c
+# %% ../../nbs/core/contract.ipynb #71b395e4
 class Call:
     "Everything about one decoding call that is not the method: prompts, limits, stops, streaming, bill and trace."
 
@@ -134,9 +134,18 @@ class Call:
         "A session of class `cls` on the call's model, cache and prompts."
         return cls(self.model, self.mask, self.cache, self.stats, **self.extra)
 
-    def history(self) -> torch.Tensor:
+    def history(
+        self,
+        padding: int | None = None,  # what stands in place of left padding; the prompt's own padding token when None
+    ) -> torch.Tensor:
         "All tokens so far of the rows that run, [rows, length]; only for methods whose rows move together (`push`)."
-        return self.sequences[self._index, : self.prompt.shape[1] + self._pushed]
+        tokens = self.sequences[:, : self.prompt.shape[1] + self._pushed]
+        whole = len(self.rows) == len(tokens)
+        tokens = tokens if whole else tokens[self._index]
+        if padding is not None and self.mask is not None:
+            real = torch.nn.functional.pad(self.mask if whole else self.mask[self._index], (0, self._pushed), value=1)
+            tokens = tokens.masked_fill(real == 0, padding)
+        return tokens
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         "The user's processors applied to the last logits [rows, vocab]."

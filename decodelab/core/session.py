@@ -21,7 +21,7 @@ from .output import DecodeStats
 # %% auto #0
 __all__ = ['Tree', 'context_length', 'ChainSession', 'Session']
 
-# %% ../../nbs/core/session.ipynb #d4e82183
+# %% ../../nbs/core/session.ipynb #16340176
 class Tree:
     "Shape of a token tree: `parents` [nodes] with parents before children; node 0 is the root and its own parent."
 
@@ -43,6 +43,9 @@ class Tree:
             self.mask.scatter_(1, node[:, None], True)
             node = parents[node]
         self.depth = self.mask.sum(-1) - 1
+        self.children: list[list[int]] = [[] for _ in range(len(parents))]  # children of each node
+        for i, parent in enumerate(parents.tolist()[1:], start=1):
+            self.children[parent].append(i)
         self._additive: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
     def __len__(self) -> int:
@@ -72,7 +75,7 @@ class Tree:
         "A root followed by `n` nodes in a row."
         return cls([0, *range(n)])
 
-# %% ../../nbs/core/session.ipynb #54652971
+# %% ../../nbs/core/session.ipynb #d6c46cf3
 @lru_cache(maxsize=64)
 def _forward_arguments(model_class: Any) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)  # type: ignore[attr-defined]
@@ -86,6 +89,11 @@ def context_length(
     return getattr(config, "max_position_embeddings", None)
 
 
+def _window(model: Any) -> int | None:
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+
+
 def _usable_cache(cache: Any) -> DynamicCache:
     # an empty cache is replaced by one that keeps every position, so that sliding-window layers can be rolled back, too
     if cache is None or (isinstance(cache, DynamicCache) and cache.get_seq_length() == 0):
@@ -97,7 +105,7 @@ def _usable_cache(cache: Any) -> DynamicCache:
         )
     return cache
 
-# %% ../../nbs/core/session.ipynb #808abaee
+# %% ../../nbs/core/session.ipynb #396c62fc
 class _Fed:
     "The model, its KV cache and what each row has been fed."
 
@@ -111,11 +119,12 @@ class _Fed:
     ):
         self.model, self.extra, self.stats = model, forward_kwargs, stats or DecodeStats()
         self.cache: Any = _usable_cache(cache)
-        self.accepts = _forward_arguments(type(model))
+        self.accepts = _forward_arguments(type(model))  # type: ignore[arg-type]
         padded = attention_mask is not None and not bool(attention_mask.all())
         self.prompt_mask = attention_mask.bool() if padded and attention_mask is not None else None
         self.valid: torch.Tensor | None = None
         self.positions: torch.Tensor | int = 0  # next position id: an int while all rows agree, else [batch]
+        self.limit, self.window = context_length(model), _window(model)
         self.pending = 0  # nodes of the last tree that await `commit`
         self.output: Any = None  # the model's last output
 
@@ -222,7 +231,7 @@ def _gather_tail(cache: Any, past: int, kept: torch.Tensor) -> None:
             index = kept[:, None, :, None].expand(batch, states.shape[1], n, states.shape[3])
             states[:, :, past : past + n] = states[:, :, past:].gather(2, index)
 
-# %% ../../nbs/core/session.ipynb #526cc6ce
+# %% ../../nbs/core/session.ipynb #91cff5ea
 class Session(ChainSession):
     "The model, its KV cache and what each row has been fed; use as a context manager, or call `close`."
 
@@ -239,13 +248,15 @@ class Session(ChainSession):
                 f"{type(self.model).__name__} takes no position_ids, so a token tree cannot be verified in one forward: use a chain drafter"
             )
         past, dtype = self.slots, self.model.dtype
-        self._check_window(past + nodes)
+        if self.window is not None and past + nodes > self.window:
+            raise ValueError(
+                f"the text and its draft ({past + nodes} positions) exceed the sliding window of {self.window}: use a shorter text or a chain drafter"
+            )
         mask = self._tree_mask(batch, past, tree.additive(dtype, tokens.device))
         depth = tree.depth.to(tokens.device)
         positions = self._next_positions(batch, depth)
-        limit = context_length(self.model)
-        if limit is not None:
-            positions = positions.clamp_max(limit - 1)  # nodes beyond the context can never be accepted
+        if self.limit is not None:
+            positions = positions.clamp_max(self.limit - 1)  # nodes beyond the context can never be accepted
         logits = self._forward(tokens, mask, positions, 0, **more)
         self.pending = nodes
         return logits
@@ -258,14 +269,6 @@ class Session(ChainSession):
         prefix = torch.zeros(batch, 1, past, dtype=tree_mask.dtype, device=tree_mask.device)
         prefix.masked_fill_(~self.valid[:, None], torch.finfo(tree_mask.dtype).min)
         return torch.cat([prefix.expand(-1, nodes, -1), tree_mask.expand(batch, -1, -1)], -1)[:, None]
-
-    def _check_window(self, length: int) -> None:
-        config = self.model.config.get_text_config()
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        if window is not None and length > window:
-            raise ValueError(
-                f"the text and its draft ({length} positions) exceed the sliding window of {window}: use a shorter text or a chain drafter"
-            )
 
     def commit(
         self,

@@ -27,7 +27,7 @@ from ..core.data import load_data
 __all__ = ['SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'RECIPES', 'train_tokenizer', 'Windows', 'encode_stream', 'LanguageModelRecipe',
            'train_language_model', 'save_model', 'held_out_figures']
 
-# %% ../../nbs/training/language_model.ipynb #2dd8ceef
+# %% ../../nbs/training/language_model.ipynb #e2e9f6ed
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>", "<|user|>", "<|assistant|>", "<sep>", *(f"<extra_{i}>" for i in range(8)))
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|user|>' if m['role'] == 'user' else '<|assistant|>' }}{{ m['content'] }}{{ '<eos>' }}{% endfor %}"
@@ -46,7 +46,9 @@ def train_tokenizer(
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(texts, trainer)
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "mask_token": "<mask>", "sep_token": "<sep>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, padding_side="left", model_max_length=2048, **names)
@@ -183,7 +185,7 @@ def _arguments(recipe: LanguageModelRecipe, run: Path) -> TrainingArguments:
         prediction_loss_only=True,
     )
 
-# %% ../../nbs/training/language_model.ipynb #40fad746
+# %% ../../nbs/training/language_model.ipynb #c71a914a
 def train_language_model(
     recipe: LanguageModelRecipe,  # what to train
     tokenizer: PreTrainedTokenizerFast,  # its tokenizer
@@ -197,19 +199,20 @@ def train_language_model(
     test = encode_stream(tokenizer, held_out)
     windows = Windows(train, recipe.block, recipe.steps * recipe.batch_size, recipe.seed)
     probe = Windows(test, recipe.block, min(64, max(1, len(test) // recipe.block)), seed=1)
-    trainer = Trainer(recipe.model(tokenizer), _arguments(recipe, run), train_dataset=windows, eval_dataset=probe)
+    model = recipe.model(tokenizer)
+    trainer = Trainer(model, _arguments(recipe, run), train_dataset=windows, eval_dataset=probe)
     started = time.time()
     trainer.train(resume_from_checkpoint=_last_checkpoint(run))
     figures = {
         "recipe": asdict(recipe),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "tokens_seen": recipe.steps * recipe.batch_size * recipe.block,
         "train_tokens": len(train),
         "seconds_this_run": round(time.time() - started),
         "curve": [{k: r[k] for k in ("step", "loss", "eval_loss") if k in r} for r in trainer.state.log_history],
-        **held_out_figures(trainer.model, tokenizer, held_out, recipe.block),
+        **held_out_figures(model, tokenizer, held_out, recipe.block),
     }
-    save_model(trainer.model, tokenizer, out)
+    save_model(model, tokenizer, out)
     (out / "training.json").write_text(json.dumps(figures, indent=1))
     return figures
 
@@ -226,7 +229,7 @@ def save_model(
     out: str | Path,  # folder
 ) -> None:
     "Write `model` in bfloat16 `safetensors` and its tokenizer to `out`."
-    getattr(model, "_orig_mod", model).to(torch.bfloat16).save_pretrained(out)
+    model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 # %% ../../nbs/training/language_model.ipynb #485611ea
