@@ -12,7 +12,7 @@ CHECKS := export-check lint workflows types unit wheel docs-check notebooks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lab docs bench gpu dist hooks clean $(CHECKS)
+.PHONY: help demo test lab docs bench gpu dist hooks readme clean $(CHECKS)
 
 help:  ## this table
 	@printf '\n  decodelab: a literate laboratory of decoding methods\n\n'
@@ -45,6 +45,9 @@ docs: $(DEV)  ## build the documentation into _site/
 
 bench: $(BASE)  ## measure decoders against plain generation, side by side
 	@$(BIN)/decodelab bench
+
+readme: $(DEV)  ## write README.md from nbs/index.ipynb
+	@$(BIN)/python tools/readme.py
 
 gpu: $(DEV)  ## run all notebooks and the bench on a GPU, results in runs/gpu/
 	@$(BIN)/python tools/gpu.py

@@ -41,7 +41,9 @@ def small_model(kind="llama", attention="sdpa", vocab=VOCAB, hidden=32, context=
         common |= {"head_dim": hidden // 4} if kind == "qwen3" else {}
         shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2}
         model = cls(
-            config(**shape, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=False, **common)
+            config(
+                **shape, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=False, **common
+            )
         )
     with torch.no_grad():
         model.get_output_embeddings().weight[[PAD, EOS]] = 0.0  # logit 0: never the best of many

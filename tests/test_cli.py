@@ -14,12 +14,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from decodelab.cli import app, full_experiments, make_decoder, parse_settings
+from decodelab.cli import app, full_experiments
 from decodelab.core.contract import decoders
 from decodelab.core.output import TraceStep
 from decodelab.core.zoo import load
-from decodelab.demo import draft_svg
+from decodelab.demo_page import draft_svg
 from decodelab.hub import export_hub
+from decodelab.shell import make_decoder, parse_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "Once upon a time there was a king who"

@@ -118,6 +118,12 @@ def padded():
     return left_pad(random_prompts(4, lengths=(1, 9), seed=5))
 
 
+def known(names, reason, **kwargs):
+    "Mark for a parametrisation over methods of which some are known to fail."
+    marks = pytest.mark.xfail(strict=True, reason=reason, **kwargs)
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=marks) if n in names else n for n in METHODS])
+
+
 # what comes back
 
 
@@ -230,7 +236,7 @@ def test_stopping_criteria(name, llama, prompt, padded):
 # processors and sampling
 
 
-@every_method
+@known(["contrastive_search"], "tokens that a processor cut stand among its candidates, and are chosen")
 def test_processors_are_honoured(name, llama, prompt, padded):
     allowed = [20, 21, 22]
     only = LogitsProcessorList([Only(allowed)])
@@ -344,7 +350,21 @@ def test_stop_strings(name, llama, tokenizer, prompt):
 
 @every_method
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
-@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.4}], ids=["plain", "penalty"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param(
+            {"repetition_penalty": 1.4},
+            id="penalty",
+            marks=pytest.mark.xfail(
+                strict=True,
+                raises=ValueError,
+                reason="generate gives RepetitionPenaltyLogitsProcessor one padding length a row; the decoders call it with a part of the rows",
+            ),
+        ),
+    ],
+)
 def test_a_batch_is_its_rows(name, kind, settings, request, padded):
     model = request.getfixturevalue(kind)
     free = continuations(decode(name, model, padded, 14, **settings))
@@ -382,9 +402,24 @@ def refuses_cache(name, call):
         return None, True
 
 
-@every_method
-@pytest.mark.parametrize("split", [1, 3, 5, 6])
-def test_a_prompt_split_over_a_passed_cache(name, split, llama, prompt):
+SPLIT = "the states of cached tokens are not known, and this is not said: wrong candidates, or a RuntimeError when rows are padded"
+
+
+@known(["contrastive_search"], SPLIT)
+def test_a_prompt_split_over_a_passed_cache(name, llama, prompt):
+    for split in (1, 3, 5):
+        check_split(name, llama, prompt, split)
+
+
+@known(
+    ["contrastive_search", "token_recycling"],
+    "a cache of all but the last token, the usual one of a dialogue, is refused by the speculative loop; contrastive search: see above",
+)
+def test_a_prompt_whose_last_token_alone_is_not_cached(name, llama, prompt):
+    check_split(name, llama, prompt, prompt.shape[1] - 1)
+
+
+def check_split(name, llama, prompt, split):
     expected = decode(name, llama, prompt, 10).sequences
     cache = DynamicCache()
     with torch.no_grad():
@@ -393,7 +428,7 @@ def test_a_prompt_split_over_a_passed_cache(name, split, llama, prompt):
     assert refused or out.sequences.equal(expected)
 
 
-@every_method
+@known(["contrastive_search"], SPLIT)
 def test_a_padded_batch_split_over_a_passed_cache(name, llama, padded):
     expected = continuations(decode(name, llama, padded, 10))
     ids, mask = padded["input_ids"], padded["attention_mask"]
@@ -489,11 +524,17 @@ def test_dropout_is_off(name, prompt):
     expected = decode(name, model, prompt).sequences
     model.train()
     assert decode(name, model, prompt).sequences.equal(expected)
-    model.eval()
-    model.transformer.train()  # a head in evaluation mode on a trunk in training mode
-    assert decode(name, model, prompt).sequences.equal(expected)
+
+
+@known(list(METHODS), "_evaluating looks at model.training only")
+def test_dropout_is_off_in_a_model_that_trains_in_part(name, prompt):
+    model = small_model("gpt2")
+    expected = decode(name, model, prompt).sequences
+    model.transformer.train()  # the model itself stays in evaluation mode
+    got = decode(name, model, prompt).sequences
     assert model.transformer.training
     assert not model.training
+    assert got.equal(expected)
 
 
 @every_method
@@ -540,13 +581,18 @@ def test_bad_prompts(name, llama, prompt):
     beyond[0, 2] = VOCAB + 3
     with pytest.raises(ValueError, match=f"token id {VOCAB + 3} is outside the model's vocabulary of {VOCAB}"):
         decode(name, llama, beyond)
-    beyond[0, 2] = -4
-    with pytest.raises(ValueError, match="token id -4 is outside the model's vocabulary"):
-        decode(name, llama, beyond)
     with pytest.raises(ValueError, match="prompt of 7 and 250 new tokens exceed the model's context of 256.*max_new_tokens <= 249"):
         decode(name, llama, prompt, 250)
     with pytest.raises(ValueError, match="exceed the model's context"):
         decode(name, llama, torch.full((1, 300), 5), 1)
+
+
+@known(list(METHODS), "the message names the largest id of the prompt, not the one that is outside")
+def test_negative_ids(name, llama, prompt):
+    ids = prompt.clone()
+    ids[0, 2] = -4
+    with pytest.raises(ValueError, match="token id -4 is outside the model's vocabulary"):
+        decode(name, llama, ids)
 
 
 @every_method
@@ -635,6 +681,12 @@ def test_a_cache_that_is_too_long(name, llama, prompt):
         llama(prompt, past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match="pass the whole text as input_ids|past_key_values"):
         decode(name, llama, prompt, past_key_values=cache)
+
+
+@known(list(METHODS), "an assistant_model is silently ignored: transformers does not hand it on")
+def test_assistant_model(name, llama, prompt):
+    with pytest.raises(ValueError, match="assistant_model"):
+        decode(name, llama, prompt, assistant_model=llama)
 
 
 # the registry

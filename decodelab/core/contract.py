@@ -28,7 +28,7 @@ from .warp import check_finite, process
 # %% auto #0
 __all__ = ['FAMILIES', 'Call', 'Decoder', 'Method', 'register', 'decoders']
 
-# %% ../../nbs/core/contract.ipynb #c5e0c52d
+# %% ../../nbs/core/contract.ipynb #d74c42b1
 def _check_inputs(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model; this decoder needs a decoder-only one")
@@ -39,9 +39,10 @@ def _check_inputs(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> N
     if mask is not None and not bool(mask[:, -1].all()):
         raise ValueError("the prompts are padded on the right: use padding_side='left'")
     vocabulary = model.get_input_embeddings().num_embeddings
-    if int(ids.max()) >= vocabulary or int(ids.min()) < 0:
+    strange = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(strange):
         raise ValueError(
-            f"token id {int(ids.max())} is outside the model's vocabulary of {vocabulary}: were the prompts encoded with its own tokenizer?"
+            f"token id {int(strange[0])} is outside the model's vocabulary of {vocabulary}: were the prompts encoded with its own tokenizer?"
         )
 
 
@@ -61,7 +62,7 @@ def _check_config(config: Any) -> None:
     if config.use_cache is False:
         raise ValueError("decodelab decoders need the KV cache: leave out use_cache=False")
 
-# %% ../../nbs/core/contract.ipynb #71b395e4
+# %% ../../nbs/core/contract.ipynb #3e83cf1e
 class Call:
     "Everything about one decoding call that is not the method: prompts, limits, stops, streaming, bill and trace."
 
@@ -94,7 +95,7 @@ class Call:
         self._buffers()
 
     def _limits(self, criteria: StoppingCriteriaList, config: Any) -> None:
-        batch, length = self.prompt.shape
+        length = self.prompt.shape[1]
         ends = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
         self.budget = min(ends) - length if ends else int(config.max_length) - length
         limit = context_length(self.model)
@@ -149,7 +150,23 @@ class Call:
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         "The user's processors applied to the last logits [rows, vocab]."
-        return process(logits, self.history(), self.processors) if self.processors else logits.float()
+        return self.processed(logits, self.history(), self.rows) if self.processors else logits.float()
+
+    def processed(
+        self,
+        logits: torch.Tensor,  # raw logits of some rows, [n, vocab]
+        ids: torch.Tensor,  # their histories, all of one length, [n, length]
+        rows: list[int],  # which rows of the batch they are
+    ) -> torch.Tensor:
+        "The user's processors applied to some rows, each standing where it stands in the batch: a processor may hold values for every row."
+        batch = len(self.sequences)
+        if self.processors is None or rows == list(range(batch)):
+            return process(logits, ids, self.processors)
+        everyone = self.sequences[:, : ids.shape[1]].clone()
+        everyone[rows] = ids
+        scores = logits.new_zeros(batch, logits.shape[-1], dtype=torch.float32)
+        scores[rows] = logits.float()
+        return process(scores, everyone, self.processors)[rows]
 
     def watch(self, best: torch.Tensor) -> None:
         "Note the best scores of a forward: the next time the call waits for the device it raises if they are NaN or infinite."
@@ -254,11 +271,11 @@ class Call:
         sequences: Any = self.sequences[:, :end].clone()  # the buffer of the whole budget is let go
         return DecodeOutput(sequences=sequences, stats=self.stats, trace=self.trace, prompt_length=self.prompt.shape[1])
 
-# %% ../../nbs/core/contract.ipynb #0c682afc
+# %% ../../nbs/core/contract.ipynb #f1a284ad
 @contextmanager
 def _evaluating(model: Any) -> Any:
     # dropout off during the call; exactly the modules that were training train again afterwards
-    training = [m for m in model.modules() if m.training] if model.training else []
+    training = [m for m in model.modules() if m.training]
     for module in training:
         module.training = False
     try:
@@ -327,6 +344,8 @@ class Decoder:
         **kwargs: Any,  # whatever `model.generate` takes
     ) -> DecodeOutput:
         "Like `model.generate(custom_generate=self)`, with streaming and stop strings."
+        if kwargs.get("assistant_model") is not None:
+            raise ValueError(f"assistant_model is not used by {type(self).__name__}: a decoder's drafter is one of its fields")
         if stop_strings is not None:
             if tokenizer is None:
                 raise ValueError("stop_strings need the tokenizer: pass tokenizer=...")

@@ -72,7 +72,7 @@ def data_sets() -> list[DataSpec]:
     "All data sets that `load_data` knows, by name."
     return [_SPECS[k] for k in sorted(_SPECS)]
 
-# %% ../../nbs/core/data.ipynb #357b269b
+# %% ../../nbs/core/data.ipynb #0b4a4d0e
 def load_data(
     name: str,  # name of a data set, as in `data_sets()`
     n: int | None = None,  # keep only the first `n` rows (all when None)
@@ -96,9 +96,7 @@ def load_data(
 
 def _missing(spec: DataSpec, root: Path | None) -> str:
     hub = f"or reach the Hugging Face hub set {spec.hub[0]!r}" if spec.hub else "it is not on the Hugging Face hub"
-    return (
-        f"data set {spec.name!r} not found: put {', '.join(spec.files)} below a folder named by DECODELAB_DATA (now {root or 'not set'}), {hub}"
-    )
+    return f"data set {spec.name!r} not found: put {', '.join(spec.files)} below a folder named by DECODELAB_DATA (now {root or 'not set'}), {hub}"
 
 # %% ../../nbs/core/data.ipynb #58436038
 def _jsonl(path: Path) -> list[dict[str, Any]]:
@@ -108,7 +106,7 @@ def _jsonl(path: Path) -> list[dict[str, Any]]:
 def _pick(row: dict[str, Any], *names: str) -> dict[str, Any]:
     return {n: row[n] for n in names}
 
-# %% ../../nbs/core/data.ipynb #685297f9
+# %% ../../nbs/core/data.ipynb #84859267
 HELD_OUT_BOOKS = (7128, 7439)  # Gutenberg ids that no zoo model has seen
 
 
@@ -119,7 +117,9 @@ def _read_tales(root: Path) -> Iterable[dict[str, Any]]:
         yield {"id": book["gutenberg_id"], "title": book["title"], "split": split, "text": text}
 
 
-add_data_set(DataSpec("tales", ("tales/manifest.json",), _read_tales, ("id", "title", "split", "text"), "public domain (Project Gutenberg)"))
+add_data_set(
+    DataSpec("tales", ("tales/manifest.json",), _read_tales, ("id", "title", "split", "text"), "public domain (Project Gutenberg)")
+)
 
 # %% ../../nbs/core/data.ipynb #faaa2b4e
 def _open_ended(domain: str) -> DataSpec:

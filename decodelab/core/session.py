@@ -162,7 +162,7 @@ class _Fed:
             return (self.positions + depth).expand(batch, -1)
         return self.positions[:, None] + depth
 
-# %% ../../nbs/core/session.ipynb #243194ca
+# %% ../../nbs/core/session.ipynb #e7a37cd6
 class ChainSession(_Fed):
     "A session that only ever appends and takes back: all that token-by-token methods need."
 
@@ -176,15 +176,23 @@ class ChainSession(_Fed):
         done = self.slots
         if done >= ids.shape[1]:
             raise ValueError(f"the passed cache holds {done} positions, the prompt only {ids.shape[1]}: pass the whole text as input_ids")
-        mask = self.prompt_mask
-        if mask is not None:
-            mask = mask[:, : ids.shape[1]]
-            positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, done:]
-            self.valid, self.positions = mask, mask.sum(-1)
+        self.resume(ids)
+        if self.valid is not None:
+            positions = (self.valid.long().cumsum(-1) - 1).clamp_min(0)[:, done:]
         else:
             positions = torch.arange(done, ids.shape[1], device=ids.device).expand(len(ids), -1)
+        return self._forward(ids[:, done:], self.valid, positions, keep, **more)
+
+    def resume(
+        self,
+        ids: torch.Tensor,  # prompts that the cache holds, or is about to hold, [batch, length]
+    ) -> None:
+        "Go on behind `ids`, which a passed cache already holds."
+        if self.prompt_mask is not None:
+            self.valid = self.prompt_mask[:, : ids.shape[1]]
+            self.positions = self.valid.sum(-1)
+        else:
             self.positions = ids.shape[1]
-        return self._forward(ids[:, done:], mask, positions, keep, **more)
 
     def feed(
         self,

@@ -76,7 +76,7 @@ class Autoregressive(TokenDecoder):
             tokens = draw(p)
         return tokens, None, None
 
-# %% ../../nbs/sampling/base.ipynb #4852c57c
+# %% ../../nbs/sampling/base.ipynb #c9aa3667
 @register(
     "contrastive_search",
     family="sampling",
@@ -103,6 +103,8 @@ class ContrastiveSearch(Decoder):
     def check(self, call: Call) -> None:
         if call.do_sample:
             raise ValueError("contrastive search is deterministic: call with do_sample=False")
+        if call.cache is not None and call.cache.get_seq_length():
+            raise ValueError("contrastive search needs the hidden states of the whole prompt: call without past_key_values")
 
     def decode(self, call: Call) -> None:
         k = min(self.k, call.model.get_input_embeddings().num_embeddings)
@@ -119,7 +121,8 @@ class ContrastiveSearch(Decoder):
                 ahead = session.feed_tree(candidates, siblings, output_hidden_states=True)
                 new = torch.nn.functional.normalize(session.output.hidden_states[-1].float(), dim=-1)
                 similarity = (new @ states.transpose(1, 2)).amax(-1)  # max_j cos(h_v, h_j)
-                best = ((1 - self.penalty_alpha) * p - self.penalty_alpha * similarity).argmax(-1)
+                value = (1 - self.penalty_alpha) * p - self.penalty_alpha * similarity
+                best = value.masked_fill(p == 0, -torch.inf).argmax(-1)  # what the user's processors cut stays cut
                 session.commit([[int(b)] for b in best])
                 index = torch.arange(len(best), device=best.device)
                 logits, states = ahead[index, best], torch.cat([states, new[index, best][:, None]], 1)

@@ -88,7 +88,7 @@ def write_table(
     wins = winner[tokens] == order
     table[tokens[wins]] = successors[wins]
 
-# %% ../../nbs/speculative/token_recycling.ipynb #4d9c6746
+# %% ../../nbs/speculative/token_recycling.ipynb #6156ed95
 @register(
     "token_recycling",
     family="speculative",
@@ -137,7 +137,9 @@ class TokenRecycling(SpeculativeDecoder):
         ranks = torch.tensor([0, *(int(p[-1]) for p in self.paths)])
         self._levels = [(n.to(device), self.tree.parents[n].to(device), ranks[n].to(device)) for n in self.tree.levels()]
         if prompt_logits is not None:
-            self._learn(call.prompt[:, -prompt_logits.shape[1] - 1 : -1].flatten(), prompt_logits.flatten(0, 1))
+            fed = slice(-prompt_logits.shape[1] - 1, -1)
+            real = torch.ones_like(call.prompt, dtype=torch.bool) if call.mask is None else call.mask.bool()
+            self._learn(call.prompt[:, fed][real[:, fed]], prompt_logits[real[:, fed]])
 
     def draft(self, call: Call, roots: torch.Tensor) -> Draft:
         assert self.table is not None
