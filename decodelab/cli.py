@@ -370,7 +370,7 @@ def _open_notebooks() -> int:
         raise ValueError("JupyterLab is not installed: pip install 'decodelab[lab]'")
     return subprocess.run([sys.executable, "-m", "jupyterlab", str(root / "nbs")]).returncode
 
-# %% ../nbs/cli.ipynb #2aeea89d
+# %% ../nbs/cli.ipynb #f1a6e454
 def full_experiments() -> list[str]:
     "Notebooks with an `experiment()` function, such as `sampling/momentum`."
     import decodelab
@@ -390,7 +390,7 @@ def _experiment(
     "Run the full experiment of a notebook and store its result."
     from importlib import import_module
 
-    from decodelab.core.claims import store_result
+    from decodelab.core.claims import provenance, store_result
 
     found = full_experiments()
     known = f"notebooks with an experiment: {', '.join(found) or 'none yet'}"
@@ -400,6 +400,9 @@ def _experiment(
     run = getattr(import_module(module), "experiment", None) if find_spec(module) else None
     if run is None:
         raise ValueError(f"{name} has no experiment; {known}")
+    conditions = provenance()
+    if not allow_dirty and (conditions["commit"] is None or conditions["dirty"]):
+        raise ValueError("the tree has uncommitted changes, so the result could not be made again: commit first, or pass --allow-dirty")
     result = run(**parse_settings(settings))
     if not isinstance(result, dict):
         raise ValueError(f"the experiment of {name} returned {type(result).__name__}: it must return a dictionary")

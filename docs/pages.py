@@ -81,7 +81,7 @@ def landing(summary: str, body: str, notebooks: list[Notebook], table: str, cont
     ]
     hero = f"# decodelab\n\n:::{{container}} dl-hero\n{summary.rstrip('.')}.\n:::"
     deck = "\n\n".join(f":::{{container}} dl-card\n[{title}]({target})\n\n{text}\n:::" for title, target, text in cards)
-    return "\n\n".join([hero, f"::::{{container}} dl-cards\n{deck}\n::::", body, "## Methods", table, contents]) + "\n"
+    return "\n\n".join([hero, f"::::{{container}} dl-cards\n{deck}\n::::", body, *([] if "## Methods" in body else ["## Methods", table]), contents]) + "\n"
 
 
 def family_page(family: str, notebooks: list[Notebook]) -> str:

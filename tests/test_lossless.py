@@ -45,13 +45,7 @@ def rules(kind):
     }[kind]
 
 
-PER_ROW = pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="generate gives RepetitionPenaltyLogitsProcessor one padding length a row; the decoders call it with a part of the rows",
-)
 every_rule = pytest.mark.parametrize("rule", ["none", "penalty", "custom"])
-every_rule_padded = pytest.mark.parametrize("rule", ["none", pytest.param("penalty", marks=PER_ROW), "custom"])
 
 
 def plain(model, ids, new, **kwargs):
@@ -98,7 +92,7 @@ def cut_at(row, end):
 
 
 @every_lossless
-@every_rule_padded
+@every_rule
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_greedy_in_padded_batches_of_three(name, rule, kind, references):
     model, prompts, expected = references(kind, rule)
@@ -248,7 +242,7 @@ def test_any_tree_any_drafter(parents, right, seed, rule, references):
         assert all(n > 1 for n in out.stats.emitted[0][:-1])
 
 
-@every_rule_padded
+@every_rule
 def test_any_tree_any_drafter_in_a_batch(rule, references):
     @settings(max_examples=25)
     @given(parents=trees, right=st.sampled_from([0.0, 0.3, 0.7, 1.0]), seed=st.integers(0, 999))

@@ -151,7 +151,7 @@ class Momentum(TokenDecoder):
         notes = [f"p = {p[i, b]:.2f}, r = {r[i, b]}; first choice p = {p[i, 0]:.2f}, r = {r[i, 0]}" for i, b in enumerate(best[:, 0])]
         return roles, notes
 
-# %% ../../nbs/sampling/momentum.ipynb #0fda8fe0
+# %% ../../nbs/sampling/momentum.ipynb #2a7d901c
 def open_ended_runs() -> dict[str, tuple[Any, dict[str, Any]]]:
     "The methods of the open-ended experiment: name -> (decoder, generation settings)."
     plain = Autoregressive()
@@ -190,12 +190,14 @@ def open_ended(
             for text, prompt, mask, new in zip(out.text(tokenizer), inputs.input_ids, inputs.attention_mask, out.continuations):
                 start = prompt[mask.bool()]
                 row = {"coherence": coherence(scorer, [start], [new]), "greedy_ratio": greedy_ratio(model, start, new)}
-                rows.append({"diversity": diversity([text]), **row})
+                rows.append(
+                    {"diversity": diversity([text]) if len(text.split()) > 3 else math.nan, **row}
+                )  # a text of three words has no 4-gram
                 texts.append(text)
         results[name] = {"rows": rows, "texts": texts, "seconds": seconds, "tokens": tokens, "positions": positions}
     return results
 
-# %% ../../nbs/sampling/momentum.ipynb #a18d54fd
+# %% ../../nbs/sampling/momentum.ipynb #2a8e7b3c
 def experiment(
     prompts: int = 500,  # prefixes a domain
     prefix: int = 32,  # tokens of a prefix
@@ -212,7 +214,7 @@ def experiment(
     featurise = hidden_state_featuriser(model, tokenizer)
     tables: dict[str, Any] = {}
     for domain in domains:
-        ids = [tokenizer(t).input_ids for t in load_data(f"open_ended/{domain}")["text"]]
+        ids = [tokenizer(t, truncation=True).input_ids for t in load_data(f"open_ended/{domain}")["text"]]
         ids = [i for i in ids if len(i) >= prefix + max_new_tokens][:prompts]
         starts = [tokenizer.decode(i[:prefix]) for i in ids]
         human = [tokenizer.decode(i[prefix : prefix + max_new_tokens]) for i in ids]

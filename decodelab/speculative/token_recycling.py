@@ -189,7 +189,7 @@ def _interpolate(n: int, known: list[int], curve: Mapping[int, float]) -> float:
     share = (n - known[low]) / (known[high] - known[low])
     return curve[known[low]] + share * (curve[known[high]] - curve[known[low]])
 
-# %% ../../nbs/speculative/token_recycling.ipynb #12cbb95e
+# %% ../../nbs/speculative/token_recycling.ipynb #038d947d
 def target_texts(pad_token_id: int | None = None) -> dict[str, dict[str, Any]]:
     "Kinds of text to speculate on: name -> generation settings."
     momentum = decoders()["momentum"].decoder().processor(pad_token_id)  # type: ignore[attr-defined]
@@ -237,13 +237,14 @@ def experiment(
     chosen = [first_words(p, 24) for p in paragraphs[:: max(1, len(paragraphs) // prompts)]][:prompts]
     ids = [tokenizer(p, return_tensors="pt").input_ids.to(model.device) for p in chosen]
     curve = forward_curve(model, ns=(1, 2, 4, 8, 16, 32, 64, 81), repeats=15)
-    teacher = TokenRecycling()
-    for prompt in tale_prompts(12, seed=lab.seed + 1):  # fitted on other prompts than it is measured on
-        for settings in target_texts().values():
-            teacher.generate(model, tokenizer(prompt, return_tensors="pt").input_ids.to(model.device), max_new_tokens=64, **settings)
-    template = learn_template(teacher, curve)
     tables: dict[str, Any] = {}
+    templates: dict[str, list[str]] = {}
     for name, settings in target_texts().items():
-        methods = rivals(model, draft, template, {"max_new_tokens": max_new_tokens, **settings})
+        settings = {"max_new_tokens": max_new_tokens, **settings}
+        teacher = TokenRecycling()
+        for prompt in tale_prompts(12, seed=lab.seed + 1):  # fitted on other prompts than it is measured on
+            teacher.generate(model, tokenizer(prompt, return_tensors="pt").input_ids.to(model.device), **settings)
+        templates[name] = learn_template(teacher, curve)
+        methods = rivals(model, draft, templates[name], settings)
         tables[name] = compare(methods, ids, repeats=repeats, seed=lab.seed).table().to_dict("index")
-    return {"prompts": len(ids), "max_new_tokens": max_new_tokens, "curve": dict(curve), "template": template, "tables": tables}
+    return {"prompts": len(ids), "max_new_tokens": max_new_tokens, "curve": dict(curve), "templates": templates, "tables": tables}
