@@ -61,11 +61,11 @@ def write_home(description: str, notebooks: list[Notebook], modules: list[Module
     if index is None:
         text = repository_page(ROOT / "README.md")
         body = text.partition("\n## ")
-        write("index.md", landing(description, body[1] + body[2], notebooks, table, contents))
+        write("index.md", landing(description, body[1] + body[2], notebooks, contents))
         return
     prepared = page(index, symbols(modules), {m.name for m in modules})
     mark = "<!-- index -->"
-    top, _, bottom = landing(index.summary or description, mark, notebooks, table, contents).partition(mark)
+    top, _, bottom = landing(index.summary or description, mark, notebooks, contents).partition(mark)
     heading = next(c for c in prepared.cells if c.cell_type == "markdown")
     heading.source = top + heading.source.partition("\n")[2].lstrip().removeprefix("> " + index.summary).strip()
     prepared.cells.append(nbformat.v4.new_markdown_cell(bottom))

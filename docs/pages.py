@@ -70,8 +70,8 @@ def site_contents(notebooks: list[Notebook], extra: list[str]) -> str:
     )
 
 
-def landing(summary: str, body: str, notebooks: list[Notebook], table: str, contents: str) -> str:
-    """Top and bottom of the landing page around the text of the index: hero sentence, three cards, method table."""
+def landing(summary: str, body: str, notebooks: list[Notebook], contents: str) -> str:
+    """Top and bottom of the landing page around the text of the index: hero sentence and three cards."""
     papers = [n for n in notebooks if n.family and n.family not in NOT_PAPERS]
     read = (papers or notebooks)[0]
     cards = [
@@ -81,7 +81,7 @@ def landing(summary: str, body: str, notebooks: list[Notebook], table: str, cont
     ]
     hero = f"# decodelab\n\n:::{{container}} dl-hero\n{summary.rstrip('.')}.\n:::"
     deck = "\n\n".join(f":::{{container}} dl-card\n[{title}]({target})\n\n{text}\n:::" for title, target, text in cards)
-    return "\n\n".join([hero, f"::::{{container}} dl-cards\n{deck}\n::::", body, *([] if "## Methods" in body else ["## Methods", table]), contents]) + "\n"
+    return "\n\n".join([hero, f"::::{{container}} dl-cards\n{deck}\n::::", body, contents]) + "\n"
 
 
 def family_page(family: str, notebooks: list[Notebook]) -> str:

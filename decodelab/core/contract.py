@@ -271,7 +271,7 @@ class Call:
         sequences: Any = self.sequences[:, :end].clone()  # the buffer of the whole budget is let go
         return DecodeOutput(sequences=sequences, stats=self.stats, trace=self.trace, prompt_length=self.prompt.shape[1])
 
-# %% ../../nbs/core/contract.ipynb #f1a284ad
+# %% ../../nbs/core/contract.ipynb #5903498a
 @contextmanager
 def _evaluating(model: Any) -> Any:
     # dropout off during the call; exactly the modules that were training train again afterwards
@@ -318,11 +318,18 @@ class Decoder:
         "Decode; this is what `model.generate(custom_generate=decoder)` calls."
         if logits_processor is None or stopping_criteria is None:
             return self.generate(model, input_ids, generation_config=generation_config, streamer=streamer, **model_kwargs)
-        call = Call(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, trace=self.trace, **model_kwargs
-        )
-        self.check(call)
         try:
+            call = Call(
+                model,
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                streamer=streamer,
+                trace=self.trace,
+                **model_kwargs,
+            )
+            self.check(call)
             with _evaluating(model):
                 self.decode(call)
         finally:

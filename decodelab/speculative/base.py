@@ -27,7 +27,7 @@ class Draft:
     tokens: torch.Tensor  # token of each node, [rows, nodes]
     tree: Tree  # the shape
 
-# %% ../../nbs/speculative/base.ipynb #79c0d0af
+# %% ../../nbs/speculative/base.ipynb #e6aa525b
 def _choose(call: Call, logits: torch.Tensor, rows: list[int], histories: list[torch.Tensor]) -> list[int]:
     # the target's own choice for some rows, each with its history; rows of equal length go through the processors together
     chosen = [0] * len(rows)
@@ -54,12 +54,13 @@ def walk(
 ) -> tuple[list[list[int]], list[list[int]]]:
     "For every row the accepted path (nodes from the root on) and the emitted tokens (accepted ones and the target's own last one)."
     children, tokens = draft.tree.children, draft.tokens.tolist()
+    room = [call.remaining(row) for row in call.rows]
     if not call.do_sample and call.processors is None:
         # one wait for the device a forward: the choices of all nodes at once
         choices, best = greedy(logits)
         call.watch(best)
         table = choices.tolist()
-        return _follow(children, tokens, lambda live, nodes: [table[r][nodes[r]] for r in live])
+        return _follow(children, tokens, room, lambda live, nodes: [table[r][nodes[r]] for r in live])
     start = call.prompt.shape[1]
     histories = [call.sequences[row, : start + call.counts[row]] for row in call.rows]
 
@@ -70,10 +71,10 @@ def walk(
             histories[r] = torch.cat([histories[r], histories[r].new_tensor([token])])
         return chosen
 
-    return _follow(children, tokens, choose)
+    return _follow(children, tokens, room, choose)
 
 
-def _follow(children: list[list[int]], tokens: list[list[int]], choose: Any) -> tuple[list[list[int]], list[list[int]]]:
+def _follow(children: list[list[int]], tokens: list[list[int]], room: list[int], choose: Any) -> tuple[list[list[int]], list[list[int]]]:
     nodes = [0] * len(tokens)
     paths: list[list[int]] = [[0] for _ in tokens]
     emitted: list[list[int]] = [[] for _ in tokens]
@@ -83,7 +84,7 @@ def _follow(children: list[list[int]], tokens: list[list[int]], choose: Any) -> 
         for r, token in zip(live, choose(live, nodes)):
             emitted[r].append(token)
             hit = next((c for c in children[nodes[r]] if tokens[r][c] == token), None)
-            if hit is not None:
+            if hit is not None and len(emitted[r]) < room[r]:
                 nodes[r] = hit
                 paths[r].append(hit)
                 still.append(r)
