@@ -205,7 +205,7 @@ def demo_rows(
         rows.append(row)
     return rows
 
-# %% ../nbs/demo.ipynb #b25f8236
+# %% ../nbs/demo.ipynb #020fc652
 class TextKeeper(TextStreamer):
     "Streamer that keeps the text and, if wanted, shows it as it comes."
 
@@ -220,7 +220,7 @@ class TextKeeper(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         "Keep a piece of finished text, and show it."
         self.text += text
-        if self.show:
+        if self.show and self.text:  # nothing is shown of a call that was refused
             print(text, flush=True, end="\n" if stream_end else "")
 
 # %% ../nbs/demo.ipynb #b7c7e241

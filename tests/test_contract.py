@@ -720,3 +720,10 @@ def test_a_decoder_needs_a_loop(llama, prompt):
 
     with pytest.raises(NotImplementedError, match=r"Empty must define decode\(call\)"):
         Empty().generate(llama, prompt, max_new_tokens=3)
+
+
+def test_a_refused_call_ends_the_stream(llama, tokenizer, prompt):
+    streamer = TextIteratorStreamer(tokenizer, timeout=5)
+    with pytest.raises(ValueError, match="max_new_tokens <="):
+        METHODS["autoregressive"].example(llama).generate(llama, prompt, streamer=streamer, max_new_tokens=100_000)
+    assert list(streamer) == [""]  # a reader in another thread does not wait for ever
