@@ -165,7 +165,8 @@ class Call:
         batch = len(self.sequences)
         if self.processors is None or rows == list(range(batch)):
             return process(logits, ids, self.processors)
-        everyone = self.sequences[:, : ids.shape[1]].clone()
+        beyond = max(0, ids.shape[1] - self.sequences.shape[1])  # a draft may reach beyond the budget
+        everyone = torch.nn.functional.pad(self.sequences[:, : ids.shape[1]], (0, beyond), value=self.pad)
         everyone[rows] = ids
         scores = logits.new_zeros(batch, logits.shape[-1], dtype=torch.float32)
         scores[rows] = logits.float()
