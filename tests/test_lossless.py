@@ -66,8 +66,8 @@ NEW = 20
 
 @pytest.fixture(scope="module")
 def references(llama, gpt2):
-    "Transformers' greedy continuation of 64 prompts for every rule and model, computed once."
-    prompts = {"llama": random_prompts(64, seed=11), "gpt2": random_prompts(64, seed=12)}
+    "Transformers' greedy continuation of 100 and 40 prompts for every rule and model, computed once."
+    prompts = {"llama": random_prompts(100, seed=11), "gpt2": random_prompts(40, seed=12)}
     models, kept = {"llama": llama, "gpt2": gpt2}, {}
 
     def get(kind, rule):
@@ -88,6 +88,24 @@ def test_greedy_is_transformers_greedy(name, rule, kind, references):
     assert got == expected
 
 
+@every_lossless
+def test_greedy_is_the_same_when_compiled(name, references):
+    model, prompts, expected = references("llama", "none")
+    decoder = METHODS[name].example(model)
+    decoder.compile = True
+    got = [added(decoder.generate(model, p, max_new_tokens=NEW, do_sample=False))[0] for p in prompts[:12]]
+    assert got == expected[:12]
+
+
+@every_lossless
+def test_a_long_greedy_text(name, llama):
+    "128 tokens, beyond the first capacity of the cache."
+    prompts = random_prompts(4, seed=13)
+    decoder = METHODS[name].example(llama)
+    for prompt in prompts:
+        assert added(decoder.generate(llama, prompt, max_new_tokens=128, do_sample=False))[0] == plain(llama, prompt, 128)
+
+
 def cut_at(row, end):
     return row[: row.index(end) + 1] if end in row else row
 
@@ -98,7 +116,7 @@ def cut_at(row, end):
 def test_greedy_in_padded_batches_of_three(name, rule, kind, references):
     model, prompts, expected = references(kind, rule)
     decoder = METHODS[name].example(model)
-    for i in range(0, 66, 3):
+    for i in range(0, len(prompts), 3):
         some, truth = (prompts + prompts)[i : i + 3], (expected + expected)[i : i + 3]
         end = truth[0][i % NEW]  # one row ends early
         kwargs = rules(rule) | {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": end}

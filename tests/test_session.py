@@ -332,6 +332,19 @@ def test_a_compiled_session_is_the_session(rows, llama_model):
     assert again.stats.compilations <= 1  # shapes are kept with the model
 
 
+def test_compiled_code_is_made_anew_when_the_model_changes():
+    model = small_model("llama", seed=7)
+    for change in (lambda: None, lambda: setattr(model.lm_head, "weight", torch.nn.Parameter(-model.lm_head.weight.detach()))):
+        change()
+        session = Session(model, compiled=True)
+        session.prefill(torch.tensor([[4, 5, 6]]))
+        assert_close(session.feed(torch.tensor([[9]]))[0, -1], alone(model, [4, 5, 6, 9]))
+    other = small_model("llama", seed=8)  # same shapes, other numbers
+    session = Session(other, compiled=True)
+    session.prefill(torch.tensor([[4, 5, 6]]))
+    assert_close(session.feed(torch.tensor([[9]]))[0, -1], alone(other, [4, 5, 6, 9]))
+
+
 # bill, refusals, end
 
 

@@ -208,7 +208,8 @@ class Call:
             kept, done = self._cut(row, new)
             self.counts[row] += kept
             self.stats.emitted[row] += [1] * kept
-            self.sequences[row, length + self.counts[row] : length + self._pushed] = self.pad
+            if kept < len(new):
+                self.sequences[row, length + self.counts[row] : length + self._pushed] = self.pad
             self._stream(new[:kept])
             if not done:
                 goes_on.append(i)

@@ -197,6 +197,7 @@ class Session(ChainSession):
     ):
         super().__init__(model, attention_mask, cache, stats, **forward_kwargs)
         self.compiled, self.room = compiled, room
+        self._compiled: CompiledForward | None = None
         self._kept: list[list[int]] = []  # of each row, the slots of its tokens, in order
         self._free: list[list[int]] = []  # of each row, slots to write to, the next one last
         self._waiting: list[list[int]] = []  # of each row, the slots of nodes that await `commit`
@@ -303,7 +304,7 @@ class Session(ChainSession):
     def _run(self, arguments: dict[str, Any]) -> Any:
         if not self.compiled or not isinstance(self.cache, Slots):
             return super()._run(arguments)
-        forward = CompiledForward.of(self.model)
+        forward = self._compiled = self._compiled or CompiledForward.of(self.model)
         before = len(forward.shapes)
         out = forward(self.model, self.cache, arguments)
         if len(forward.shapes) > before:
@@ -333,10 +334,23 @@ class Session(ChainSession):
             self.positions = self.positions + torch.tensor(counts, device=self.bias.device)
 
     def feed(self, tokens: torch.Tensor, **more: Any) -> torch.Tensor:
-        n = tokens.shape[1]
+        rows, n = tokens.shape
+        if rows == n == 1 and isinstance(self.cache, Slots) and isinstance(self.positions, int):
+            return self._feed_one(tokens, **more)
         logits = self.feed_tree(tokens, Tree.chain(n - 1), **more)
         self.commit([list(range(n))] * len(tokens))
         return logits
+
+    def _feed_one(self, tokens: torch.Tensor, **more: Any) -> torch.Tensor:
+        # a single token sees all kept slots and its own: the mask is `bias` as it stands, nothing waits and nothing is committed
+        self._check_window(1)
+        self.cache.place.slots = self._take(1)
+        self.bias.view(-1).index_fill_(0, self.cache.place.slots, 0.0)
+        self._kept[0].append(self._taken[0][0])
+        positions = torch.full((1, 1), int(self.positions), device=tokens.device)
+        self.positions = self.positions + 1
+        tokens = tokens.clone(memory_format=torch.contiguous_format)
+        return self._forward(tokens, self.bias[:, None, None, : self.cache.place.width], positions, 0, **more)
 
     def rollback(self, n: int) -> None:
         if not 0 <= n <= min(map(len, self._kept)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -134,24 +135,32 @@ def _step(model: Any, cache: Slots, arguments: dict[str, Any]) -> Any:
     return model(past_key_values=cache, use_cache=True, return_dict=True, **arguments)
 
 
+def _fingerprint(model: Any) -> tuple[int, ...]:
+    # what compiled code is made for: these very modules and parameters
+    return (*map(id, model.modules()), *map(id, model.parameters()))
+
+
 class CompiledForward:
     "A model's forward on `Slots`, compiled once a shape; `shapes` maps each to the seconds its first call took."
 
     _known: WeakKeyDictionary[Any, CompiledForward] = WeakKeyDictionary()
 
     def __init__(self, model: Any):
-        # every shape of every model is one compilation of the same function
+        # every shape of a model is one compilation of the same function
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 512)
-        mode = "reduce-overhead" if model.device.type == "cuda" else "default"
-        self.run = torch.compile(_step, fullgraph=True, dynamic=False, mode=mode)
-        self.shapes: dict[tuple[Any, ...], float] = {}
+        self.made_for, self.shapes = _fingerprint(model), dict[tuple[Any, ...], float]()
+        # code of its own, so that no other model's graph can be taken for it; then nothing in the model needs a guard at every forward
+        own = FunctionType(_step.__code__.replace(co_name=f"_step_{id(self)}"), _step.__globals__)
+        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "triton.cudagraphs": model.device.type == "cuda"}
+        self.run = torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
     @classmethod
     def of(cls, model: Any) -> CompiledForward:
-        "The compiled forward of `model`, made once."
-        if model not in cls._known:
-            cls._known[model] = cls(model)
-        return cls._known[model]
+        "The compiled forward of `model`, made once, and anew when its modules or parameters have been exchanged."
+        known = cls._known.get(model)
+        if known is None or known.made_for != _fingerprint(model):
+            known = cls._known[model] = cls(model)
+        return known
 
     def __call__(self, model: Any, cache: Slots, arguments: dict[str, Any]) -> Any:
         ids = arguments["input_ids"]
