@@ -16,6 +16,7 @@ import torch
 __all__ = ['inflate']
 
 # %% ../../nbs/core/inflate.ipynb #07cae135
+@torch.no_grad()
 def inflate(
     model: Any,  # a decoder-only model whose layers end in `self_attn.o_proj` and `mlp.down_proj`, such as Llama, Qwen or Mistral
     layers: int = 8,  # layers to append (at least 1)
