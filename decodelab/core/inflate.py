@@ -30,7 +30,10 @@ def inflate(
     if stack is None or not all(hasattr(stack[-1], part) for part in ("self_attn", "mlp")) or not hasattr(stack[-1].mlp, "down_proj"):
         raise ValueError(f"{type(model).__name__} has no layers with self_attn.o_proj and mlp.down_proj: inflate a Llama, Qwen or Mistral")
     big = copy.deepcopy(model)
-    config = copy.deepcopy(model.config)
+    big.config.num_hidden_layers = len(stack) + layers
+    if getattr(big.config, "layer_types", None):
+        big.config.layer_types = [*model.config.layer_types, *[model.config.layer_types[-1]] * layers]
+    config = copy.deepcopy(big.config)
     config.intermediate_size = intermediate_size or config.intermediate_size
     generator = torch.Generator().manual_seed(seed)
     for index in range(len(stack), len(stack) + layers):
@@ -40,7 +43,4 @@ def inflate(
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
         big.model.layers.append(layer)
-    big.config.num_hidden_layers = len(stack) + layers
-    if getattr(big.config, "layer_types", None):
-        big.config.layer_types = [*model.config.layer_types, *[model.config.layer_types[-1]] * layers]
     return big.eval()
