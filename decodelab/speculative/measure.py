@@ -155,7 +155,8 @@ def experiment(
     ids = [x.to(model.device) for x in held_out_prompts(tokenizer, prompts)]
     tasks, names = spec_bench_prompts(tokenizer, per_task)
     tasks = [x.to(model.device) for x in tasks]
-    texts, found = target_texts(), {"prompts": prompts, "max_new_tokens": max_new_tokens, "texts": {}, "tasks": {}}
+    texts = target_texts()
+    found: dict[str, Any] = {"prompts": prompts, "max_new_tokens": max_new_tokens, "texts": {}, "tasks": {}}
 
     def run(target: Any, who: Mapping[str, Decoder], on: list[torch.Tensor], text: str, beside: Any = drafter) -> BenchResult:
         return compare(line_up(target, who, {"max_new_tokens": max_new_tokens, **texts[text]}, beside), on, repeats=repeats, seed=lab.seed)
@@ -166,7 +167,9 @@ def experiment(
         table = by_group(run(model, family(model), tasks, text), names)
         found["tasks"][text] = {figure: table[figure].to_dict("index") for figure in ("tokens_per_forward", "ratio")}
     both = family(model) | family(model, compile=True)
-    warm = {name: d.generate(model, ids[0], max_new_tokens=max_new_tokens, do_sample=False).stats for name, d in both.items()}
+    warm: dict[str, Any] = {
+        name: d.generate(model, ids[0], max_new_tokens=max_new_tokens, do_sample=False).stats for name, d in both.items()
+    }
     found["compiling"] = {name: {"shapes": s.compilations, "seconds": s.compile_seconds} for name, s in warm.items() if s.compilations}
     found["compiled"] = {text: run(model, both, ids, text, None).table().to_dict("index") for text in ("greedy", "momentum text")}
     found["draft compiled"] = (
