@@ -292,9 +292,9 @@ class IIDChains(TreeOfDraws):
                 offers[row][above + ups[row][chain]].append(below + at[row][chain])
         return offers
 
-# %% ../../nbs/speculative/rsd.ipynb #7f8b57f4
+# %% ../../nbs/speculative/rsd.ipynb #182dc3c5
 def table_model(
-    law: torch.Tensor,  # law of the next token for each last token, [vocab, vocab], positive
+    law: torch.Tensor,  # law of the next token for each last token, [vocab, vocab], positive; vocab even
 ) -> Any:
     "A Llama that knows nothing but a table of what follows the last token; for experiments with known laws."
     from transformers import LlamaConfig, LlamaForCausalLM
