@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from .core.bench import BenchResult, compare
+from .core.bench import BenchResult, compare, counted
 from .core.claims import provenance
 from .core.contract import Decoder, decoders
 from .core.metrics import diversity
-from .core.output import DecodeOutput, DecodeStats
+from .core.output import DecodeOutput
 from .demo_page import DemoRow
 
 # %% auto #0
@@ -30,28 +30,6 @@ __all__ = ['BASELINE', 'Methods', 'LEFT_TO_RIGHT', 'transformers_methods', 'read
 # %% ../nbs/demo.ipynb #d10475e1
 BASELINE = "greedy (transformers)"  # everything is compared with this
 Methods = dict[str, Callable[[Any], DecodeOutput]]
-
-
-def _counted(model: Any, settings: dict[str, Any]) -> Callable[[Any], DecodeOutput]:
-    def method(prompt: Any) -> DecodeOutput:
-        forwards = 0
-
-        def count(*_: Any) -> None:
-            nonlocal forwards
-            forwards += 1
-
-        hook = model.register_forward_pre_hook(count)
-        try:
-            sequences = model.generate(**prompt, **settings)
-        finally:
-            hook.remove()
-        length = prompt["input_ids"].shape[1]
-        new = sequences.shape[1] - length
-        # which forward gave which token is not known: spread evenly, the mean is right
-        emitted = [[new // forwards + (i < new % forwards) for i in range(forwards)]]
-        return DecodeOutput(sequences=sequences, stats=DecodeStats(target_forwards=forwards, emitted=emitted), prompt_length=length)
-
-    return method
 
 
 def transformers_methods(
@@ -68,7 +46,7 @@ def transformers_methods(
     }
     if draft is not None:
         settings["assisted (transformers)"] = {**greedy, "assistant_model": draft}
-    return {name: _counted(model, s) for name, s in settings.items()}
+    return {name: counted(model, s) for name, s in settings.items()}
 
 # %% ../nbs/demo.ipynb #dc6faa34
 LEFT_TO_RIGHT = ("sampling", "search", "speculative", "structured", "memory")  # families that decode a causal language model

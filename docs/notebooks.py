@@ -13,9 +13,28 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 REPOSITORY = "https://github.com/decodelab/decodelab"
 
-# the order of the rooms, and of the notebooks of `core`; what is not named comes after, by name
+# the order of the rooms, and of the notebooks of `core` and of a family's own; what is not named comes after, by name
 FAMILIES = ("core", "sampling", "search", "speculative", "diffusion", "structured", "memory", "training", "theory", "vision")
-FIRST = ("base", "lab", "data", "zoo", "output", "warp", "session", "contract", "tasks", "metrics", "claims", "bench", "drawing")
+FIRST = (
+    *("base", "acceptance", "drafters", "measure"),
+    *(
+        "lab",
+        "data",
+        "zoo",
+        "output",
+        "warp",
+        "tree",
+        "slots",
+        "session",
+        "contract",
+        "tasks",
+        "metrics",
+        "claims",
+        "bench",
+        "cost",
+        "inflate",
+    ),
+)
 
 _DIRECTIVE = re.compile(r"^[ \t]*#\|[ \t]*(\w[\w-]*):?[ \t]*(.*)$\n?", re.M)
 _HIDDEN_LINE = re.compile(r"^.*#\|[ \t]*hide_line[ \t]*$\n?", re.M)

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from decodelab.speculative.token_recycling import TEMPLATES, TokenRecycling, rank_paths, read_table, template_levels, template_tree, write_table
+from decodelab.speculative.token_recycling import (
+    TEMPLATES,
+    TokenRecycling,
+    rank_paths,
+    read_table,
+    template_levels,
+    template_tree,
+    write_table,
+)
 
 TEMPLATE = ["0", "1", "2", "00", "01", "10", "000"]
 

@@ -21,9 +21,10 @@ import torch
 from .claims import provenance, write_json
 from .cost import Clock, cost_growth, draft_cost, forward_curve, plot_cost_growth, predict_speedup, timed, turns
 from .metrics import bootstrap_ratio, repetition
+from .output import DecodeOutput, DecodeStats
 
 # %% auto #0
-__all__ = ['new_token_ids', 'count_new_tokens', 'BenchRow', 'BenchResult', 'compare', 'loop_overhead']
+__all__ = ['new_token_ids', 'count_new_tokens', 'BenchRow', 'BenchResult', 'compare', 'counted', 'loop_overhead']
 
 # %% ../../nbs/core/bench.ipynb #c231d639
 def new_token_ids(
@@ -217,6 +218,33 @@ def compare(
     rows.sort(key=lambda r: (rank[r.method], r.prompt, r.repeat))
     conditions = {**provenance(seed=seed, prompts=map(_prompt_ids, prompts)), "repeats": repeats, "warmup": warmup}
     return BenchResult(rows, first, conditions)
+
+# %% ../../nbs/core/bench.ipynb #66ea3954
+def counted(
+    model: Any,  # target model
+    settings: dict[str, Any],  # arguments of `model.generate`
+) -> Callable[[Any], DecodeOutput]:
+    "transformers' `generate` as a function of a prompt that also reports its forwards; batch 1."
+
+    def method(prompt: Any) -> DecodeOutput:
+        forwards = 0
+
+        def count(*_: Any) -> None:
+            nonlocal forwards
+            forwards += 1
+
+        hook = model.register_forward_pre_hook(count)
+        try:
+            sequences = model.generate(**prompt, **settings) if isinstance(prompt, Mapping) else model.generate(prompt, **settings)
+        finally:
+            hook.remove()
+        length = _prompt_ids(prompt).shape[1]
+        new = sequences.shape[1] - length
+        # which forward gave which token is not known: spread evenly, the mean is right
+        emitted = [[new // forwards + (i < new % forwards) for i in range(forwards)]]
+        return DecodeOutput(sequences=sequences, stats=DecodeStats(target_forwards=forwards, emitted=emitted), prompt_length=length)
+
+    return method
 
 # %% ../../nbs/core/bench.ipynb #13817834
 def loop_overhead(

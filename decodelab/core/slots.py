@@ -25,6 +25,8 @@ class Layer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = True
+    keys: Any  # tensors; None before the first write
+    values: Any
 
     def __init__(self, place: Place, keys: torch.Tensor | None = None, values: torch.Tensor | None = None):
         super().__init__()
@@ -75,6 +77,8 @@ def bucket(
 
 class Slots(Cache):
     "KV cache of fixed blocks for all layers of a model."
+
+    layers: list[Any]
 
     def __init__(
         self,

@@ -248,7 +248,7 @@ class DraftModel(SpeculativeDecoder):
 
 # %% ../../nbs/speculative/drafters.ipynb #d0625af0
 class _Index:
-    "Where each phrase of up to `w_max` tokens last ended, so that a lookup need not search the text again."
+    "Where each phrase of up to `w_max` tokens first ended, so that a lookup need not search the text again."
 
     def __init__(self, w_max: int):
         self.w_max, self.text = w_max, list[int]()
@@ -258,7 +258,7 @@ class _Index:
         for token in new:
             # a phrase becomes findable when the text has gone on behind it
             for w in range(1, min(self.w_max, len(self.text)) + 1):
-                self.ends[tuple(self.text[-w:])] = len(self.text)
+                self.ends.setdefault(tuple(self.text[-w:]), len(self.text))
             self.text.append(token)
 
     def lookup(self, k: int) -> list[int]:
@@ -321,7 +321,7 @@ class TextDrafter(SpeculativeDecoder):
 )
 @dataclass
 class PromptLookup(TextDrafter):
-    "Copies what followed the last tokens when they occurred before (Saxena 2023)."
+    "Copies what followed the last tokens where they first occurred (Saxena 2023); a shorter continuation than k is taken, too."
 
     w_max: int = 3  # longest phrase to look for (at least 1)
     k: int = 10  # tokens to copy (at least 1)

@@ -7,7 +7,7 @@ Docs: https://decodelab.github.io/decodelab/speculative/token_recycling.html.md"
 # %% ../../nbs/speculative/token_recycling.ipynb #df1da2da
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,13 +15,14 @@ import torch
 
 from ..core.bench import compare
 from ..core.cost import forward_curve
-from ..core.contract import Call, decoders, register
+from ..core.contract import Call, Decoder, decoders, register
 from ..core.tree import Tree
 from .base import Draft, SpeculativeDecoder
+from .measure import held_out_prompts, line_up, target_texts
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'rank_paths', 'template_tree', 'template_levels', 'read_table', 'write_table', 'TokenRecycling',
-           'learn_template', 'target_texts', 'rivals', 'experiment']
+           'learn_template', 'contenders', 'experiment']
 
 # %% ../../nbs/speculative/token_recycling.ipynb #ccd6beb9
 TEMPLATES: dict[str, str] = {
@@ -200,52 +201,31 @@ def _interpolate(n: int, known: list[int], curve: Mapping[int, float]) -> float:
     return curve[known[low]] + share * (curve[known[high]] - curve[known[low]])
 
 # %% ../../nbs/speculative/token_recycling.ipynb #038d947d
-def target_texts(pad_token_id: int | None = None) -> dict[str, dict[str, Any]]:
-    "Kinds of text to speculate on: name -> generation settings."
-    momentum = decoders()["momentum"].decoder().processor(pad_token_id)  # type: ignore[attr-defined]
-    return {
-        "greedy": {"do_sample": False},
-        "T = 0.7": {"do_sample": True, "temperature": 0.7, "top_k": 0},
-        "T = 1.0": {"do_sample": True, "temperature": 1.0, "top_k": 0},
-        "momentum text": {"do_sample": False, "logits_processor": [momentum]},
-    }
-
-
-def rivals(
-    model: Any,  # target model
-    draft: Any,  # a smaller model with the same tokenizer, for assisted generation
+def contenders(
     template: Sequence[str],  # rank paths fitted to the machine
-    settings: dict[str, Any],  # generation settings
-) -> dict[str, Callable[[torch.Tensor], Any]]:
-    "The methods of the comparison as functions of a prompt [1, length]; hot tables start empty."
+) -> dict[str, Decoder]:
+    "Plain decoding, and Token Recycling with the paper's tree and with `template`; hot tables start empty."
     plain = decoders()["autoregressive"].decoder()
-    paper, fitted = TokenRecycling(), TokenRecycling(template=template)
     return {
-        "transformers' generate": lambda x: model.generate(x, **settings),
-        "plain loop": lambda x: plain.generate(model, x, **settings),
-        "prompt lookup": lambda x: model.generate(x, prompt_lookup_num_tokens=10, **settings),
-        "assisted": lambda x: model.generate(x, assistant_model=draft, **settings),
-        "token recycling, 80 nodes": lambda x: paper.generate(model, x, **settings),
-        "token recycling, fitted": lambda x: fitted.generate(model, x, **settings),
+        "plain loop": plain,
+        "token recycling, 80 nodes": TokenRecycling(),
+        "token recycling, fitted": TokenRecycling(template=template),
     }
 
 
 def experiment(
     prompts: int = 40,  # held-out prompts
-    max_new_tokens: int = 96,  # tokens of a continuation
+    max_new_tokens: int = 128,  # tokens of a continuation
     repeats: int = 1,  # timed rounds a prompt
 ) -> dict[str, Any]:
     "The full comparison on held-out prompts from the test books of `tales`: one table a kind of text; needs the data set."
-    from decodelab.core.data import first_words, load_data
     from decodelab.core.lab import Lab
     from decodelab.core.tasks import tale_prompts
 
     lab = Lab("speculative/token_recycling")
     lab.seed_everything()
     (model, tokenizer), (draft, _) = lab.target(), lab.draft()
-    paragraphs = [p for b in load_data("tales") if b["split"] == "test" for p in b["text"].split("\n\n") if len(p.split()) > 60]
-    chosen = [first_words(p, 24) for p in paragraphs[:: max(1, len(paragraphs) // prompts)]][:prompts]
-    ids = [tokenizer(p, return_tensors="pt").input_ids.to(model.device) for p in chosen]
+    ids = [x.to(model.device) for x in held_out_prompts(tokenizer, prompts)]
     curve = forward_curve(model, ns=(1, 2, 4, 8, 16, 32, 64, 81), repeats=15)
     tables: dict[str, Any] = {}
     templates: dict[str, list[str]] = {}
@@ -255,6 +235,6 @@ def experiment(
         for prompt in tale_prompts(12, seed=lab.seed + 1):  # fitted on other prompts than it is measured on
             teacher.generate(model, tokenizer(prompt, return_tensors="pt").input_ids.to(model.device), **settings)
         templates[name] = learn_template(teacher, curve)
-        methods = rivals(model, draft, templates[name], settings)
+        methods = line_up(model, contenders(templates[name]), settings, draft)
         tables[name] = compare(methods, ids, repeats=repeats, seed=lab.seed).table().to_dict("index")
     return {"prompts": len(ids), "max_new_tokens": max_new_tokens, "curve": dict(curve), "templates": templates, "tables": tables}
