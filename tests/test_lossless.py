@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from decodelab.core.contract import Call
-from decodelab.core.session import Session, Tree
+from decodelab.core.session import Session
+from decodelab.core.tree import Tree
 from decodelab.core.warp import draw, greedy, probabilities, process
 from decodelab.sampling.base import Autoregressive
 from decodelab.speculative import base
@@ -339,7 +340,7 @@ class Guesses(SpeculativeDecoder):
 
     def draft(self, call, roots):
         tree = Tree(self.parents)
-        order = [[tree.children[int(tree.parents[n])].index(n) for n in range(1, len(tree))]]
+        order = [[tree.children_of()[int(tree.parents[n])].index(n) for n in range(1, len(tree))]]
         tokens = (self.shift + torch.tensor(order) * 2 + tree.depth[1:] + 0 * roots[:, None]) % V
         return Draft(torch.cat([roots[:, None], tokens], 1), tree)
 
@@ -397,8 +398,8 @@ def test_joint_law_with_many_draws(drafter, rule, toy):
 def walk_with(choose_token, drafted_prefix=True):
     "A walk like `base.walk` whose choice at a node is `choose_token(p, depth, guesses)` for p [vocab]."
 
-    def walk(call, draft, logits):
-        tokens, children = draft.tokens.tolist(), draft.tree.children
+    def walk(call, draft, logits, rule):
+        tokens, children = draft.tokens.tolist(), draft.tree.children_of()
         paths, emitted = [], []
         start = call.prompt.shape[1]
         histories = torch.stack([call.sequences[row, : start + call.counts[row]] for row in call.rows]) if equal(call) else None
@@ -536,10 +537,10 @@ def test_an_end_accepted_in_mid_draft_is_rejected(toy, llama, case, monkeypatch)
 def test_a_drafter_that_is_believed_is_rejected(llama, case, monkeypatch):
     "The greedy tests, too, must be able to fail: a walk that follows the first child without looking."
 
-    def trusting(call, draft, logits):
+    def trusting(call, draft, logits, rule):
         paths, emitted = [], []
         for r in range(len(draft.tokens)):
-            path = [0, *draft.tree.children[0][:1]]
+            path = [0, *draft.tree.children_of()[0][:1]]
             paths.append(path)
             emitted.append([int(draft.tokens[r, path[-1]]), int(logits[r, path[-1]].argmax())])
         return paths, emitted

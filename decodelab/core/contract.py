@@ -75,10 +75,11 @@ class Call:
         generation_config: Any,  # prepared by `generate`
         streamer: Any = None,  # a transformers streamer (batch 1)
         trace: bool = False,  # whether to keep the story
+        compile: bool = False,  # whether forwards run as compiled code
         **model_kwargs: Any,  # attention_mask, past_key_values and further forward arguments
     ):
         self.started = time.perf_counter()
-        self.model, self.prompt, self.streamer = model, input_ids, streamer
+        self.model, self.prompt, self.streamer, self.compile = model, input_ids, streamer, compile
         self.mask = model_kwargs.pop("attention_mask", None)
         _check_inputs(model, input_ids, self.mask)
         _check_config(generation_config)
@@ -132,7 +133,9 @@ class Call:
         return bool(self.rows) and self.budget > 0
 
     def open(self, cls: type[ChainSession] = Session) -> Any:
-        "A session of class `cls` on the call's model, cache and prompts."
+        "A session of class `cls` on the call's model, cache and prompts; a compiled one when the call asks for it."
+        if self.compile:
+            return Session(self.model, self.mask, self.cache, self.stats, compiled=True, room=self.budget, **self.extra)
         return cls(self.model, self.mask, self.cache, self.stats, **self.extra)
 
     def history(
@@ -162,7 +165,8 @@ class Call:
         batch = len(self.sequences)
         if self.processors is None or rows == list(range(batch)):
             return process(logits, ids, self.processors)
-        everyone = self.sequences[:, : ids.shape[1]].clone()
+        beyond = max(0, ids.shape[1] - self.sequences.shape[1])  # a draft may reach beyond the budget
+        everyone = torch.nn.functional.pad(self.sequences[:, : ids.shape[1]], (0, beyond), value=self.pad)
         everyone[rows] = ids
         scores = logits.new_zeros(batch, logits.shape[-1], dtype=torch.float32)
         scores[rows] = logits.float()
@@ -290,6 +294,7 @@ class Decoder:
     "Base of all decoders: a dataclass of hyper-parameters that can be passed as `custom_generate`."
 
     trace: bool = field(default=False, kw_only=True)  # keep the story of the call in `out.trace`
+    compile: bool = field(default=False, kw_only=True)  # run the model's forwards as compiled code of fixed shapes (seconds of warm-up)
     method: ClassVar[Method]  # set by `register`
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -327,6 +332,7 @@ class Decoder:
                 generation_config,
                 streamer=streamer,
                 trace=self.trace,
+                compile=self.compile,
                 **model_kwargs,
             )
             self.check(call)

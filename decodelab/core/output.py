@@ -25,6 +25,9 @@ class DecodeStats:
     target_forwards: int = 0  # forwards of the target model, prefill included
     target_tokens: int = 0  # positions the target processed, prompt included, summed over rows
     draft_forwards: int = 0  # forwards of a draft model
+    drafted: int = 0  # guesses that were verified, summed over rows and forwards
+    compilations: int = 0  # shapes compiled during the call
+    compile_seconds: float = 0.0  # of `seconds`, first calls of new shapes
     emitted: list[list[int]] = field(default_factory=list)  # [row][forward]: tokens each emitting forward gave that row
     seconds: float = 0.0  # wall-clock time of the whole call
     forward_seconds: float = 0.0  # of these, inside target forwards (on a GPU: time to launch them)

@@ -17,63 +17,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .output import DecodeStats
+from .slots import CompiledForward, Slots, bucket, padded_size
+from .tree import Tree
 
 # %% auto #0
-__all__ = ['Tree', 'context_length', 'ChainSession', 'Session']
-
-# %% ../../nbs/core/session.ipynb #16340176
-class Tree:
-    "Shape of a token tree: `parents` [nodes] with parents before children; node 0 is the root and its own parent."
-
-    def __init__(
-        self,
-        parents: torch.Tensor | list[int],  # parent of each node, [nodes]; entry 0 is ignored
-    ):
-        parents = torch.as_tensor(parents, dtype=torch.long).clone()
-        parents[0] = 0
-        if parents.ndim != 1 or bool((parents[1:] >= torch.arange(1, len(parents), device=parents.device)).any()):
-            raise ValueError("parents must be one list in which every parent stands before its children")
-        self.parents = parents
-        self.mask = torch.eye(len(parents), dtype=torch.bool, device=parents.device)
-        node = parents
-        for _ in range(len(parents)):
-            seen = self.mask.gather(1, node[:, None])
-            if bool(seen.all()):
-                break
-            self.mask.scatter_(1, node[:, None], True)
-            node = parents[node]
-        self.depth = self.mask.sum(-1) - 1
-        self.children: list[list[int]] = [[] for _ in range(len(parents))]  # children of each node
-        for i, parent in enumerate(parents.tolist()[1:], start=1):
-            self.children[parent].append(i)
-        self._additive: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.parents)
-
-    def levels(self) -> list[torch.Tensor]:
-        "Node indices of depth 1, 2, ..."
-        return [torch.nonzero(self.depth == d).flatten() for d in range(1, int(self.depth.max()) + 1)]
-
-    def additive(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        "The mask as numbers to add to attention scores, [nodes, nodes]: 0 where a node may look, the lowest number elsewhere."
-        key = (dtype, device)
-        if key not in self._additive:
-            blocked = torch.zeros(len(self), len(self), dtype=dtype, device=device)
-            self._additive[key] = blocked.masked_fill_(~self.mask.to(device), torch.finfo(dtype).min)
-        return self._additive[key]
-
-    @classmethod
-    def siblings(cls, n: int) -> Tree:
-        "`n` alternatives for the next token, none of which sees another; there is no root."
-        tree = cls([0] * n)
-        tree.mask, tree.depth = torch.eye(n, dtype=torch.bool), torch.zeros(n, dtype=torch.long)
-        return tree
-
-    @classmethod
-    def chain(cls, n: int) -> Tree:
-        "A root followed by `n` nodes in a row."
-        return cls([0, *range(n)])
+__all__ = ['context_length', 'ChainSession', 'Session']
 
 # %% ../../nbs/core/session.ipynb #d6c46cf3
 @lru_cache(maxsize=64)
@@ -125,12 +73,11 @@ class _Fed:
         self.valid: torch.Tensor | None = None
         self.positions: torch.Tensor | int = 0  # next position id: an int while all rows agree, else [batch]
         self.limit, self.window = context_length(model), _window(model)
-        self.pending = 0  # nodes of the last tree that await `commit`
         self.output: Any = None  # the model's last output
 
     @property
     def slots(self) -> int:
-        "Columns of the cache, holes included."
+        "Columns of the cache."
         return self.cache.get_seq_length()
 
     def __enter__(self) -> Self:
@@ -144,18 +91,21 @@ class _Fed:
         self.cache, self.output, self.valid = DynamicCache(), None, None
 
     def _forward(self, tokens: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, keep: int, **more: Any) -> torch.Tensor:
-        arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": self.cache, "use_cache": True, **self.extra, **more}
+        arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, **self.extra, **more}
         if "position_ids" in self.accepts:
             arguments["position_ids"] = positions
         if "logits_to_keep" in self.accepts:
             arguments["logits_to_keep"] = keep
         started = time.perf_counter()
-        self.output = self.model(input_ids=tokens, return_dict=True, **arguments)
+        self.output = self._run(arguments)
         self.stats.forward_seconds += time.perf_counter() - started
         self.stats.target_forwards += 1
         self.stats.target_tokens += tokens.numel()
         logits = self.output.logits
         return logits[:, -keep:] if keep else logits
+
+    def _run(self, arguments: dict[str, Any]) -> Any:
+        return self.model(past_key_values=self.cache, use_cache=True, return_dict=True, **arguments)
 
     def _next_positions(self, batch: int, depth: torch.Tensor) -> torch.Tensor:
         if isinstance(self.positions, int):
@@ -230,88 +180,181 @@ class ChainSession(_Fed):
         if isinstance(self.positions, torch.Tensor):
             self.positions = self.positions[rows]
 
-# %% ../../nbs/core/session.ipynb #459c28ca
-def _gather_tail(cache: Any, past: int, kept: torch.Tensor) -> None:
-    # moves the kept nodes to the front of the last tree's slots, in place: the context before them is not touched
-    batch, n = kept.shape
-    for layer in cache.layers:
-        for states in (layer.keys, layer.values):
-            index = kept[:, None, :, None].expand(batch, states.shape[1], n, states.shape[3])
-            states[:, :, past : past + n] = states[:, :, past:].gather(2, index)
-
 # %% ../../nbs/core/session.ipynb #91cff5ea
 class Session(ChainSession):
     "The model, its KV cache and what each row has been fed; use as a context manager, or call `close`."
 
-    def feed_tree(
+    def __init__(
         self,
-        tokens: torch.Tensor,  # token of every node, [batch, nodes]
-        tree: Tree,  # the shape, shared by all rows
-        **more: Any,  # further forward arguments for this call
-    ) -> torch.Tensor:
-        "Feed a tree of guesses; logits of every node, [batch, nodes, vocab]. Call `commit` before anything else."
-        batch, nodes = tokens.shape
-        if "position_ids" not in self.accepts:
-            raise ValueError(
-                f"{type(self.model).__name__} takes no position_ids, so a token tree cannot be verified in one forward: use a chain drafter"
-            )
-        past, dtype = self.slots, self.model.dtype
-        if self.window is not None and past + nodes > self.window:
-            raise ValueError(
-                f"the text and its draft ({past + nodes} positions) exceed the sliding window of {self.window}: use a shorter text or a chain drafter"
-            )
-        mask = self._tree_mask(batch, past, tree.additive(dtype, tokens.device))
-        depth = tree.depth.to(tokens.device)
-        positions = self._next_positions(batch, depth)
-        if self.limit is not None:
-            positions = positions.clamp_max(self.limit - 1)  # nodes beyond the context can never be accepted
-        logits = self._forward(tokens, mask, positions, 0, **more)
-        self.pending = nodes
+        model: Any,  # causal language model
+        attention_mask: torch.Tensor | None = None,  # [batch, prompt], 0 on padding (left); None when no row is padded
+        cache: Any = None,  # a DynamicCache that may already hold a part of the prompt; it is copied
+        stats: DecodeStats | None = None,  # the bill to write to
+        *,
+        compiled: bool = False,  # run trees and chains (not the prefill) as compiled code
+        room: int = 0,  # tokens to come, if known: the cache then keeps its shape
+        **forward_kwargs: Any,  # further arguments of the model's forward
+    ):
+        super().__init__(model, attention_mask, cache, stats, **forward_kwargs)
+        self.compiled, self.room = compiled, room
+        self._kept: list[list[int]] = []  # of each row, the slots of its tokens, in order
+        self._free: list[list[int]] = []  # of each row, slots to write to, the next one last
+        self._waiting: list[list[int]] = []  # of each row, the slots of nodes that await `commit`
+
+    @property
+    def slots(self) -> int:
+        "Columns of the cache that a forward looks at."
+        return self.cache.place.width if isinstance(self.cache, Slots) else super().slots
+
+    @property
+    def pending(self) -> int:
+        "Nodes that await `commit`."
+        return len(self._waiting[0]) if self._waiting else 0
+
+    def prefill(self, ids: torch.Tensor, keep: int = 1, **more: Any) -> torch.Tensor:
+        logits = super().prefill(ids, keep, **more)
+        self._move_in(ids)
         return logits
 
-    def _tree_mask(self, batch: int, past: int, tree_mask: torch.Tensor) -> torch.Tensor:
-        "Additive float mask of a tree behind `past` cached slots, [batch or 1, 1, nodes, past + nodes]."
-        nodes = len(tree_mask)
-        if self.valid is None:
-            return torch.cat([tree_mask.new_zeros(nodes, past), tree_mask], 1)[None, None]
-        prefix = torch.zeros(batch, 1, past, dtype=tree_mask.dtype, device=tree_mask.device)
-        prefix.masked_fill_(~self.valid[:, None], torch.finfo(tree_mask.dtype).min)
-        return torch.cat([prefix.expand(-1, nodes, -1), tree_mask.expand(batch, -1, -1)], -1)[:, None]
+    def _move_in(self, tokens: torch.Tensor) -> None:
+        # from the cache that the prefill has filled, if any, to slots 0, 1, ...
+        rows, length = len(tokens), self.cache.get_seq_length()
+        if "position_ids" not in self.accepts:
+            raise ValueError(
+                f"{type(self.model).__name__} takes no position_ids, so a token tree cannot be verified in one forward: use a token-by-token decoder"
+            )
+        old = self.cache
+        capacity = bucket(length + (self.room + 2 * padded_size(64) if self.compiled else 64))
+        self.cache = Slots(self.model.config.get_text_config().num_hidden_layers, capacity)
+        self.cache.copy_from(old)
+        self.cache.place.width = capacity if self.compiled else length
+        real = torch.ones(rows, length, dtype=torch.bool, device=tokens.device) if self.valid is None else self.valid
+        self.bias = tokens.new_full((rows, capacity), torch.finfo(self.model.dtype).min, dtype=self.model.dtype)
+        self.bias[:, :length].masked_fill_(real, 0)
+        self._kept = [[i for i, r in enumerate(row) if r] for row in real.tolist()]
+        self._free = [list(range(capacity - 1, length - 1, -1)) for _ in range(rows)]
+        self._waiting = [[] for _ in range(rows)]
+
+    def _take(self, n: int) -> torch.Tensor:
+        "`n` free slots of every row, [n] for a single row, else [rows, n]."
+        lack = n - min(map(len, self._free))
+        if lack > 0:
+            old = self.cache.place.capacity
+            self.cache.grow(bucket(old + lack))
+            more = self.cache.place.capacity - old
+            self.bias = torch.nn.functional.pad(self.bias, (0, more), value=torch.finfo(self.bias.dtype).min)
+            self._free = [[*range(old + more - 1, old - 1, -1), *free] for free in self._free]
+        taken = [free[: -n - 1 : -1] for free in self._free]
+        for free in self._free:
+            del free[-n:]
+        highest = self.cache.place.capacity if self.compiled else 1 + max(map(max, taken))
+        self.cache.place.width = max(self.cache.place.width, highest)
+        self._taken = taken
+        return torch.tensor(taken[0] if len(taken) == 1 else taken, device=self.bias.device)
+
+    def feed_tree(
+        self,
+        tokens: torch.Tensor,  # tokens of the last nodes of the tree, [batch, n]
+        tree: Tree,  # the shape so far; its first nodes, if it has more than `n`, await their commit
+        **more: Any,  # further forward arguments for this call
+    ) -> torch.Tensor:
+        "Feed a tree of guesses; logits of the new nodes, [batch, n, vocab]. `commit` decides which stay."
+        rows, n = tokens.shape
+        if not isinstance(self.cache, Slots):
+            self._move_in(tokens)
+        if len(tree) - n != self.pending:
+            raise ValueError(f"{n} nodes were given for a tree of {len(tree)}, of which {self.pending} have been fed")
+        self._check_window(len(tree))
+        size = padded_size(n) if self.compiled else n
+        self.cache.place.slots = self._take(size)
+        for waiting, taken, free in zip(self._waiting, self._taken, self._free):
+            waiting += taken[:n]
+            free += taken[n:][::-1]
+        positions = self._next_positions(rows, tree.depth[..., -n:].to(tokens.device))
+        if self.limit is not None:
+            positions = positions.clamp_max(self.limit - 1)  # nodes beyond the context can never be accepted
+        fed = self.stats.target_tokens + n * rows
+        if size > n:
+            tokens, positions = (torch.nn.functional.pad(t, (0, size - n)) for t in (tokens, positions))
+        logits = self._forward(tokens, self._tree_mask(tree, n, size), positions, 0, **more)
+        self.stats.target_tokens = fed
+        return logits[:, :n]
+
+    def _check_window(self, nodes: int) -> None:
+        if self.window is not None and (past := max(map(len, self._kept))) + nodes > self.window:
+            raise ValueError(
+                f"the text and its draft ({past + nodes} positions) exceed the sliding window of {self.window}: use a shorter text or a token-by-token decoder"
+            )
+
+    def _tree_mask(self, tree: Tree, n: int, size: int) -> torch.Tensor:
+        "Additive float mask of the new nodes: the kept slots, and in the tree's own slots its mask; [batch, 1, size, slots]."
+        rows, width, nodes = len(self._waiting), self.cache.place.width, len(tree)
+        mask = self.bias[:, None, :width].expand(-1, size, -1).clone()
+        own = tree.additive(self.bias.dtype, self.bias.device)[..., -n:, :]
+        if rows == 1:
+            mask[0, :n].index_copy_(1, torch.tensor(self._waiting[0], device=mask.device), own if tree.shared else own[0])
+        else:
+            places = torch.tensor(self._waiting, device=mask.device)[:, None].expand(-1, n, -1)
+            mask[:, :n].scatter_(2, places, own.expand(rows, n, nodes))
+        return mask[:, None]
+
+    def _run(self, arguments: dict[str, Any]) -> Any:
+        if not self.compiled or not isinstance(self.cache, Slots):
+            return super()._run(arguments)
+        forward = CompiledForward.of(self.model)
+        before = len(forward.shapes)
+        out = forward(self.model, self.cache, arguments)
+        if len(forward.shapes) > before:
+            self.stats.compilations += 1
+            self.stats.compile_seconds += next(reversed(forward.shapes.values()))
+        return out
 
     def commit(
         self,
-        paths: list[
-            list[int]
-        ],  # for each row, the nodes to keep in order from the root (which stands first); empty for a row that keeps nothing
+        paths: list[list[int]],  # of each row, the nodes to keep in order from the root on; empty for a row that keeps nothing
     ) -> None:
-        "Keep one path of the last tree for every row and forget its other nodes."
-        nodes, self.pending = self.pending, 0
-        longest = max(map(len, paths))
-        past = self.slots - nodes
-        if len(paths) == 1 and self.valid is None:
-            if paths[0] != list(range(longest)):
-                _gather_tail(self.cache, past, torch.tensor(paths[0], device=self.model.device)[None])
-            self.cache.crop(longest - nodes)
-            self.positions = self.positions + longest
-            return
-        kept = torch.tensor([p + [0] * (longest - len(p)) for p in paths], device=self.model.device)
-        counts = torch.tensor([len(p) for p in paths], device=self.model.device)
-        _gather_tail(self.cache, past, kept)
-        self.cache.crop(longest - nodes)
-        if self.valid is None:
-            self.valid = torch.ones(len(paths), past, dtype=torch.bool, device=self.model.device)
-        self.valid = torch.cat([self.valid, torch.arange(longest, device=counts.device) < counts[:, None]], 1)
-        self.positions = self.positions + counts
-        self._squeeze()
+        "Keep one path of the waiting tree for every row and forget its other nodes."
+        opened: list[int] = []
+        for row, path in enumerate(paths):
+            waiting, first = self._waiting[row], row * self.cache.place.capacity
+            kept = [waiting[node] for node in path]
+            self._kept[row] += kept
+            opened += [first + slot for slot in kept]
+            stays = set(kept)
+            self._free[row] += [slot for slot in reversed(waiting) if slot not in stays]
+            self._waiting[row] = []
+        self.bias.view(-1).index_fill_(0, torch.tensor(opened, device=self.bias.device, dtype=torch.long), 0.0)
+        counts = [len(path) for path in paths]
+        if isinstance(self.positions, int) and len(set(counts)) == 1:
+            self.positions += counts[0]
+        else:
+            self.positions = self.positions + torch.tensor(counts, device=self.bias.device)
 
-    def _squeeze(self) -> None:
-        # squeeze holes out when they take more than half of the slots
-        assert self.valid is not None
-        longest = int(self.valid.sum(-1).max())
-        if self.slots <= 2 * longest + 64:
-            return
-        order = (~self.valid).to(torch.int8).argsort(dim=1, stable=True)[:, :longest]
-        for layer in self.cache.layers:
-            index = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
-            layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
-        self.valid = self.valid.gather(1, order)
+    def feed(self, tokens: torch.Tensor, **more: Any) -> torch.Tensor:
+        n = tokens.shape[1]
+        logits = self.feed_tree(tokens, Tree.chain(n - 1), **more)
+        self.commit([list(range(n))] * len(tokens))
+        return logits
+
+    def rollback(self, n: int) -> None:
+        if not 0 <= n <= min(map(len, self._kept)):
+            raise ValueError(f"cannot roll back {n} of {min(map(len, self._kept))} tokens")
+        lost: list[int] = []
+        for row, (kept, free) in enumerate(zip(self._kept, self._free)):
+            gone = kept[len(kept) - n :]
+            del kept[len(kept) - n :]
+            free += gone[::-1]
+            lost += [row * self.cache.place.capacity + slot for slot in gone]
+        self.bias.view(-1).index_fill_(0, torch.tensor(lost, device=self.bias.device, dtype=torch.long), torch.finfo(self.bias.dtype).min)
+        self.positions = self.positions - n
+
+    def select(self, rows: torch.Tensor) -> None:
+        if not isinstance(self.cache, Slots):
+            return super().select(rows)
+        chosen = rows.tolist()
+        self.cache.select(rows)
+        self.bias = self.bias[rows]
+        self._kept, self._free, self._waiting = ([part[r] for r in chosen] for part in (self._kept, self._free, self._waiting))
+        if isinstance(self.positions, torch.Tensor):
+            self.positions = self.positions[rows]
+        return None

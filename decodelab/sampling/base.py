@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ..core.contract import Call, Decoder, register
-from ..core.session import ChainSession, Session, Tree
+from ..core.session import ChainSession, Session
+from ..core.tree import Tree
 from ..core.warp import draw, greedy, probabilities
 
 # %% auto #0

@@ -7,14 +7,17 @@ Docs: https://decodelab.github.io/decodelab/speculative/base.html.md"""
 # %% ../../nbs/speculative/base.ipynb #4251e3fd
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..core.contract import Call, Decoder
-from ..core.session import Session, Tree
-from ..core.warp import draw, greedy, probabilities
+from ..core.session import Session
+from ..core.tree import Tree
+from ..core.warp import greedy, probabilities
+from .acceptance import Rule, SampleAndMatch, TypicalAcceptance
 
 # %% auto #0
 __all__ = ['Draft', 'walk', 'SpeculativeDecoder', 'draw_draft']
@@ -22,74 +25,156 @@ __all__ = ['Draft', 'walk', 'SpeculativeDecoder', 'draw_draft']
 # %% ../../nbs/speculative/base.ipynb #9eeea0d0
 @dataclass
 class Draft:
-    "Guesses for every row: tokens [rows, nodes] on one tree; node 0 is the root."
+    "Guesses for every row: tokens [rows, nodes] on a tree; node 0 is the root."
 
     tokens: torch.Tensor  # token of each node, [rows, nodes]
-    tree: Tree  # the shape
+    tree: Tree  # the shape, shared by the rows or one for each
+    laws: torch.Tensor | None = None  # law from which the children of each node were drawn, [rows, nodes, vocab]; None: they were not drawn
+    offers: list[list[list[int]]] | None = (
+        None  # [row][node]: its children in the order they are tested, repeats allowed; those of the tree when None
+    )
+
+    def guesses(
+        self,
+        row: int,  # row of the batch
+    ) -> list[list[int]]:
+        "Children of every node of a row, in the order in which they are tested."
+        return self.offers[row] if self.offers is not None else self.tree.children_of(row)
+
+    @property
+    def size(self) -> int:
+        "Guesses of all rows together; nodes that only fill up a row do not count."
+        rows, nodes = self.tokens.shape
+        fillers = int((self.tree.parents[..., 1:] < 0).sum())
+        return rows * (nodes - 1 - fillers) if self.tree.shared else rows * (nodes - 1) - fillers
 
 # %% ../../nbs/speculative/base.ipynb #e6aa525b
-def _choose(call: Call, logits: torch.Tensor, rows: list[int], histories: list[torch.Tensor]) -> list[int]:
-    # the target's own choice for some rows, each with its history; rows of equal length go through the processors together
-    chosen = [0] * len(rows)
+def _scores(call: Call, logits: torch.Tensor, rows: list[int], histories: list[torch.Tensor]) -> torch.Tensor:
+    # processed scores of some rows [n, vocab], each with its history; rows of equal length go through the processors together
+    if call.processors is None:
+        return logits.float()
+    scores = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     lengths = [len(history) for history in histories]
     for length in sorted(set(lengths)):
         group = [i for i, n in enumerate(lengths) if n == length]
-        scores = call.processed(logits[group], torch.stack([histories[i] for i in group]), [rows[i] for i in group])
-        if call.do_sample:
-            p = probabilities(scores)
-            call.watch(p.amax(-1))
-            tokens = draw(p)
-        else:
-            tokens, best = greedy(scores)
-            call.watch(best)
-        for i, token in zip(group, tokens.tolist()):
-            chosen[i] = token
-    return chosen
+        scores[group] = call.processed(logits[group], torch.stack([histories[i] for i in group]), [rows[i] for i in group])
+    return scores
+
+
+class _Walk:
+    "The state of a walk: for every row the node it stands at, the path so far and what has been emitted."
+
+    def __init__(self, call: Call, draft: Draft, logits: torch.Tensor):
+        rows = range(len(draft.tokens))
+        self.call, self.draft, self.logits, self.tokens = call, draft, logits, draft.tokens.tolist()
+        self.children = [draft.guesses(row) for row in rows]
+        self.room = [call.remaining(row) for row in call.rows]
+        self.paths: list[list[int]] = [[0] for _ in rows]
+        self.emitted: list[list[int]] = [[] for _ in rows]
+        self.live = list(rows)
+
+    def step(self, tokens: list[int], nodes: list[int | None]) -> None:
+        "Every live row emits a token, and goes to a node or ends."
+        still = []
+        for r, token, node in zip(self.live, tokens, nodes):
+            self.emitted[r].append(token)
+            if node is not None and len(self.emitted[r]) < self.room[r]:
+                self.paths[r].append(node)
+                still.append(r)
+        self.live = still
+
+    def find(self, row: int, token: int) -> int | None:
+        "The first child of the row's node that carries `token`."
+        return next((c for c in self.children[row][self.paths[row][-1]] if self.tokens[row][c] == token), None)
+
+    def scores(self) -> torch.Tensor:
+        "Processed scores of the live rows where they stand, [live, vocab]."
+        return self.scores_at(self.live, [self.paths[r][-1] for r in self.live], [self.emitted[r] for r in self.live])
+
+    def scores_at(self, live: list[int], nodes: list[int], emitted: list[list[int]]) -> torch.Tensor:
+        "Processed scores at some nodes of some rows, each behind the tokens `emitted` on the way to it, [n, vocab]."
+        rows, histories = [self.call.rows[r] for r in live], []
+        if self.call.processors is not None:
+            start = self.call.prompt.shape[1]
+            for row, new in zip(rows, emitted):
+                sofar = self.call.sequences[row, : start + self.call.counts[row]]
+                histories.append(torch.cat([sofar, sofar.new_tensor(new)]))
+        return _scores(self.call, self.logits[live, nodes], rows, histories)
+
+    def offered(self) -> tuple[list[list[int]], torch.Tensor]:
+        "Children of every live row where it stands, and their tokens [live, K], filled up with -1."
+        below = [self.children[r][self.paths[r][-1]] for r in self.live]
+        widest = max(map(len, below))
+        tokens = [[self.tokens[r][c] for c in children] + [-1] * (widest - len(children)) for r, children in zip(self.live, below)]
+        return below, torch.tensor(tokens, dtype=torch.long, device=self.logits.device).view(len(below), widest)
 
 
 def walk(
     call: Call,  # the call's books
     draft: Draft,  # what was guessed
     logits: torch.Tensor,  # the target's answer at every node, [rows, nodes, vocab]
+    rule: Rule | None = None,  # who decides when sampling; `SampleAndMatch` when None
 ) -> tuple[list[list[int]], list[list[int]]]:
     "For every row the accepted path (nodes from the root on) and the emitted tokens (accepted ones and the target's own last one)."
-    children, tokens = draft.tree.children, draft.tokens.tolist()
-    room = [call.remaining(row) for row in call.rows]
-    if not call.do_sample and call.processors is None:
-        # one wait for the device a forward: the choices of all nodes at once
-        choices, best = greedy(logits)
-        call.watch(best)
+    state = _Walk(call, draft, logits)
+    if not call.do_sample:
+        _walk_greedily(state)
+    elif isinstance(rule, TypicalAcceptance):
+        _walk_typically(state, rule)
+    else:
+        _walk_sampling(state, rule or SampleAndMatch())
+    return state.paths, state.emitted
+
+
+def _walk_greedily(state: _Walk) -> None:
+    everything = state.call.processors is None
+    if everything:  # one wait for the device a forward: the choices of all nodes at once
+        choices, best = greedy(state.logits)
+        state.call.watch(best)
         table = choices.tolist()
-        return _follow(children, tokens, room, lambda live, nodes: [table[r][nodes[r]] for r in live])
-    start = call.prompt.shape[1]
-    histories = [call.sequences[row, : start + call.counts[row]] for row in call.rows]
-
-    def choose(live: list[int], nodes: list[int]) -> list[int]:
-        here = torch.stack([logits[r, nodes[r]] for r in live])
-        chosen = _choose(call, here, [call.rows[r] for r in live], [histories[r] for r in live])
-        for r, token in zip(live, chosen):
-            histories[r] = torch.cat([histories[r], histories[r].new_tensor([token])])
-        return chosen
-
-    return _follow(children, tokens, room, choose)
+    while state.live:
+        if everything:
+            tokens = [table[r][state.paths[r][-1]] for r in state.live]
+        else:
+            chosen, best = greedy(state.scores())
+            state.call.watch(best)
+            tokens = chosen.tolist()
+        state.step(tokens, [state.find(r, token) for r, token in zip(state.live, tokens)])
 
 
-def _follow(children: list[list[int]], tokens: list[list[int]], room: list[int], choose: Any) -> tuple[list[list[int]], list[list[int]]]:
-    nodes = [0] * len(tokens)
-    paths: list[list[int]] = [[0] for _ in tokens]
-    emitted: list[list[int]] = [[] for _ in tokens]
-    live = list(range(len(tokens)))
-    while live:
-        still = []
-        for r, token in zip(live, choose(live, nodes)):
-            emitted[r].append(token)
-            hit = next((c for c in children[nodes[r]] if tokens[r][c] == token), None)
-            if hit is not None and len(emitted[r]) < room[r]:
-                nodes[r] = hit
-                paths[r].append(hit)
-                still.append(r)
-        live = still
-    return paths, emitted
+def _walk_sampling(state: _Walk, rule: Rule) -> None:
+    while state.live:
+        p = probabilities(state.scores())
+        state.call.watch(p.amax(-1))
+        below, guesses = state.offered()
+        laws = state.draft.laws
+        q = None if laws is None else laws[state.live, [state.paths[r][-1] for r in state.live]]
+        tokens, which = rule(p, guesses, q)
+        state.step(tokens.tolist(), [children[i] if i >= 0 else None for children, i in zip(below, which.tolist())])
+
+
+def _walk_typically(state: _Walk, rule: TypicalAcceptance) -> None:
+    # all paths of typical guesses at once; of the longest the most probable one is taken
+    frontier = [(r, [0], list[int](), 0.0) for r in state.live]
+    found = {r: (0.0, [0], list[int]()) for r in state.live}
+    while frontier:
+        p = probabilities(state.scores_at([f[0] for f in frontier], [f[1][-1] for f in frontier], [f[2] for f in frontier]))
+        state.call.watch(p.amax(-1))
+        limits, own, longer = rule.threshold(p)[:, 0].tolist(), rule.own(p).tolist(), []
+        best: dict[int, float] = {}
+        for i, (r, path, emitted, value) in enumerate(frontier):
+            if value > best.get(r, -math.inf):
+                best[r] = value
+                found[r] = (value, path, [*emitted, own[i]])
+            if len(emitted) + 1 < state.room[r]:
+                for child in state.children[r][path[-1]]:
+                    token = state.tokens[r][child]
+                    if (chance := float(p[i, token])) > limits[i]:
+                        longer.append((r, [*path, child], [*emitted, token], value + math.log(chance)))
+        frontier = longer
+    for r, (_, path, tokens) in found.items():
+        state.paths[r], state.emitted[r] = path, tokens
+    state.live = []
 
 # %% ../../nbs/speculative/base.ipynb #7efe8f97
 @dataclass
@@ -105,6 +190,13 @@ class SpeculativeDecoder(Decoder):
        e. `observe`: let the drafter learn from the target's answer
        f. drop finished rows; the last emitted tokens are the next roots
     """
+
+    lossy: TypicalAcceptance | None = field(default=None, kw_only=True)  # NOT lossless: a rule in place of the exact one, when sampling
+
+    @property
+    def rule(self) -> Rule:
+        "Who decides, when sampling, which guesses stay; exact for the way in which `draft` makes its guesses."
+        return SampleAndMatch()
 
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
         "Called once after the prefill; `prompt_logits` [rows, length - 1, vocab] when `reads_prompt`, else None."
@@ -125,21 +217,38 @@ class SpeculativeDecoder(Decoder):
     def observe(self, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
         "Called after each verification with the target's logits [rows, nodes, vocab] and the accepted paths."
 
+    def select(
+        self,
+        rows: torch.Tensor,  # indices of the rows that go on, [n]
+    ) -> None:
+        "Called when rows have finished."
+
+    def finish(self) -> None:
+        "Called at the end, also after an error: let go of what belongs to the call."
+
     def decode(self, call: Call) -> None:
-        with call.open(Session) as session:
-            self.start(call, self._prefill(call, session))  # 1.
-            roots = call.prompt[:, -1]
-            while call.running:  # 2.
-                draft = self.draft(call, roots)  # a.
-                logits = session.feed_tree(draft.tokens, draft.tree)  # b.
-                paths, emitted = walk(call, draft, logits)  # c.
-                session.commit(paths)  # d.
-                rows = call.commit(emitted, *self._story(call, draft, paths))
-                self.observe(draft, logits, paths)  # e.
-                roots = torch.tensor([tokens[-1] for tokens in emitted], device=call.prompt.device)  # f.
-                if rows is not None and len(rows):
-                    session.select(rows)
-                    roots = roots[rows]
+        try:
+            with call.open(Session) as session:
+                self._loop(call, session)
+        finally:
+            self.finish()
+
+    def _loop(self, call: Call, session: Session) -> None:
+        self.start(call, self._prefill(call, session))  # 1.
+        roots = call.prompt[:, -1]
+        while call.running:  # 2.
+            draft = self.draft(call, roots)  # a.
+            logits = session.feed_tree(draft.tokens, draft.tree)  # b.
+            paths, emitted = walk(call, draft, logits, self.lossy or self.rule)  # c.
+            session.commit(paths)  # d.
+            rows = call.commit(emitted, *self._story(call, draft, paths))
+            self.observe(draft, logits, paths)  # e.
+            call.stats.drafted += draft.size
+            roots = torch.tensor([tokens[-1] for tokens in emitted], device=call.prompt.device)  # f.
+            if rows is not None and len(rows):
+                session.select(rows)
+                self.select(rows)
+                roots = roots[rows]
 
     def _prefill(self, call: Call, session: Session) -> torch.Tensor | None:
         if session.slots == call.prompt.shape[1] - 1:  # a single token, or a passed cache that holds all but the last
@@ -152,8 +261,8 @@ class SpeculativeDecoder(Decoder):
         if call.trace is None:
             return None, None
         roles = [["accepted"] * (len(path) - 1) + ["bonus"] for path in paths]
-        parents = draft.tree.parents.tolist()
-        info = [{"tokens": t, "parents": parents, "path": p} for t, p in zip(draft.tokens.tolist(), paths)]
+        parents = torch.atleast_2d(draft.tree.parents).expand(len(paths), -1).tolist()
+        info = [{"tokens": t, "parents": p, "path": path} for t, p, path in zip(draft.tokens.tolist(), parents, paths)]
         return roles, info
 
 # %% ../../nbs/speculative/base.ipynb #03a7450f
