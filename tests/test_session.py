@@ -243,7 +243,7 @@ def test_the_cache_grows_when_it_is_full(model):
         session.feed_tree(torch.tensor([[2 + i, 90, 3 + i]]), Tree([0, 0, 0]))
         session.commit([[0, 2]])
         text += [2 + i, 3 + i]
-    assert session.cache.place.capacity == 2 * first
+    assert session.cache.place.capacity > first
     assert_close(session.feed(torch.tensor([[9]]))[0, -1], alone(model, [*text, 9]))
 
 

@@ -134,8 +134,8 @@ class Call:
 
     def open(self, cls: type[ChainSession] = Session) -> Any:
         "A session of class `cls` on the call's model, cache and prompts; a compiled one when the call asks for it."
-        if self.compile:
-            return Session(self.model, self.mask, self.cache, self.stats, compiled=True, room=self.budget, **self.extra)
+        if self.compile or issubclass(cls, Session):
+            return Session(self.model, self.mask, self.cache, self.stats, compiled=self.compile, room=self.budget, **self.extra)
         return cls(self.model, self.mask, self.cache, self.stats, **self.extra)
 
     def history(
@@ -234,7 +234,8 @@ class Call:
                 self.sequences[row, start : start + len(room)] = torch.tensor(room, device=self.sequences.device)
             kept, done = self._cut(row, tokens)
             written = tokens[:kept]
-            self.sequences[row, start : start + len(tokens)] = self.pad
+            if self.criteria:
+                self.sequences[row, start + kept : start + len(tokens)] = self.pad
             self.sequences[row, start : start + kept] = torch.tensor(written, device=self.sequences.device)
             self.counts[row] += kept
             self.stats.emitted[row].append(kept)

@@ -31,6 +31,7 @@ class DecodeStats:
     emitted: list[list[int]] = field(default_factory=list)  # [row][forward]: tokens each emitting forward gave that row
     seconds: float = 0.0  # wall-clock time of the whole call
     forward_seconds: float = 0.0  # of these, inside target forwards (on a GPU: time to launch them)
+    draft_seconds: float = 0.0  # of these, inside forwards of a draft model
 
     @property
     def new_tokens(self) -> int:
@@ -50,8 +51,8 @@ class DecodeStats:
 
     @property
     def loop_overhead(self) -> float:
-        "Time of the call over time of its target forwards (1.0 would be a loop that costs nothing)."
-        return self.seconds / self.forward_seconds if self.forward_seconds else float("nan")
+        "Time of the call over time of its forwards, a draft model's included (1.0 would be a loop that costs nothing)."
+        return self.seconds / (self.forward_seconds + self.draft_seconds) if self.forward_seconds else float("nan")
 
     def __repr__(self) -> str:
         speed = self.new_tokens / self.seconds if self.seconds else 0.0

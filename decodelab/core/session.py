@@ -192,7 +192,7 @@ class Session(ChainSession):
         stats: DecodeStats | None = None,  # the bill to write to
         *,
         compiled: bool = False,  # run trees and chains (not the prefill) as compiled code
-        room: int = 0,  # tokens to come, if known: the cache then keeps its shape
+        room: int = 0,  # tokens to come, if known: the cache then seldom grows
         **forward_kwargs: Any,  # further arguments of the model's forward
     ):
         super().__init__(model, attention_mask, cache, stats, **forward_kwargs)
@@ -224,7 +224,7 @@ class Session(ChainSession):
                 f"{type(self.model).__name__} takes no position_ids, so a token tree cannot be verified in one forward: use a token-by-token decoder"
             )
         old = self.cache
-        capacity = bucket(length + (self.room + 2 * padded_size(64) if self.compiled else 64))
+        capacity = bucket(length + (self.room if self.compiled else min(self.room, 512)) + 64)
         self.cache = Slots(self.model.config.get_text_config().num_hidden_layers, capacity)
         self.cache.copy_from(old)
         self.cache.place.width = capacity if self.compiled else length
@@ -276,6 +276,8 @@ class Session(ChainSession):
         fed = self.stats.target_tokens + n * rows
         if size > n:
             tokens, positions = (torch.nn.functional.pad(t, (0, size - n)) for t in (tokens, positions))
+        if self.compiled:  # code is made for strides, too
+            tokens, positions = (t.clone(memory_format=torch.contiguous_format) for t in (tokens, positions))
         logits = self._forward(tokens, self._tree_mask(tree, n, size), positions, 0, **more)
         self.stats.target_tokens = fed
         return logits[:, :n]

@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 # %% auto #0
-__all__ = ['BUCKET', 'SIZES', 'Layer', 'Place', 'bucket', 'Slots', 'padded_size', 'CompiledForward']
+__all__ = ['SIZES', 'Layer', 'Place', 'bucket', 'Slots', 'padded_size', 'CompiledForward']
 
 # %% ../../nbs/core/slots.ipynb #5a312252
 class Layer(CacheLayerMixin):
@@ -62,17 +62,14 @@ class Place:
         self.capacity, self.width, self.slots = capacity, width, slots
 
 # %% ../../nbs/core/slots.ipynb #e7161853
-BUCKET = 128  # capacities are this times a power of two
-
-
 def bucket(
     n: int,  # slots needed
 ) -> int:
-    "The smallest capacity that holds `n` slots."
-    size = BUCKET
+    "The smallest capacity among 128, 192, 256, 384, 512, 768, ... that holds `n` slots."
+    size = 128
     while size < n:
         size *= 2
-    return size
+    return size * 3 // 4 if size > 128 and size * 3 // 4 >= n else size
 
 
 class Slots(Cache):
@@ -143,6 +140,8 @@ class CompiledForward:
     _known: WeakKeyDictionary[Any, CompiledForward] = WeakKeyDictionary()
 
     def __init__(self, model: Any):
+        # every shape of every model is one compilation of the same function
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 512)
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
         self.run = torch.compile(_step, fullgraph=True, dynamic=False, mode=mode)
         self.shapes: dict[tuple[Any, ...], float] = {}
@@ -160,7 +159,6 @@ class CompiledForward:
         if key in self.shapes:
             return self.run(model, cache, arguments)
         started = time.perf_counter()
-        with torch._dynamo.config.patch(recompile_limit=512, accumulated_recompile_limit=4096):
-            out = self.run(model, cache, arguments)
+        out = self.run(model, cache, arguments)
         self.shapes[key] = time.perf_counter() - started
         return out

@@ -51,6 +51,7 @@ class Tree:
         self.parents = parents.clamp_min(-1)
         self.mask = _reach(torch.where(self.parents < 0, numbers, self.parents))
         self.depth = self.mask.sum(-1) - 1
+        self.fillers = int((self.parents[..., 1:] < 0).sum())  # nodes that have no parent, roots not counted
         self._children: list[list[list[int]]] = []
         self._additive: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 

@@ -45,8 +45,7 @@ class Draft:
     def size(self) -> int:
         "Guesses of all rows together; nodes that only fill up a row do not count."
         rows, nodes = self.tokens.shape
-        fillers = int((self.tree.parents[..., 1:] < 0).sum())
-        return rows * (nodes - 1 - fillers) if self.tree.shared else rows * (nodes - 1) - fillers
+        return rows * (nodes - 1) - self.tree.fillers * (rows if self.tree.shared else 1)
 
 # %% ../../nbs/speculative/base.ipynb #e6aa525b
 def _scores(call: Call, logits: torch.Tensor, rows: list[int], histories: list[torch.Tensor]) -> torch.Tensor:

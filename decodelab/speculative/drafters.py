@@ -65,6 +65,7 @@ class DraftModelSession:
         for module in self._training:
             module.training = False
         self.session = Session(drafter, call.mask, stats=DecodeStats(), compiled=call.compile, room=call.budget + 64)
+        self.before = call.stats.draft_forwards, call.stats.draft_seconds
         rows = len(call.prompt)
         self.behind = torch.full((rows,), -1, dtype=torch.long, device=call.prompt.device)  # an accepted token that was not read yet
         self.tokens = self.parents = self.behind[:, None]  # the tree so far, [rows, nodes]; parents [nodes] while all rows agree
@@ -74,9 +75,9 @@ class DraftModelSession:
             self.session.resume(call.prompt[:, :0])
 
     def _paid(self, forward: Any) -> torch.Tensor:
-        before = self.session.stats.target_forwards
+        bill, stats = self.session.stats, self.call.stats
         logits = forward()
-        self.call.stats.draft_forwards += self.session.stats.target_forwards - before
+        stats.draft_forwards, stats.draft_seconds = self.before[0] + bill.target_forwards, self.before[1] + bill.forward_seconds
         return logits
 
     @property

@@ -16,12 +16,12 @@ import torch
 from ..core.bench import compare
 from ..core.cost import forward_curve
 from ..core.contract import Call, decoders, register
-from ..core.session import Tree
+from ..core.tree import Tree
 from .base import Draft, SpeculativeDecoder
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'rank_paths', 'template_tree', 'read_table', 'write_table', 'TokenRecycling', 'learn_template',
-           'target_texts', 'rivals', 'experiment']
+__all__ = ['TEMPLATES', 'rank_paths', 'template_tree', 'template_levels', 'read_table', 'write_table', 'TokenRecycling',
+           'learn_template', 'target_texts', 'rivals', 'experiment']
 
 # %% ../../nbs/speculative/token_recycling.ipynb #ccd6beb9
 TEMPLATES: dict[str, str] = {
@@ -60,18 +60,28 @@ def template_tree(
     return Tree([0, *(index[p[:-1]] for p in paths)])
 
 # %% ../../nbs/speculative/token_recycling.ipynb #3bd6b590
+def template_levels(
+    paths: Sequence[str],  # rank paths sorted by depth
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    "Of the nodes of each level: the places of their parents in the level above, and their ranks."
+    tree, ranks, first = template_tree(paths), torch.tensor([0, *(int(p[-1]) for p in paths)]), 0
+    levels = []
+    for nodes in tree.levels():  # a level stands in one piece, its parents in the piece before
+        levels.append((tree.parents[nodes] - first, ranks[nodes]))
+        first = int(nodes[0])
+    return levels
+
+
 def read_table(
     table: torch.Tensor,  # successors of every token, best first, [vocab, k]
     roots: torch.Tensor,  # last certain tokens, [rows]
-    levels: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],  # of each level: nodes, their parents, their ranks
-    nodes: int,  # nodes of the tree, root included
+    levels: Sequence[tuple[torch.Tensor, torch.Tensor]],  # see `template_levels`
 ) -> torch.Tensor:
-    "Tokens of the draft tree, [rows, nodes]: each node is the successor of its parent at its rank."
-    tokens = roots.new_empty(len(roots), nodes)
-    tokens[:, 0] = roots
-    for level, parents, ranks in levels:
-        tokens[:, level] = table[tokens[:, parents], ranks]
-    return tokens
+    "Tokens of the draft tree, [rows, nodes], level by level: each node is the successor of its parent at its rank."
+    tokens = [roots[:, None]]
+    for parents, ranks in levels:
+        tokens.append(table[tokens[-1][:, parents], ranks])
+    return torch.cat(tokens, 1)
 
 
 def write_table(
@@ -117,12 +127,12 @@ class TokenRecycling(SpeculativeDecoder):
         self.paths = [p for p in rank_paths(self.template) if max(map(int, p)) < self.k]
         self.tree = template_tree(self.paths)
         self.table: torch.Tensor | None = None  # successors [vocab, k]
-        self.hits = torch.zeros(len(self.tree), dtype=torch.long)  # how often each node was accepted, root: verifications
+        self.hits = [0] * len(self.tree)  # how often each node was accepted, root: verifications
 
     def reset(self) -> None:
         "Forget the table and the acceptance counts."
         self.table = None
-        self.hits.zero_()
+        self.hits = [0] * len(self.tree)
 
     @property
     def reads_prompt(self) -> bool:
@@ -134,8 +144,7 @@ class TokenRecycling(SpeculativeDecoder):
             raise ValueError(f"k = {self.k} successors do not exist in a vocabulary of {vocabulary}: set k <= {vocabulary}")
         if self.table is None or self.start_from == "cold" or self.table.shape[0] != vocabulary or self.table.device != device:
             self.table = torch.zeros(vocabulary, self.k, dtype=torch.long, device=device)
-        ranks = torch.tensor([0, *(int(p[-1]) for p in self.paths)])
-        self._levels = [(n.to(device), self.tree.parents[n].to(device), ranks[n].to(device)) for n in self.tree.levels()]
+        self._levels = [(parents.to(device), ranks.to(device)) for parents, ranks in template_levels(self.paths)]
         if prompt_logits is not None:
             fed = slice(-prompt_logits.shape[1] - 1, -1)
             real = torch.ones_like(call.prompt, dtype=torch.bool) if call.mask is None else call.mask.bool()
@@ -143,11 +152,12 @@ class TokenRecycling(SpeculativeDecoder):
 
     def draft(self, call: Call, roots: torch.Tensor) -> Draft:
         assert self.table is not None
-        return Draft(read_table(self.table, roots, self._levels, len(self.tree)), self.tree)
+        return Draft(read_table(self.table, roots, self._levels), self.tree)
 
     def observe(self, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
         for path in paths:
-            self.hits[path] += 1
+            for node in path:
+                self.hits[node] += 1
         if self.update == "all":
             self._learn(draft.tokens.flatten(), logits.flatten(0, 1))
         else:
@@ -165,10 +175,10 @@ def learn_template(
     curve: Mapping[int, float],  # T(n)/T(1) of the target, see `forward_curve`
 ) -> list[str]:
     "The rank paths that promise the highest speed on a machine: the most accepted nodes, as many as pay."
-    visits = int(decoder.hits[0])
+    visits = decoder.hits[0]
     if not visits:
         raise ValueError("the decoder has not verified anything yet: decode some typical prompts with it first")
-    rate = decoder.hits[1:].double() / visits
+    rate = torch.tensor(decoder.hits[1:], dtype=torch.double) / visits
     order = rate.argsort(descending=True, stable=True).tolist()  # stable: parents stand before their equally successful children
     known = sorted(curve)
     speed, total = [], 1.0
