@@ -115,14 +115,13 @@ def load_head(
     head.load_state_dict(load_file(weights))
     return head.to(device).eval()
 
-# %% ../../nbs/speculative/specdec_pp.ipynb #cf1e4ebe
+# %% ../../nbs/speculative/specdec_pp.ipynb #ad3b7861
 def _example(model: Any) -> SpecDecPP:
     # the zoo's head for the zoo's drafter, else a head that knows nothing
     drafter = example_drafter(model)
     if Path(drafter.name_or_path).name == "tales-draft" and any((f / "tales-specdec-pp").is_dir() for f in zoo_folders()):
         return SpecDecPP(drafter, load_head("tales-specdec-pp", model.device))
-    with torch.random.fork_rng():
-        head = AcceptanceHead(AcceptanceHeadConfig(drafter.config.get_text_config().hidden_size))
+    head = AcceptanceHead(AcceptanceHeadConfig(drafter.config.get_text_config().hidden_size))
     return SpecDecPP(drafter, head.to(model.device).eval())
 
 
@@ -298,9 +297,9 @@ def oracle_rounds(
         here += n + 1
     return rounds
 
-# %% ../../nbs/speculative/specdec_pp.ipynb #4488ef11
+# %% ../../nbs/speculative/specdec_pp.ipynb #750d99b0
 HEADS = {"head w=6": "tales-specdec-pp", "head w=1": "tales-specdec-pp/w1", "head w=6, D=0": "tales-specdec-pp/w6-D0"}
-GRID = (0.1, 0.3, 0.5, 0.7, 0.9)
+GRID = (0.3, 0.5, 0.7, 0.9, 0.97, 0.99)
 
 
 def zoo_heads(device: Any = "cpu") -> dict[str, AcceptanceHead]:

@@ -28,7 +28,7 @@ from .language_model import _last_checkpoint, _wandb
 # %% auto #0
 __all__ = ['log_law', 'acceptance', 'label_batch', 'acceptance_loss', 'pessimistic', 'calibrated', 'AcceptanceHeadRecipe',
            'head_prompts', 'HeadData', 'build_data', 'cached_data', 'HeadTrainer', 'hidden_states', 'head_figures',
-           'train_acceptance_head']
+           'train_acceptance_head', 'head_card']
 
 # %% ../../nbs/training/specdec_pp.ipynb #7e7d889b
 def log_law(
@@ -366,3 +366,32 @@ def _arguments(recipe: AcceptanceHeadRecipe, run: Path) -> TrainingArguments:
         remove_unused_columns=False,
         label_names=["labels"],
     )
+
+# %% ../../nbs/training/specdec_pp.ipynb #a6939623
+def head_card(
+    folder: str | Path,  # folder of a trained head, with its `training.json`
+) -> str:
+    "Write the `README.md` of a head from its `training.json`; returns the text."
+    folder = Path(folder)
+    if not (folder / "training.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no training.json: train the head with `train_acceptance_head`, which writes it")
+    figures = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    recipe, held = figures["recipe"], figures["held_out"]
+    changed = [f"{k}={v}" for k, v in recipe.items() if k != "name" and v != getattr(AcceptanceHeadRecipe(), k)]
+    curve = [p for p in figures["curve"] if "eval_loss" in p]
+    data = "continuations of openings of tales, and of paragraphs of the training books where they are there, sampled from the target"
+    sections = {
+        "What it is": f"The acceptance head of SpecDec++ ([arXiv 2405.19715](https://arxiv.org/abs/2405.19715)) for the drafter `{recipe['drafter']}` "
+        f"under the target `{recipe['target']}`; {figures['parameters']:,} parameters in float32. Use: `SpecDecPP(drafter, load_head(...))`.",
+        "Data and licence": f"{figures['texts']:,} {data}; {figures['labelled_positions']:,} labelled positions. "
+        "Books: public domain (Project Gutenberg). Weights: apache-2.0.",
+        "Recipe": "| setting | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in recipe.items()),
+        "Training": f"{recipe['steps'] * recipe['batch_size']:,} texts seen.\n\n| step | held-out loss |\n|---:|---:|\n"
+        + "\n".join(f"| {p['step']:,} | {float(p['eval_loss']):.4f} |" for p in curve),
+        "On held-out prompts": "\n".join(f"- {k.replace('_', ' ')}: {v:,.4g}" for k, v in held.items() if k != "calibration"),
+        "Retrain": "```\ndecodelab train specdec-pp" + "".join(f" --set {s}" for s in changed) + "\n```",
+    }
+    head = f"---\nlibrary_name: transformers\nlicense: apache-2.0\nlanguage: en\ntags: [decodelab]\n---\n\n# {recipe['name']}\n"
+    text = head + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items())
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return text
