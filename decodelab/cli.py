@@ -271,18 +271,20 @@ def _recipe(name: str, settings: Mapping[str, Any]) -> Any:
     from dataclasses import replace
 
     from decodelab.training.language_model import RECIPES
+    from decodelab.training.specdec_pp import AcceptanceHeadRecipe
 
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}: use one of {', '.join(RECIPES)}")
+    recipes: dict[str, Any] = {**RECIPES, "specdec-pp": AcceptanceHeadRecipe()}
+    if name not in recipes:
+        raise ValueError(f"unknown recipe {name!r}: use one of {', '.join(recipes)}")
     try:
-        return replace(RECIPES[name], **settings)
+        return replace(recipes[name], **settings)
     except TypeError as error:
         raise ValueError(f"recipe {name} has no such setting: {error}") from error
 
 
 @app.command("train")
 def _train(
-    recipe: Annotated[str, typer.Argument(help="tales or tales-draft.")],
+    recipe: Annotated[str, typer.Argument(help="tales, tales-draft or specdec-pp.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the model; runs/<recipe> when left out.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local data folder; DECODELAB_DATA when left out.")] = None,
     tokenizer: Annotated[str, typer.Option(help="Zoo name or folder of a tokenizer; trained on the text when left out.")] = "",
@@ -297,6 +299,18 @@ def _train(
         os.environ["DECODELAB_DATA"] = str(data_dir)
     plan = _recipe(recipe, parse_settings(settings) | ({"steps": steps} if steps else {}))
     folder = out or Path("runs") / recipe
+    try:
+        figures = _train_head(plan, folder) if recipe == "specdec-pp" else _train_language_model(plan, folder, tokenizer)
+    except KeyboardInterrupt:
+        say(f"stopped: checkpoints are in {folder / 'run'}; the same command goes on from the last one")
+        raise
+    if as_json:
+        emit_json(figures)
+    else:
+        show_table([{k: v for k, v in figures.items() if isinstance(v, (int, float))}], f"{recipe} in {folder}")
+
+
+def _train_language_model(plan: Any, folder: Path, tokenizer: str) -> dict[str, Any]:
     from decodelab.core.data import load_data
     from decodelab.core.zoo import model_card
     from decodelab.training.language_model import train_language_model, train_tokenizer
@@ -304,16 +318,17 @@ def _train(
     books = load_data("tales")
     train, held_out = ([b["text"] for b in books if b["split"] == split] for split in ("train", "test"))
     vocabulary = _tokenizer(tokenizer) if tokenizer else train_tokenizer(train, plan.vocab_size)
-    try:
-        figures = train_language_model(plan, vocabulary, train, held_out, folder)
-    except KeyboardInterrupt:
-        say(f"stopped: checkpoints are in {folder / 'run'}; the same command goes on from the last one")
-        raise
+    figures = train_language_model(plan, vocabulary, train, held_out, folder)
     model_card(folder)
-    if as_json:
-        emit_json(figures)
-    else:
-        show_table([{k: v for k, v in figures.items() if isinstance(v, (int, float))}], f"{recipe} in {folder}")
+    return figures
+
+
+def _train_head(plan: Any, folder: Path) -> dict[str, Any]:
+    from decodelab.training.specdec_pp import head_card, train_acceptance_head
+
+    figures = train_acceptance_head(plan, folder)
+    head_card(folder)
+    return figures
 
 
 def _tokenizer(name: str) -> Any:
