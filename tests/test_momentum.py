@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from decodelab.sampling.momentum import RESISTANCE, Momentum, repetition_lengths, resistance_table
+from decodelab.sampling.momentum import (
+    RESISTANCE,
+    Momentum,
+    MomentumLogitsProcessor,
+    extend_path_lengths,
+    path_lengths,
+    repetition_lengths,
+    resistance_table,
+)
 
 
 def brute_force(history, v, longest):
@@ -30,7 +38,7 @@ histories = st.integers(1, 5).flatmap(lambda symbols: st.lists(st.integers(0, sy
 @settings(max_examples=500)
 @given(history=histories, longest=st.integers(1, 7))
 def test_repetition_lengths(history, longest):
-    got = repetition_lengths(torch.tensor([history]), torch.arange(7)[None], longest)
+    got = repetition_lengths(torch.tensor([history]), 7, longest)
     assert got.tolist() == [[brute_force(history, v, longest) for v in range(7)]]
 
 
@@ -39,16 +47,44 @@ def test_repetition_lengths(history, longest):
 def test_repetition_lengths_of_padded_rows(rows, longest):
     width = max(map(len, rows))
     padded = torch.tensor([[-1] * (width - len(r)) + r for r in rows])
-    got = repetition_lengths(padded, torch.arange(7).expand(len(rows), -1), longest)
+    got = repetition_lengths(padded, 7, longest)
     assert got.tolist() == [[brute_force(r, v, longest) for v in range(7)] for r in rows]
 
 
+@settings(max_examples=200)
+@given(
+    rows=st.lists(histories, min_size=1, max_size=4),
+    new=st.lists(st.integers(0, 6), max_size=8),
+    kept=st.lists(st.booleans(), min_size=4, max_size=4),
+    longest=st.integers(1, 6),
+)
+def test_path_lengths_token_by_token(rows, new, kept, longest):
+    "Extended by one token at a time, also when rows are dropped on the way, they give the r(v) of the whole history."
+    width = max(map(len, rows))
+    rows = [[-1] * (width - len(r)) + r for r in rows]
+    lengths = path_lengths(torch.tensor(rows), longest)
+    for i, token in enumerate(new):
+        rows = [[*r, (token + j) % 7] for j, r in enumerate(rows)]
+        lengths = extend_path_lengths(lengths, torch.tensor(rows))
+        if i == 2:
+            stay = [j for j in range(len(rows)) if kept[j]] or [0]
+            rows, lengths = [rows[j] for j in stay], lengths[stay]
+    got = repetition_lengths(torch.tensor(rows), 7, longest, lengths)
+    assert got.tolist() == [[brute_force([t for t in r if t >= 0], v, longest) for v in range(7)] for r in rows]
+
+
+def test_padding_inside_a_history_matches_nothing():
+    "A processor takes a padding token for padding wherever it stands; no path leads through it."
+    history = [3, -1, 5, 6, -1, 5]
+    assert repetition_lengths(torch.tensor([history]), 7).tolist() == [[0, 0, 0, 1, 0, 1, 2]]
+
+
 def test_repetition_lengths_leaves_its_arguments():
-    history, candidates = torch.tensor([[1, 2, 1]]), torch.tensor([[2, 5]])
-    assert repetition_lengths(history, candidates).tolist() == [[2, 0]]
+    history = torch.tensor([[1, 2, 1]])
+    assert repetition_lengths(history, 6).tolist() == [[0, 1, 2, 0, 0, 0]]
     assert history.tolist() == [[1, 2, 1]]
     with pytest.raises(ValueError, match="longest must be at least 1, got 0"):
-        repetition_lengths(history, candidates, 0)
+        repetition_lengths(history, 6, 0)
 
 
 # the table
@@ -144,6 +180,38 @@ def test_a_step_is_the_formula(llama, history, values, alpha, k, name):
         if best > -math.inf:
             tied = [v for v in ranked if scored[v] > best - 1e-9]
             assert float(p[token]) >= max(float(p[v]) for v in tied) - 1e-6 or len(tied) == 1
+
+
+def test_cut_and_blocked_tokens():
+    "Cut tokens stay cut; when every candidate is blocked the most probable one is the last resort, and the only one."
+    history = torch.tensor([[2, 3, 4]])
+    scores = torch.full((1, VOCAB), -math.inf)
+    scores[0, [4, 3, 5]] = torch.tensor([3.0, 2.0, 1.0])
+    rule = MomentumLogitsProcessor(k=VOCAB, resistance=[math.inf])
+    got = rule(history, scores)
+    assert got[0, 5] > 0
+    assert got[0, 4] == -1e9
+    assert (got[0].isneginf()).sum() == VOCAB - 2
+    scores[0, 5] = -math.inf
+    got = rule(history, scores)
+    assert int(got.argmax()) == 4
+    assert got[0].isneginf().sum() == VOCAB - 1
+
+
+@pytest.mark.parametrize("resistance", ["table", "4-gram block", [math.inf] * 5], ids=str)
+@pytest.mark.parametrize("k", [1, 3, VOCAB])
+def test_decoder_and_processor_agree(resistance, k, llama):
+    "One rule in two forms, for rows that end at different times and with a processor before it."
+    inputs = left_pad([torch.cat([p] * n, 1) for n, p in enumerate(random_prompts(5, lengths=(3, 6), seed=35), start=1)], 0)
+    settings_ = {"max_new_tokens": 40, "do_sample": False, "bad_words_ids": [[5], [9]], "pad_token_id": 0}
+    free = Momentum(alpha=1.0, k=k, resistance=resistance).generate(llama, **inputs, **settings_)
+    ends = [int(free.continuations[0][3])]
+    decoder = Momentum(alpha=1.0, k=k, resistance=resistance)
+    ours = decoder.generate(llama, **inputs, **settings_, eos_token_id=ends)
+    assert min(map(len, ours.continuations)) <= 4 < 20 < max(map(len, ours.continuations))
+    rule = LogitsProcessorList([decoder.processor(pad_token_id=0)])
+    theirs = llama.generate(**inputs, **settings_, eos_token_id=ends, logits_processor=rule)
+    assert ours.sequences.tolist() == theirs.tolist()
 
 
 # reductions

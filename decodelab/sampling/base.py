@@ -28,7 +28,7 @@ class TokenDecoder(Decoder):
     2. while rows are running:
        a. apply the user's processors to the last logits
        b. `pick` one token for each row
-       c. push them to the books; drop rows that have finished
+       c. push them to the books; drop rows that have finished (`select`)
        d. feed the tokens, which gives the next logits
     """
 
@@ -40,18 +40,34 @@ class TokenDecoder(Decoder):
         "One token for each row [rows], and, when the call is traced, a role and a note for each."
         raise NotImplementedError(f"{type(self).__name__} must define pick(call, scores)")
 
+    def select(
+        self,
+        rows: torch.Tensor,  # indices of the rows that go on, [n]
+    ) -> None:
+        "Called when rows have finished."
+
+    def finish(self) -> None:
+        "Called at the end, also after an error: let go of what belongs to the call."
+
     def decode(self, call: Call) -> None:
-        with call.open(ChainSession) as session:
-            logits = session.prefill(call.prompt)[:, -1]  # 1.
-            while call.running:  # 2.
-                scores = call.scores(logits)  # a.
-                tokens, roles, notes = self.pick(call, scores)  # b.
-                rows = call.push(tokens, roles, notes)  # c.
-                if rows is not None and len(rows):
-                    session.select(rows)
-                    tokens = tokens[rows]
-                if call.running:
-                    logits = session.feed(tokens[:, None])[:, -1]  # d.
+        try:
+            with call.open(ChainSession) as session:
+                self._loop(call, session)
+        finally:
+            self.finish()
+
+    def _loop(self, call: Call, session: ChainSession) -> None:
+        logits = session.prefill(call.prompt)[:, -1]  # 1.
+        while call.running:  # 2.
+            scores = call.scores(logits)  # a.
+            tokens, roles, notes = self.pick(call, scores)  # b.
+            rows = call.push(tokens, roles, notes)  # c.
+            if rows is not None and len(rows):
+                session.select(rows)
+                self.select(rows)
+                tokens = tokens[rows]
+            if call.running:
+                logits = session.feed(tokens[:, None])[:, -1]  # d.
 
 # %% ../../nbs/sampling/base.ipynb #033afe4f
 @register(

@@ -21,28 +21,44 @@ from ..core.warp import probabilities
 from .base import Autoregressive, ContrastiveSearch, TokenDecoder
 
 # %% auto #0
-__all__ = ['RESISTANCE', 'repetition_lengths', 'resistance_table', 'MomentumLogitsProcessor', 'Momentum', 'open_ended_runs',
-           'open_ended', 'experiment']
+__all__ = ['RESISTANCE', 'path_lengths', 'extend_path_lengths', 'repetition_lengths', 'resistance_table',
+           'MomentumLogitsProcessor', 'Momentum', 'open_ended_runs', 'open_ended', 'experiment']
 
 # %% ../../nbs/sampling/momentum.ipynb #03cd6459
-def repetition_lengths(
-    history: torch.Tensor,  # tokens so far, [batch, length]; negative entries are padding and match nothing
-    candidates: torch.Tensor,  # candidate tokens, [batch, k]
+def path_lengths(
+    history: torch.Tensor,  # tokens so far, [batch, length]; -1 is padding and matches nothing
     longest: int = 5,  # M, the longest path looked at (at least 1)
 ) -> torch.Tensor:
-    "r(v) of every candidate, [batch, k]: length of the longest travelled path, up to `longest`, that it would walk again (0: a new node)."
+    "1 + s_j for every position j + 1: how much of an old path a token would walk again by following it there, [batch, length]."
     if longest < 1:
         raise ValueError(f"longest must be at least 1, got {longest}")
-    reach = longest - 1
-    suffix_lengths = history.new_zeros(history.shape)  # s_j, aligned with position j + 1
-    if reach and history.shape[1] > 1:
-        windows = torch.nn.functional.pad(history, (reach - 1, 0), value=-1).unfold(
-            1, reach, 1
-        )  # [batch, length, reach], last entry is x_j
-        here = windows[:, -1:].masked_fill(windows[:, -1:] < 0, -2)  # padding equals nothing, not even padding
-        suffix_lengths[:, 1:] = (windows[:, :-1] == here).flip(-1).cumprod(-1).sum(-1)
-    found = history[:, None] == candidates[:, :, None]  # [batch, k, length]
-    return (found * (1 + suffix_lengths)[:, None]).amax(-1)
+    reach, length = longest - 1, history.shape[1]
+    before = torch.nn.functional.pad(history, (reach, 0), value=-1)  # entry i + j is the token i - reach places from position j
+    end = before[:, length:].masked_fill(before[:, length:] < 0, -2)  # padding equals nothing, not even padding
+    lengths = torch.ones_like(history)
+    for i in range(reach):
+        lengths = lengths * (before[:, i : i + length] == end[:, i : i + 1]) + 1
+    return lengths
+
+# %% ../../nbs/sampling/momentum.ipynb #0e0820a8
+def extend_path_lengths(
+    lengths: torch.Tensor,  # path lengths before the last token came, [batch, length - 1]
+    history: torch.Tensor,  # tokens with the last one, which is no padding, [batch, length]
+) -> torch.Tensor:
+    "Path lengths of a walk that has gone one token further, [batch, length]; they are not cut at M."
+    return torch.nn.functional.pad(lengths * (history[:, :-1] == history[:, -1:]), (1, 0)) + 1
+
+# %% ../../nbs/sampling/momentum.ipynb #80e1f829
+def repetition_lengths(
+    history: torch.Tensor,  # tokens so far, [batch, length]; -1 is padding
+    vocabulary: int,  # size of the vocabulary
+    longest: int = 5,  # M, the longest path looked at (at least 1)
+    lengths: torch.Tensor | None = None,  # path lengths of the history, [batch, length]; computed when None
+) -> torch.Tensor:
+    "r(v) of every token, [batch, vocab]: length of the longest travelled path, up to `longest`, that it would walk again (0: a new node)."
+    lengths = path_lengths(history, longest) if lengths is None else lengths
+    table = history.new_zeros(len(history), vocabulary + 1)
+    return table.scatter_reduce_(1, history % (vocabulary + 1), lengths, "amax")[:, :vocabulary].clamp(max=longest)
 
 # %% ../../nbs/sampling/momentum.ipynb #3c3e0a5d
 RESISTANCE: dict[str, tuple[float, ...]] = {  # f(1), ..., f(5)
@@ -93,16 +109,27 @@ class MomentumLogitsProcessor(LogitsProcessor):
         # alpha = 0 must be greedy search: infinity times zero is no number
         self.penalty = torch.tensor([alpha * value if alpha else 0.0 for value in resistance_table(resistance)])
 
-    def candidates(self, history: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        "The k most probable tokens, their p, r and value p - alpha f(r), each [batch, k], most probable first."
+    @property
+    def longest(self) -> int:
+        "M, the longest path that the table knows."
+        return len(self.penalty) - 1
+
+    def candidates(
+        self,
+        history: torch.Tensor,  # tokens so far, [batch, length]; -1 is padding
+        scores: torch.Tensor,  # processed scores, [batch, vocab]
+        lengths: torch.Tensor | None = None,  # path lengths of the history, [batch, length]; computed when None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        "The k most probable tokens, their p, r and value p - alpha f(r) (-inf: cut or blocked), each [batch, k], most probable first."
         p, tokens = probabilities(scores).topk(min(self.k, scores.shape[-1]))
-        r = repetition_lengths(history, tokens, len(self.penalty) - 1)
-        return tokens, p, r, p - self.penalty.to(p.device)[r]
+        r = repetition_lengths(history, scores.shape[-1], self.longest, lengths).gather(1, tokens)
+        value = p - self.penalty.to(p.device)[r]
+        return tokens, p, r, value.masked_fill(p == 0, -torch.inf)  # what other processors cut stays cut
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
         history = input_ids if self.pad_token_id is None else input_ids.masked_fill(input_ids == self.pad_token_id, -1)
-        tokens, p, _, value = self.candidates(history, scores)
-        value = value.masked_fill((p == 0) | (value == -torch.inf), -1e9)  # a last resort, in order of probability
+        tokens, _, _, value = self.candidates(history, scores)
+        value[:, 0].clamp_(min=-1e9)  # when all are blocked, the most probable is the last resort
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens, value)
 
 # %% ../../nbs/sampling/momentum.ipynb #e72551f6
@@ -125,6 +152,7 @@ class Momentum(TokenDecoder):
 
     def __post_init__(self) -> None:
         self._rule = self.processor()
+        self._lengths: torch.Tensor | None = None  # path lengths of the running rows, [rows, length]
 
     def processor(
         self,
@@ -138,13 +166,21 @@ class Momentum(TokenDecoder):
             raise ValueError("momentum decoding is deterministic: call with do_sample=False")
 
     def pick(self, call: Call, scores: torch.Tensor) -> tuple[torch.Tensor, list[str] | None, list[str] | None]:
-        tokens, p, r, value = self._rule.candidates(call.history(padding=-1), scores)
+        history = call.history(padding=-1)
+        known = self._lengths
+        self._lengths = path_lengths(history, self._rule.longest) if known is None else extend_path_lengths(known, history)
+        tokens, p, r, value = self._rule.candidates(history, scores, self._lengths)
         call.watch(p[:, 0])
-        if call.processors is not None:
-            value = value.masked_fill(p == 0, -torch.inf)  # what the user's processors cut stays cut
         best = value.argmax(-1, keepdim=True)
         roles, notes = (None, None) if call.trace is None else self._story(p, r, best)
         return tokens.gather(1, best)[:, 0], roles, notes
+
+    def select(self, rows: torch.Tensor) -> None:
+        if self._lengths is not None:
+            self._lengths = self._lengths[rows]
+
+    def finish(self) -> None:
+        self._lengths = None
 
     def _story(self, p: torch.Tensor, r: torch.Tensor, best: torch.Tensor) -> tuple[list[str], list[str]]:
         roles = ["resisted" if b else ("seen" if first else "new") for b, first in zip(best[:, 0].tolist(), r[:, 0].tolist())]
