@@ -70,6 +70,7 @@ def draft_svg(
     "The token tree of one verification as inline SVG, accepted nodes filled."
     info = step.info
     kept = sorted({*range(min(max_nodes, len(info["parents"]))), *info["path"]})
+    kept = [n for n in kept if n == 0 or info["parents"][n] >= 0]  # others only fill up the row
     parents = {n: info["parents"][n] for n in kept}
     rows, depth = _tree_rows(parents), {0: 0}
     for n in kept[1:]:

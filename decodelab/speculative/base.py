@@ -276,13 +276,14 @@ def draw_draft(
 
     ax = ax or plt.subplots(figsize=(7, 3))[1]
     parents, tokens = step.info["parents"][:max_nodes], step.info["tokens"][:max_nodes]
+    nodes = [n for n, parent in enumerate(parents) if n == 0 or parent >= 0]  # others only fill up the row
     depth = [0] * len(parents)
-    for node in range(1, len(parents)):
+    for node in nodes[1:]:
         depth[node] = depth[parents[node]] + 1
     # leaves get rows in order, a parent stands at the height of its first child
     height: dict[int, float] = {}
     children: dict[int, list[int]] = {}
-    for node in range(1, len(parents)):
+    for node in nodes[1:]:
         children.setdefault(parents[node], []).append(node)
     leaves = 0
 
@@ -295,7 +296,7 @@ def draw_draft(
         return height[node]
 
     place(0)
-    for node in range(len(parents)):
+    for node in nodes:
         accepted = node in step.info["path"]
         colour = "#4c78a8" if accepted else "#b8c0c8"
         if node:
