@@ -24,6 +24,7 @@ from decodelab.core.cost import (
     timed,
     turns,
 )
+from decodelab.core.output import DecodeStats
 
 matplotlib.use("Agg")
 PROMPT = torch.zeros(1, 3, dtype=torch.long)
@@ -234,8 +235,9 @@ def test_wrong_comparisons(arguments, message):
 
 
 def test_loop_overhead():
-    assert loop_overhead(SimpleNamespace(stats=SimpleNamespace(seconds=1.1, forward_seconds=1.0))) == pytest.approx(1.1)
-    for output in (object(), SimpleNamespace(stats=None), SimpleNamespace(stats=SimpleNamespace(seconds=1.0, forward_seconds=0.0))):
+    assert loop_overhead(SimpleNamespace(stats=DecodeStats(seconds=1.1, forward_seconds=1.0))) == pytest.approx(1.1)
+    assert loop_overhead(SimpleNamespace(stats=DecodeStats(seconds=1.2, forward_seconds=0.7, draft_seconds=0.3))) == pytest.approx(1.2)
+    for output in (object(), SimpleNamespace(stats=None), SimpleNamespace(stats=DecodeStats(seconds=1.0))):
         with pytest.raises(ValueError, match="the output holds no time of its forwards"):
             loop_overhead(output)
 
