@@ -429,7 +429,7 @@ def test_merged_chains_are_offered_with_multiplicity(llama):
                 tokens = draft.tokens[row, sorted(set(below))].tolist()
                 assert len(set(tokens)) == len(tokens)
                 repeated += len(below) - len(set(below))
-            assert len(guesses[0]) == 4
+            assert len(guesses[0]) == (4 if draft.tokens.shape[1] > 1 else 0)  # the last round has no room for a guess
     assert repeated
 
 

@@ -116,7 +116,7 @@ class Call:
         self.sequences[:, :length] = self.prompt
         self.rows = list(range(batch))  # rows of the batch that still run
         self.counts = [0] * batch  # new tokens of every row
-        self._eos_tensor = torch.tensor(self.eos, dtype=torch.long, device=device)
+        self.ends = torch.tensor(self.eos, dtype=torch.long, device=device)  # ids that end a row, on the device
         self._index = torch.arange(batch, device=device)  # rows, on the device
         self._pushed = self._settled = 0
         self._best = torch.zeros(1)  # best scores of the last forward

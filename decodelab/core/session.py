@@ -236,8 +236,8 @@ class Session(ChainSession):
         self._free = [list(range(capacity - 1, length - 1, -1)) for _ in range(rows)]
         self._waiting = [[] for _ in range(rows)]
 
-    def _take(self, n: int) -> torch.Tensor:
-        "`n` free slots of every row, [n] for a single row, else [rows, n]."
+    def _take(self, n: int) -> list[list[int]]:
+        "`n` free slots of every row; the next forward writes there."
         lack = n - min(map(len, self._free))
         if lack > 0:
             old = self.cache.place.capacity
@@ -250,8 +250,9 @@ class Session(ChainSession):
             del free[-n:]
         highest = self.cache.place.capacity if self.compiled else 1 + max(map(max, taken))
         self.cache.place.width = max(self.cache.place.width, highest)
-        self._taken = taken
-        return torch.tensor(taken[0] if len(taken) == 1 else taken, device=self.bias.device)
+        # [n] for a single row, else [rows, n]
+        self.cache.place.slots = torch.tensor(taken[0] if len(taken) == 1 else taken, device=self.bias.device)
+        return taken
 
     def feed_tree(
         self,
@@ -267,20 +268,19 @@ class Session(ChainSession):
             raise ValueError(f"{n} nodes were given for a tree of {len(tree)}, of which {self.pending} have been fed")
         self._check_window(len(tree))
         size = padded_size(n) if self.compiled else n
-        self.cache.place.slots = self._take(size)
-        for waiting, taken, free in zip(self._waiting, self._taken, self._free):
+        for waiting, taken, free in zip(self._waiting, self._take(size), self._free):
             waiting += taken[:n]
-            free += taken[n:][::-1]
+            free += taken[n:][::-1]  # what fills up a compiled shape is written and forgotten
         positions = self._next_positions(rows, tree.depth[..., -n:].to(tokens.device))
         if self.limit is not None:
             positions = positions.clamp_max(self.limit - 1)  # nodes beyond the context can never be accepted
-        fed = self.stats.target_tokens + n * rows
+        billed = self.stats.target_tokens + n * rows  # without what fills up the shape
         if size > n:
             tokens, positions = (torch.nn.functional.pad(t, (0, size - n)) for t in (tokens, positions))
         if self.compiled:  # code is made for strides, too
             tokens, positions = (t.clone(memory_format=torch.contiguous_format) for t in (tokens, positions))
         logits = self._forward(tokens, self._tree_mask(tree, n, size), positions, 0, **more)
-        self.stats.target_tokens = fed
+        self.stats.target_tokens = billed
         return logits[:, :n]
 
     def _check_window(self, nodes: int) -> None:
@@ -344,9 +344,8 @@ class Session(ChainSession):
     def _feed_one(self, tokens: torch.Tensor, **more: Any) -> torch.Tensor:
         # a single token sees all kept slots and its own: the mask is `bias` as it stands, nothing waits and nothing is committed
         self._check_window(1)
-        self.cache.place.slots = self._take(1)
+        self._kept[0] += self._take(1)[0]
         self.bias.view(-1).index_fill_(0, self.cache.place.slots, 0.0)
-        self._kept[0].append(self._taken[0][0])
         positions = torch.full((1, 1), int(self.positions), device=tokens.device)
         self.positions = self.positions + 1
         tokens = tokens.clone(memory_format=torch.contiguous_format)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -20,13 +20,14 @@ from typing import Any, Literal
 import torch
 
 from ..core.bench import compare
-from ..core.contract import Call, decoders, register
+from ..core.contract import Call, Decoder, decoders, register
 from ..core.tree import Tree, trie
 from .base import Draft, SpeculativeDecoder
+from .measure import held_out_prompts, line_up, target_texts
 
 # %% auto #0
 __all__ = ['Pair', 'Row', 'TrigramTable', 'Node', 'search', 'most_visited', 'fit_budget', 'best_first', 'ADED', 'replay',
-           'corpora', 'texts_to_write', 'rivals', 'experiment']
+           'corpora', 'contenders', 'experiment']
 
 # %% ../../nbs/speculative/aded.ipynb #6b0a609d
 Pair = tuple[int, int]
@@ -431,33 +432,17 @@ def corpora(
     return tables | {n: TrigramTable.count(kept) for n in left}
 
 # %% ../../nbs/speculative/aded.ipynb #5ad50323
-def texts_to_write() -> dict[str, dict[str, Any]]:
-    "Kinds of text to speculate on: name -> generation settings."
-    momentum = decoders()["momentum"].decoder().processor(None)  # type: ignore[attr-defined]
-    return {
-        "greedy": {"do_sample": False},
-        "T = 0.7": {"do_sample": True, "temperature": 0.7, "top_k": 0},
-        "T = 1.0": {"do_sample": True, "temperature": 1.0, "top_k": 0},
-        "momentum text": {"do_sample": False, "logits_processor": [momentum]},
-    }
-
-
-def rivals(
-    model: Any,  # target model
+def contenders(
     corpus: TrigramTable,  # counted table
-    settings: dict[str, Any],  # generation settings
-) -> dict[str, Callable[[torch.Tensor], Any]]:
-    "The methods of the comparison as functions of a prompt [1, length]."
+) -> dict[str, Decoder]:
+    "Plain decoding, Token Recycling, prompt lookup, and this method with and without a corpus; tables start empty."
     others = {"plain loop": "autoregressive", "prompt lookup": "prompt_lookup", "token recycling": "token_recycling"}
-    ours = {
+    return {name: decoders()[method].decoder() for name, method in others.items()} | {
         "aded, empty start": ADED(),
         "aded, corpus": ADED(corpus),
         "aded, corpus, 12 nodes": ADED(corpus, nodes=12),
         "best first, corpus, 12 nodes": ADED(corpus, nodes=12, maker="best_first"),
     }
-    known = {name: decoders()[method].decoder() for name, method in others.items()} | ours
-    run = lambda decoder: lambda x: decoder.generate(model, x, **settings)  # noqa: E731
-    return {"transformers' generate": lambda x: model.generate(x, **settings)} | {name: run(d) for name, d in known.items()}
 
 
 def experiment(
@@ -467,28 +452,27 @@ def experiment(
 ) -> dict[str, Any]:
     "Speed against the rivals and size of the corpus, on held-out prompts from the test books of `tales`; needs the data set."
     from decodelab.core.cost import forward_curve
-    from decodelab.core.data import first_words, load_data
+    from decodelab.core.data import load_data
     from decodelab.core.lab import Lab
 
     lab = Lab("speculative/aded")
     lab.seed_everything()
     model, tokenizer = lab.target()
-    books = load_data("tales")
-    paragraphs = [p for b in books if b["split"] == "test" for p in b["text"].split("\n\n") if len(p.split()) > 60]
-    chosen = [first_words(p, 24) for p in paragraphs[:: max(1, len(paragraphs) // prompts)]][:prompts]
-    ids = [tokenizer(p, return_tensors="pt").input_ids.to(model.device) for p in chosen]
-    documents = [tokenizer(p).input_ids for b in books if b["split"] == "train" for p in b["text"].split("\n\n") if len(p) > 40]
+    ids = [x.to(model.device) for x in held_out_prompts(tokenizer, prompts)]
+    documents = [
+        tokenizer(p).input_ids for b in load_data("tales") if b["split"] == "train" for p in b["text"].split("\n\n") if len(p) > 40
+    ]
     random.Random(lab.seed).shuffle(documents)
     counted = {0: TrigramTable()} | corpora(documents, (20_000, 200_000, 2_000_000))
     kept = {n: table.prune(12) for n, table in counted.items()}
     tables: dict[str, Any] = {}
     sizes: dict[str, Any] = {}
-    for name, settings in texts_to_write().items():
+    for name, settings in target_texts().items():
         settings = {"max_new_tokens": max_new_tokens, **settings}
-        methods = rivals(model, kept[2_000_000], settings)
+        methods = line_up(model, contenders(kept[2_000_000]), settings)
         result = compare(methods, ids, repeats=repeats, seed=lab.seed)
         tables[name] = result.table().to_dict("index")
-        texts = [row for row in result.ids("transformers' generate") if row]
+        texts = [row for row in result.ids("generate") if row]
         sizes[name] = {
             f"{n} tokens, eta {eta}": [sum(e) / len(e) for e in (replay(d, p[0].tolist(), t) for p, t in zip(ids, texts))]
             for n, table in kept.items()

@@ -8,8 +8,8 @@ Docs: https://decodelab.github.io/decodelab/speculative/drafters.html.md"""
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,8 +22,8 @@ from .acceptance import RecursiveRejection, Rule
 from .base import Draft, SpeculativeDecoder
 
 # %% auto #0
-__all__ = ['check_drafter', 'DraftModelSession', 'processed_scores', 'example_drafter', 'DraftModel', 'TextDrafter',
-           'PromptLookup', 'NGram']
+__all__ = ['check_drafter', 'end_ids', 'DraftModelSession', 'processed_scores', 'ModelDrafter', 'example_drafter', 'DraftModel',
+           'TextDrafter', 'PromptLookup', 'NGram']
 
 # %% ../../nbs/speculative/drafters.ipynb #285fdae0
 def check_drafter(
@@ -37,7 +37,7 @@ def check_drafter(
             f"the drafter has a vocabulary of {own} tokens, the target one of {other}: use a drafter with the target's tokenizer, "
             "or one that needs no model (PromptLookup, NGram, TokenRecycling)"
         )
-    ends = [_as_set(m.generation_config.eos_token_id) for m in (drafter, model)]
+    ends = [end_ids(m) for m in (drafter, model)]
     if all(ends) and not ends[0] & ends[1]:
         raise ValueError(
             f"the drafter ends a text with token {sorted(ends[0])}, the target with {sorted(ends[1])}: their tokenizers differ, so ids mean other words"
@@ -46,7 +46,11 @@ def check_drafter(
         raise ValueError(f"the drafter is on {drafter.device}, the target on {model.device}: move it with drafter.to(model.device)")
 
 
-def _as_set(ids: int | list[int] | None) -> set[int]:
+def end_ids(
+    model: Any,  # a model with a generation config
+) -> set[int]:
+    "Ids that end a text for `model`."
+    ids = model.generation_config.eos_token_id
     return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
 
@@ -172,6 +176,42 @@ def processed_scores(
         scores[group] = call.processed(logits[group], ids, rows)
     return scores
 
+# %% ../../nbs/speculative/drafters.ipynb #a0a33458
+@dataclass
+class ModelDrafter(SpeculativeDecoder):
+    "Base of decoders whose guesses a draft model makes: they define `draft`, with the model at work in `ahead`."
+
+    drafter: Any  # a causal language model with the target's tokenizer
+
+    forward_arguments: ClassVar[dict[str, Any]] = {}  # further arguments of the draft model's forward
+
+    def __post_init__(self) -> None:
+        self._ahead: DraftModelSession | None = None
+
+    @property
+    def rule(self) -> Rule:
+        return RecursiveRejection()
+
+    @property
+    def ahead(self) -> DraftModelSession:
+        "The draft model at work; only during a call."
+        assert self._ahead is not None
+        return self._ahead
+
+    def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
+        self._ahead = DraftModelSession(self.drafter, call, **self.forward_arguments)
+
+    def observe(self, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
+        self.ahead.keep(draft, paths)
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.ahead.select(rows)
+
+    def finish(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+        self._ahead = None
+
 # %% ../../nbs/speculative/drafters.ipynb #377189af
 def example_drafter(
     model: Any,  # target model
@@ -200,51 +240,29 @@ def example_drafter(
     example=lambda model: DraftModel(example_drafter(model)),
 )
 @dataclass
-class DraftModel(SpeculativeDecoder):
+class DraftModel(ModelDrafter):
     "A smaller model drafts a chain of gamma tokens (Leviathan et al. 2023; Chen et al. 2023)."
 
-    drafter: Any  # a causal language model with the target's tokenizer
     gamma: int = 5  # guesses a round (at least 0; 0 is plain decoding)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.gamma < 0:
             raise ValueError(f"gamma must be at least 0, got {self.gamma}")
-        self._ahead: DraftModelSession | None = None
-
-    @property
-    def rule(self) -> Rule:
-        return RecursiveRejection()
-
-    def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
-        self._ahead = DraftModelSession(self.drafter, call)
 
     def draft(self, call: Call, roots: torch.Tensor) -> Draft:
-        assert self._ahead is not None
         length = min(self.gamma, max(call.remaining(row) for row in call.rows) - 1)
         tokens, laws = [roots], []
         for i in range(length):
-            logits = self._ahead.open(roots) if i == 0 else self._ahead.grow(tokens[-1][:, None], [i - 1])[:, 0]
+            logits = self.ahead.open(roots) if i == 0 else self.ahead.grow(tokens[-1][:, None], [i - 1])[:, 0]
             scores = processed_scores(call, logits, torch.stack(tokens[1:], 1) if i else roots[:, None][:, :0])
             if call.do_sample:
                 laws.append(probabilities(scores))
             tokens.append(draw(laws[-1]) if call.do_sample else greedy(scores)[0])
         if length == 0:
-            self._ahead.open(roots)
+            self.ahead.open(roots)
         laws = [*laws, torch.zeros_like(laws[0])] if laws else []
         return Draft(torch.stack(tokens, 1), Tree.chain(length), torch.stack(laws, 1) if laws else None)
-
-    def observe(self, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
-        assert self._ahead is not None
-        self._ahead.keep(draft, paths)
-
-    def select(self, rows: torch.Tensor) -> None:
-        assert self._ahead is not None
-        self._ahead.select(rows)
-
-    def finish(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
-        self._ahead = None
 
 # %% ../../nbs/speculative/drafters.ipynb #d0625af0
 class _Index:

@@ -19,8 +19,8 @@ from ..core.contract import Decoder, decoders
 from ..core.cost import cost_growth, draft_cost, forward_curve
 
 # %% auto #0
-__all__ = ['COLUMNS', 'line_up', 'family', 'target_texts', 'speeds', 'by_group', 'spec_bench_prompts', 'held_out_prompts',
-           'growth', 'experiment']
+__all__ = ['COLUMNS', 'line_up', 'family', 'target_texts', 'speeds', 'by_group', 'spec_bench_prompts', 'held_out_texts',
+           'held_out_prompts', 'growth', 'experiment']
 
 # %% ../../nbs/speculative/measure.ipynb #a4f702c3
 def line_up(
@@ -99,17 +99,23 @@ def spec_bench_prompts(
     return [tokenizer(text, return_tensors="pt").input_ids[:, -length:] for _, text in picked], [task for task, _ in picked]
 
 # %% ../../nbs/speculative/measure.ipynb #8abf6350
+def held_out_texts(
+    n: int = 40,  # how many
+    words: int = 24,  # length of each, in words
+) -> list[str]:
+    "Openings of paragraphs from the test books of `tales`; needs the data set."
+    from decodelab.core.data import first_words, load_data
+
+    paragraphs = [p for b in load_data("tales") if b["split"] == "test" for p in b["text"].split("\n\n") if len(p.split()) > 60]
+    return [first_words(p, words) for p in paragraphs[:: max(1, len(paragraphs) // n)]][:n]
+
+
 def held_out_prompts(
     tokenizer: Any,  # tokenizer of the target
     n: int = 40,  # prompts
-    words: int = 24,  # length of each, in words
 ) -> list[torch.Tensor]:
-    "Openings of paragraphs from the test books of `tales`, as ids [1, length]; needs the data set."
-    from decodelab.core.data import first_words, load_data
-
-    paragraphs = [p for b in load_data("tales") if b["split"] == "test" for p in b["text"].split("\n\n") if len(p.split()) > 2 * words]
-    chosen = [first_words(p, words) for p in paragraphs[:: max(1, len(paragraphs) // n)]][:n]
-    return [tokenizer(p, return_tensors="pt").input_ids for p in chosen]
+    "`held_out_texts` as ids [1, length]."
+    return [tokenizer(text, return_tensors="pt").input_ids for text in held_out_texts(n)]
 
 
 def growth(

@@ -20,7 +20,7 @@ from ..core.tree import Tree, shape
 from ..core.warp import draw, greedy, probabilities
 from .acceptance import KSeq, RecursiveRejection, Rule
 from .base import Draft, SpeculativeDecoder
-from .drafters import DraftModel, DraftModelSession, example_drafter, processed_scores
+from .drafters import DraftModel, ModelDrafter, example_drafter, processed_scores
 
 # %% auto #0
 __all__ = ['SHAPES', 'gumbel', 'draw_siblings', 'condition_maximum', 'sbs_scores', 'keep_best', 'TreeOfDraws', 'RSDC', 'RSDS',
@@ -87,13 +87,11 @@ def _agreed(parents: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class TreeOfDraws(SpeculativeDecoder):
+class TreeOfDraws(ModelDrafter):
     "Base of decoders whose draft model draws a tree, level by level: they define `levels` and `branch`."
 
-    drafter: Any  # a causal language model with the target's tokenizer
-
     def __post_init__(self) -> None:
-        self._ahead: DraftModelSession | None = None
+        super().__post_init__()
         self._state: Any = None  # what `branch` remembers from level to level
 
     @property
@@ -115,35 +113,26 @@ class TreeOfDraws(SpeculativeDecoder):
         "[row][node]: children in the order they are tested, where the tree itself does not say it."
         return None
 
-    @property
-    def rule(self) -> Rule:
-        return RecursiveRejection()
-
-    def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
-        self._ahead = DraftModelSession(self.drafter, call)
-
     def _laws(self, call: Call, logits: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
         # the drafter's law at each of n nodes, behind the processors, [rows, n, vocab]
         return torch.stack([probabilities(processed_scores(call, logits[:, i], paths[:, i])) for i in range(logits.shape[1])], 1)
 
     def draft(self, call: Call, roots: torch.Tensor) -> Draft:
-        assert self._ahead is not None
         levels = min(self.levels, max(call.remaining(row) for row in call.rows) - 1)
-        ends = roots.new_tensor(call.eos)
         tokens, parents, laws = [roots[:, None]], [torch.full_like(roots, -1)[:, None]], []
         paths, alive, first = roots.new_empty(len(roots), 1, 0), torch.ones_like(roots, dtype=torch.bool)[:, None], 0
         self._state = None
-        logits = self._ahead.open(roots)[:, None]
+        logits = self.ahead.open(roots)[:, None]
         for level in range(levels):
             if level:
-                logits = self._ahead.grow(tokens[-1], _agreed(parents[-1]))
+                logits = self.ahead.grow(tokens[-1], _agreed(parents[-1]))
             laws.append(self._laws(call, logits, paths))
             new, up = self.branch(laws[-1], alive, level, call.do_sample)
             parents.append(torch.where(up < 0, -1, up + first))
             first, at = first + tokens[-1].shape[1], up.clamp_min(0)
             paths = torch.cat([paths.gather(1, at[..., None].expand(-1, -1, level)), new[..., None]], -1)
             tokens.append(new)
-            alive = (up >= 0) & ~torch.isin(new, ends)
+            alive = (up >= 0) & ~torch.isin(new, call.ends)
         return self._finished(torch.cat(tokens, 1), _agreed(torch.cat(parents, 1)), laws if call.do_sample else [])
 
     def _finished(self, tokens: torch.Tensor, parents: torch.Tensor, laws: list[torch.Tensor]) -> Draft:
@@ -154,18 +143,9 @@ class TreeOfDraws(SpeculativeDecoder):
         laws = [*laws, laws[0].new_zeros(len(tokens), leaves, laws[0].shape[-1])]
         return Draft(tokens, tree, torch.cat(laws, 1), self.offers(len(tokens)))
 
-    def observe(self, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
-        assert self._ahead is not None
-        self._ahead.keep(draft, paths)
-
-    def select(self, rows: torch.Tensor) -> None:
-        assert self._ahead is not None
-        self._ahead.select(rows)
-
     def finish(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
-        self._ahead = self._state = None
+        super().finish()
+        self._state = None
 
 # %% ../../nbs/speculative/rsd.ipynb #edca23dd
 @register(

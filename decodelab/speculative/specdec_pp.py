@@ -23,9 +23,9 @@ from ..core.cost import draft_cost
 from ..core.tree import Tree
 from ..core.warp import draw, greedy, probabilities
 from ..core.zoo import safetensors_header, zoo_folders, zoo_path
-from .acceptance import RecursiveRejection, Rule
-from .base import Draft, SpeculativeDecoder
-from .drafters import DraftModelSession, example_drafter, processed_scores
+from .base import Draft
+from .drafters import ModelDrafter, example_drafter, processed_scores
+from .measure import held_out_texts
 
 # %% auto #0
 __all__ = ['HEADS', 'GRID', 'rates', 'speedup', 'AcceptanceHeadConfig', 'AcceptanceHead', 'load_head', 'SpecDecPP',
@@ -136,18 +136,19 @@ def _example(model: Any) -> SpecDecPP:
     example=_example,
 )
 @dataclass
-class SpecDecPP(SpeculativeDecoder):
+class SpecDecPP(ModelDrafter):
     "A draft model writes until a head expects a rejection among its candidates (Huang et al. 2024)."
 
-    drafter: Any  # a causal language model with the target's tokenizer
     head: Any = None  # `AcceptanceHead` of the drafter's width; may be left out when h >= 1
     h: float = 0.7  # stop when the estimated probability of a rejection exceeds this (at least 0; from 1 on: never)
     K_min: int = 2  # candidates a round, at least (positive)
     K_max: int = 20  # candidates a round, at most (at least K_min)
 
     reads_hidden: ClassVar[bool] = True  # whether the stop rule needs the head
+    forward_arguments: ClassVar[dict[str, Any]] = {"output_hidden_states": True}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.h < 0:
             raise ValueError(f"h is compared with a probability: it must be at least 0, got {self.h}")
         if not 1 <= self.K_min <= self.K_max:
@@ -155,11 +156,6 @@ class SpecDecPP(SpeculativeDecoder):
         if self.head is None and self.reads_hidden and self.h < 1:
             raise ValueError("a head is needed to stop: train one (`decodelab train specdec-pp`), `load_head` it, or set h=1")
         self.candidates: list[list[int]] = []  # of the last call, [row][round]: how many were submitted
-        self._ahead: DraftModelSession | None = None
-
-    @property
-    def rule(self) -> Rule:
-        return RecursiveRejection()
 
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
         if self.head is not None:
@@ -168,8 +164,7 @@ class SpecDecPP(SpeculativeDecoder):
                 raise ValueError(f"the head reads hidden states of width {own}, the drafter has {width}: train a head for this drafter")
             if self.head.device != call.prompt.device:
                 raise ValueError(f"the head is on {self.head.device}, the prompt on {call.prompt.device}: move it with head.to(...)")
-        self._ahead = DraftModelSession(self.drafter, call, output_hidden_states=True)
-        self._eos = torch.tensor(call.eos, dtype=torch.long, device=call.prompt.device)
+        super().start(call, prompt_logits)
         self.candidates = [[] for _ in call.rows]
 
     def most(self, call: Call) -> list[int]:
@@ -187,15 +182,14 @@ class SpecDecPP(SpeculativeDecoder):
         return self.head.probability(hidden)
 
     def draft(self, call: Call, roots: torch.Tensor) -> Draft:
-        assert self._ahead is not None
         most = torch.tensor(self.most(call), device=roots.device)
         on, cum = most > 0, torch.ones(len(roots), device=roots.device)
         tokens, parents, laws, self._factors = [roots], [torch.full_like(roots, -1)], list[torch.Tensor](), list[torch.Tensor]()
-        logits = self._ahead.open(roots)
+        logits = self.ahead.open(roots)
         while bool(on.any()):  # the length depends on the data: one wait for the device a candidate
             k = len(tokens)
             scores = processed_scores(call, logits, torch.stack(tokens, 1)[:, 1:])
-            self._factors.append(self.factor(self._ahead.hidden_states[:, -1] if k > 1 else None, scores))
+            self._factors.append(self.factor(self.ahead.hidden_states[:, -1] if k > 1 else None, scores))
             cum = cum * self._factors[-1]
             if call.do_sample:
                 laws.append(probabilities(scores))
@@ -203,9 +197,9 @@ class SpecDecPP(SpeculativeDecoder):
             tokens.append(torch.where(on, drawn, 0))
             parents.append(torch.where(on, k - 1, -1))  # a row that has stopped is filled up with dummies
             # stop at the end of the text, at K_max, or when a rejection has become likely: 1 - cum > h
-            on = on & ~torch.isin(drawn, self._eos) & (k < most) & ((k < self.K_min) | (1 - cum <= self.h))
+            on = on & ~torch.isin(drawn, call.ends) & (k < most) & ((k < self.K_min) | (1 - cum <= self.h))
             if bool(on.any()):
-                logits = self._ahead.grow(tokens[-1][:, None], self._place(parents[-1], k))[:, 0]
+                logits = self.ahead.grow(tokens[-1][:, None], self._place(parents[-1], k))[:, 0]
         laws = [*laws, torch.zeros_like(laws[0])] if laws else []
         return self._submit(call, torch.stack(tokens, 1), torch.stack(parents, 1), torch.stack(laws, 1) if laws else None)
 
@@ -221,18 +215,9 @@ class SpecDecPP(SpeculativeDecoder):
         longest = tokens.shape[1] - 1
         return Draft(tokens, Tree.chain(longest) if min(lengths) == longest else Tree(parents), laws)
 
-    def observe(self, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
-        assert self._ahead is not None
-        self._ahead.keep(draft, paths)
-
-    def select(self, rows: torch.Tensor) -> None:
-        assert self._ahead is not None
-        self._ahead.select(rows)
-
     def finish(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
-        self._ahead, self._factors = None, []
+        super().finish()
+        self._factors = []
 
     def _story(self, call: Call, draft: Draft, paths: list[list[int]]) -> tuple[Any, Any]:
         roles, info = super()._story(call, draft, paths)
@@ -369,15 +354,13 @@ def experiment(
     seeds: int = 1,  # sampled runs of each stop rule
 ) -> dict[str, Any]:
     "All stop rules on openings of tales and on the held-out books, sampled and greedy: N, N_T, N_D of every prompt; needs the data set."
-    from decodelab.core.data import first_words, load_data
     from decodelab.core.lab import Lab
     from decodelab.core.tasks import tale_prompts
 
     lab = Lab("speculative/specdec_pp")
     lab.seed_everything()
     (model, tokenizer), (drafter, _) = lab.target(), lab.draft()
-    paragraphs = [p for b in load_data("tales") if b["split"] == "test" for p in b["text"].split("\n\n") if len(p.split()) > 60]
-    books = [first_words(p, 24) for p in paragraphs[:: max(1, len(paragraphs) // prompts)]][:prompts]
+    books = held_out_texts(prompts)
     made = policies(drafter, zoo_heads(model.device))
     runs: dict[str, Any] = {}
     for corpus, texts in {"tales": tale_prompts(prompts, seed=lab.seed), "books": books}.items():

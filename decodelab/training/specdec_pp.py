@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from ..core.warp import draw
+from ..speculative.drafters import end_ids
 from ..speculative.specdec_pp import AcceptanceHead, AcceptanceHeadConfig
 from .language_model import _last_checkpoint, _wandb
 
@@ -196,7 +197,7 @@ def build_data(
 ) -> HeadData:
     "Let the target continue the prompts, and label what the drafter would have written."
     sampling = {"do_sample": True, "temperature": recipe.temperature, "top_k": 0} if recipe.temperature else {"do_sample": False}
-    ends, ids, labels = _ends(target), [], []
+    ends, ids, labels = end_ids(target), [], []
     for i in range(0, len(prompts), batch_size):
         asked = tokenizer(list(prompts[i : i + batch_size]), return_tensors="pt", padding=True, padding_side="left").to(target.device)
         written = target.generate(
@@ -212,11 +213,6 @@ def build_data(
         labels += [row.cpu() for row in a]
     pad = torch.nn.utils.rnn.pad_sequence
     return HeadData(pad(ids, batch_first=True), pad(labels, batch_first=True, padding_value=torch.nan))
-
-
-def _ends(model: Any) -> set[int]:
-    eos = model.generation_config.eos_token_id
-    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
 
 # %% ../../nbs/training/specdec_pp.ipynb #3ebece66
 def cached_data(
