@@ -149,7 +149,7 @@ def _line_up(model: str, draft: str, names: list[str] | None, prompts: int, toke
     with waiting("loading torch and the models ..."):
         lab, lm, tokenizer = load_for(model, "target", threads, seed)
         _, drafter, _ = load_for(draft, "draft", seed=seed)
-        from decodelab.core.tasks import tale_prompts
+        from decodelab.core.openings import tale_prompts
         from decodelab.demo import line_up
 
         texts = tale_prompts(prompts, seed)

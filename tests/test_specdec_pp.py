@@ -503,7 +503,7 @@ def test_bad_recipes(fields, message):
 
 def test_prompts(monkeypatch):
     monkeypatch.setenv("DECODELAB_DATA", "")
-    from decodelab.core.tasks import tale_prompts
+    from decodelab.core.openings import tale_prompts
 
     chosen = training.head_prompts(300, seed=2)
     assert len(set(chosen)) == 300

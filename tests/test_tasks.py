@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from decodelab.core import openings, text_tasks
 from decodelab.core import puzzles as p
 from decodelab.core import tasks as t
 
@@ -55,7 +56,10 @@ def test_seed_and_length(name):
 
 
 def test_examples_do_not_depend_on_the_hash_seed():
-    code = "from decodelab.core.tasks import TASKS, tale_prompts; print([t.examples(2) for t in TASKS.values()], tale_prompts(5))"
+    code = (
+        "from decodelab.core.openings import tale_prompts; from decodelab.core.tasks import TASKS; "
+        "print([t.examples(2) for t in TASKS.values()], tale_prompts(5))"
+    )
     outputs = {
         subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
         for seed in ("1", "2")
@@ -65,22 +69,22 @@ def test_examples_do_not_depend_on_the_hash_seed():
 
 def test_base_task_is_abstract():
     with pytest.raises(NotImplementedError):
-        t.Task().examples(1)
+        text_tasks.Task().examples(1)
     with pytest.raises(NotImplementedError):
-        t.Task().make(random.Random(0))
+        text_tasks.Task().make(random.Random(0))
 
 
 # lists
 
 
-@given(st.sampled_from(sorted(t._LIST_PROMPTS)), st.sampled_from(["names", "words"]), st.integers(2, 4), st.integers(0, 99))
+@given(st.sampled_from(sorted(text_tasks.LIST_PROMPTS)), st.sampled_from(["names", "words"]), st.integers(2, 4), st.integers(0, 99))
 @settings(deadline=None, max_examples=60)
 def test_list_scores_equal_the_answers_by_brute_force(operation, entries, length, seed):
-    task = t.ListTask(operation, length, entries)
+    task = text_tasks.ListTask(operation, length, entries)
     (example,) = task.examples(1, seed)
     meta = example.meta
     words = [*meta["items"], meta["word"]]
-    right = {tuple(a) for a in t.list_answers(operation, **meta)}
+    right = {tuple(a) for a in text_tasks.list_answers(operation, **meta)}
     for size in (length - 1, length, length + 1):
         for output in product(words, repeat=size):
             assert task.score(example, ", ".join(output)) == float(output in right)
@@ -102,11 +106,11 @@ def test_list_scores_equal_the_answers_by_brute_force(operation, entries, length
     ],
 )
 def test_list_answers(operation, expected):
-    assert list(t.list_answers(operation, ["c", "a", "b"], "x", 1)) == expected
+    assert list(text_tasks.list_answers(operation, ["c", "a", "b"], "x", 1)) == expected
 
 
 def test_list_prompts_count_from_one():
-    task = t.ListTask("remove_index", length=5)
+    task = text_tasks.ListTask("remove_index", length=5)
     for example in task.examples(20):
         gone = example.meta["items"][example.meta["index"]]
         assert f"Remove number {example.meta['index'] + 1} from" in example.prompt
@@ -114,18 +118,18 @@ def test_list_prompts_count_from_one():
 
 
 def test_longest_shuffle_is_scored_at_once():
-    task = t.ListTask("shuffle", length=29, entries="words")
+    task = text_tasks.ListTask("shuffle", length=29, entries="words")
     (example,) = task.examples(1)
     assert task.score(example, example.answer + ".") == 1.0
 
 
 def test_lists_refuse():
     with pytest.raises(ValueError, match="unknown list operation 'rotate'; known: copy"):
-        t.ListTask("rotate")
+        text_tasks.ListTask("rotate")
     for bad in ({"entries": "numbers"}, {"length": 1}, {"length": 30}):
         with pytest.raises(ValueError, match="length 2 to 29"):
-            t.ListTask("copy", **bad)
-    for words in (t.FIRST_NAMES, t.SURNAMES, t.SHORT_WORDS):
+            text_tasks.ListTask("copy", **bad)
+    for words in (text_tasks.FIRST_NAMES, text_tasks.SURNAMES, text_tasks.SHORT_WORDS):
         assert len(set(words)) == len(words) >= 30
 
 
@@ -135,7 +139,7 @@ def test_lists_refuse():
 @given(st.integers(1, 8), st.integers(2, 30), st.integers(0, 999))
 @settings(deadline=None, max_examples=60)
 def test_arithmetic_steps_are_true(steps, largest, seed):
-    task = t.ArithmeticTask(steps, largest, limit=200)
+    task = text_tasks.ArithmeticTask(steps, largest, limit=200)
     (example,) = task.examples(1, seed)
     value = example.meta["start"]
     lines = example.answer.splitlines()
@@ -157,13 +161,13 @@ def test_arithmetic_steps_are_true(steps, largest, seed):
 def test_arithmetic_refuses():
     for bad in ({"steps": 0}, {"largest": 1}, {"limit": 10}):
         with pytest.raises(ValueError, match="steps >= 1 and 2 <= largest <= limit"):
-            t.ArithmeticTask(**bad)
+            text_tasks.ArithmeticTask(**bad)
 
 
 @given(st.integers(2, 60), st.integers(4, 9), st.integers(0, 99))
 @settings(deadline=None, max_examples=30)
 def test_only_the_key_asked_for_is_right(facts, digits, seed):
-    task = t.KeyValueTask(facts, digits)
+    task = text_tasks.KeyValueTask(facts, digits)
     (example,) = task.examples(1, seed)
     keys = example.meta["keys"]
     assert len(keys) == len(set(keys.values())) == facts
@@ -175,8 +179,8 @@ def test_only_the_key_asked_for_is_right(facts, digits, seed):
 def test_keys_refuse():
     for bad in ({"facts": 1}, {"facts": 1201}, {"digits": 3}, {"digits": 10}):
         with pytest.raises(ValueError, match="facts must be 2 to 1200 and digits 4 to 9"):
-            t.KeyValueTask(**bad)
-    assert len(t.KeyValueTask(1200).examples(1)[0].meta["keys"]) == 1200
+            text_tasks.KeyValueTask(**bad)
+    assert len(text_tasks.KeyValueTask(1200).examples(1)[0].meta["keys"]) == 1200
 
 
 # sudoku
@@ -307,7 +311,7 @@ def test_countdown_is_reachable(count, largest, seed):
 
 def test_countdown_wants_four_operations_only():
     task = t.CountdownTask()
-    example = t.Example("countdown", "", "", {"numbers": [7, 2, 1], "target": 3})
+    example = text_tasks.Example("countdown", "", "", {"numbers": [7, 2, 1], "target": 3})
     assert task.score(example, "(7 - 1) / 2") == 1.0
     assert [task.score(example, x) for x in ("7 // 2 * 1", "7 // 2 // 1", "-(1 - 7) / 2", "7 if 2 else 1", "7 / (2 - 2)")] == [0.0] * 5
 
@@ -370,7 +374,7 @@ def test_programs_pass_their_tests_in_python():
 def test_program_score_is_the_share_of_tests():
     task = t.ProgramTask(tests=4)
     cases = [((x,), x + 1 if x < 3 else 0) for x in range(4)]
-    example = t.Example("programs", "", "", {"parameters": ["x"], "cases": cases})
+    example = text_tasks.Example("programs", "", "", {"parameters": ["x"], "cases": cases})
     assert task.score(example, "x + 1") == 0.75
     assert task.score(example, "return 1") == 0.25
     assert task.score(example, "6 // x - 9") == 0.0
@@ -396,19 +400,19 @@ def test_programs_refuse():
 @given(st.integers(0, 50))
 @settings(deadline=None, max_examples=15)
 def test_tale_prompts(seed):
-    prompts = t.tale_prompts(500, seed)
+    prompts = openings.tale_prompts(500, seed)
     assert len(set(prompts)) == 500
     assert all(12 <= len(prompt.split()) <= 25 for prompt in prompts)
-    assert prompts[:60] == t.tale_prompts(60, seed)
-    assert prompts[:60] != t.tale_prompts(60, seed + 1)
+    assert prompts[:60] == openings.tale_prompts(60, seed)
+    assert prompts[:60] != openings.tale_prompts(60, seed + 1)
 
 
 def test_tale_lists_are_coprime_and_distinct():
-    lists = (t._TIMES, t._PLACES, t._HEROES, t._EVENTS)
+    lists = (openings._TIMES, openings._PLACES, openings._HEROES, openings._EVENTS)
     assert [len(x) for x in lists] == [len(set(x)) for x in lists] == [7, 13, 16, 11]
 
 
 def test_tale_prompts_refuse():
     for n in (0, 16_017):
         with pytest.raises(ValueError, match="n must be 1 to 16,016"):
-            t.tale_prompts(n)
+            openings.tale_prompts(n)

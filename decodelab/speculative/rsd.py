@@ -393,7 +393,7 @@ def experiment(
     "All rivals by budget and temperature, widths at a fixed length, lengths of a chain, costs of the pair, and the law of each tree."
     from decodelab.core.cost import draft_cost
     from decodelab.core.lab import Lab
-    from decodelab.core.tasks import tale_prompts
+    from decodelab.core.openings import tale_prompts
 
     lab = Lab("speculative/rsd")
     lab.seed_everything()

@@ -355,7 +355,7 @@ def experiment(
 ) -> dict[str, Any]:
     "All stop rules on openings of tales and on the held-out books, sampled and greedy: N, N_T, N_D of every prompt; needs the data set."
     from decodelab.core.lab import Lab
-    from decodelab.core.tasks import tale_prompts
+    from decodelab.core.openings import tale_prompts
 
     lab = Lab("speculative/specdec_pp")
     lab.seed_everything()

@@ -220,7 +220,7 @@ def experiment(
 ) -> dict[str, Any]:
     "The full comparison on held-out prompts from the test books of `tales`: one table a kind of text; needs the data set."
     from decodelab.core.lab import Lab
-    from decodelab.core.tasks import tale_prompts
+    from decodelab.core.openings import tale_prompts
 
     lab = Lab("speculative/token_recycling")
     lab.seed_everything()

@@ -155,7 +155,7 @@ def head_prompts(
 ) -> list[str]:
     "Prompts to train on: openings of tales, and as many paragraphs of the training books where the data are there."
     from decodelab.core.data import first_words, has_data, load_data
-    from decodelab.core.tasks import tale_prompts
+    from decodelab.core.openings import tale_prompts
 
     measured = set(tale_prompts(500, seed=0))
     openings = [t for t in tale_prompts(min(16_016, n + 2000), seed=seed + 1) if t not in measured]
