@@ -32,6 +32,7 @@ FIRST = (
         "puzzles",
         "tasks",
         "metrics",
+        "mauve",
         "claims",
         "bench",
         "cost",

@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from decodelab.core import mauve
 from decodelab.core import metrics as m
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
@@ -192,19 +193,19 @@ def test_scoring_refuses(llama):
 @given(st.lists(st.integers(0, 20), min_size=2, max_size=6).filter(sum), st.lists(st.integers(0, 20), min_size=6, max_size=6).filter(sum))
 def test_divergence_area_is_symmetric_and_one_for_equals(p, q):
     a = np.array(p) / sum(p)
-    assert m.divergence_area(a, a) == pytest.approx(1.0)
+    assert mauve.divergence_area(a, a) == pytest.approx(1.0)
     if sum(q[: len(p)]):
         b = np.array(q[: len(p)]) / sum(q[: len(p)])
-        assert m.divergence_area(a, b) == pytest.approx(m.divergence_area(b, a))
-        assert 0 <= m.divergence_area(a, b) <= 1 + 1e-9
+        assert mauve.divergence_area(a, b) == pytest.approx(mauve.divergence_area(b, a))
+        assert 0 <= mauve.divergence_area(a, b) <= 1 + 1e-9
 
 
 def test_divergence_area_is_the_one_of_the_package():
-    mauve = pytest.importorskip("mauve")
+    package = pytest.importorskip("mauve")
     rng = np.random.default_rng(0)
     p, q = rng.normal(0, 1, (80, 4)).astype("float32"), rng.normal(0.4, 1, (60, 4)).astype("float32")
-    theirs = mauve.compute_mauve(p, q, num_buckets=6, verbose=False)
-    ours = m.mauve_score(p, q, bins=6)
+    theirs = package.compute_mauve(p, q, num_buckets=6, verbose=False)
+    ours = mauve.mauve_score(p, q, bins=6)
     assert ours.score == pytest.approx(theirs.mauve, abs=1e-6)
     assert ours.smoothed == pytest.approx(theirs.mauve_star, abs=1e-6)
 
@@ -212,32 +213,32 @@ def test_divergence_area_is_the_one_of_the_package():
 def test_mauve_prints_its_settings():
     pytest.importorskip("mauve")
     p = np.random.default_rng(0).normal(size=(40, 3))
-    score = m.mauve_score(p, p, seed=7)
+    score = mauve.mauve_score(p, p, seed=7)
     assert (score.score, score.smoothed) == pytest.approx((1.0, 1.0))
     assert str(score) == "MAUVE 1.000, smoothed 1.000 (40 and 40 texts, 4 bins, c = 5, seed 7, 3-dimensional features)"
-    assert m.mauve_score(p, p + 0.1, seed=7) == m.mauve_score(p, p + 0.1, seed=7)
+    assert mauve.mauve_score(p, p + 0.1, seed=7) == mauve.mauve_score(p, p + 0.1, seed=7)
 
 
 def test_mauve_of_texts_uses_the_featuriser():
     pytest.importorskip("mauve")
     texts = [f"{i} tales" for i in range(20)]
     featuriser = lambda texts: np.array([[float(t.split()[0]), 1.0] for t in texts])  # noqa: E731
-    assert m.mauve_score(texts, texts, featuriser, bins=2) == m.mauve_score(featuriser(texts), featuriser(texts), bins=2)
+    assert mauve.mauve_score(texts, texts, featuriser, bins=2) == mauve.mauve_score(featuriser(texts), featuriser(texts), bins=2)
 
 
 def test_mauve_refuses(monkeypatch):
     p = np.ones((5, 2))
     with pytest.raises(ValueError, match="give a featuriser"):
-        m.mauve_score(["a", "b"], p)
+        mauve.mauve_score(["a", "b"], p)
     with pytest.raises(ValueError, match=r"p must be at least two texts or finite features \[n, d\], got shape \(1, 2\)"):
-        m.mauve_score(p[:1], p)
+        mauve.mauve_score(p[:1], p)
     with pytest.raises(ValueError, match="finite"):
-        m.mauve_score(p, p * np.nan)
+        mauve.mauve_score(p, p * np.nan)
     with pytest.raises(ValueError, match="2 and 3 dimensions"):
-        m.mauve_score(p, np.ones((5, 3)))
+        mauve.mauve_score(p, np.ones((5, 3)))
     for bad in ({"bins": 1}, {"bins": 11}, {"scaling": 0}):
         with pytest.raises(ValueError, match="bins between 2 and"):
-            m.mauve_score(p, p, **bad)
+            mauve.mauve_score(p, p, **bad)
     real = builtins.__import__
 
     def without_mauve(name, *args, **kwargs):
@@ -247,14 +248,14 @@ def test_mauve_refuses(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_mauve)
     with pytest.raises(ImportError, match=r"pip install decodelab\[metrics\]"):
-        m.mauve_score(p, p)
+        mauve.mauve_score(p, p)
 
 
 def test_featuriser_batches_and_cuts(llama, tokenizer):
     texts = ["once", "once upon a time", "upon a", "time time time time time"]
-    alone = np.concatenate([m.hidden_state_featuriser(llama, tokenizer, batch_size=1)([t]) for t in texts])
-    assert np.allclose(m.hidden_state_featuriser(llama, tokenizer, batch_size=3)(texts), alone, atol=1e-5)
-    cut = m.hidden_state_featuriser(llama, tokenizer, max_length=2)
+    alone = np.concatenate([mauve.hidden_state_featuriser(llama, tokenizer, batch_size=1)([t]) for t in texts])
+    assert np.allclose(mauve.hidden_state_featuriser(llama, tokenizer, batch_size=3)(texts), alone, atol=1e-5)
+    cut = mauve.hidden_state_featuriser(llama, tokenizer, max_length=2)
     assert np.allclose(cut(["once upon a time"]), cut(["once upon"]), atol=1e-6)
     last = llama(torch.tensor([[1, 2]]), output_hidden_states=True).hidden_states[-1][0, -1]
     assert np.allclose(cut(["once upon"])[0], last.detach().numpy(), atol=1e-5)
@@ -262,7 +263,7 @@ def test_featuriser_batches_and_cuts(llama, tokenizer):
         cut(["once", ""])
     for bad in ({"max_length": 0}, {"batch_size": 0}):
         with pytest.raises(ValueError, match="must be positive"):
-            m.hidden_state_featuriser(llama, tokenizer, **bad)
+            mauve.hidden_state_featuriser(llama, tokenizer, **bad)
 
 
 # references

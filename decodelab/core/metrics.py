@@ -22,10 +22,9 @@ from .session import context_length
 from .warp import greedy
 
 # %% auto #0
-__all__ = ['TextOrTokens', 'Featuriser', 'text_ngrams', 'repetition', 'diversity', 'distinct_n', 'token_scores', 'perplexity',
-           'continuation_scores', 'coherence', 'greedy_ratio', 'MauveScore', 'divergence_area', 'mauve_score',
-           'hidden_state_featuriser', 'rouge', 'normalise_answer', 'exact_match', 'token_f1', 'BootstrapInterval',
-           'bootstrap_interval', 'bootstrap_ratio', 'rank_correlation']
+__all__ = ['TextOrTokens', 'text_ngrams', 'repetition', 'diversity', 'distinct_n', 'token_scores', 'perplexity',
+           'continuation_scores', 'coherence', 'greedy_ratio', 'rouge', 'normalise_answer', 'exact_match', 'token_f1',
+           'BootstrapInterval', 'bootstrap_interval', 'bootstrap_ratio', 'rank_correlation']
 
 # %% ../../nbs/core/metrics.ipynb #ac924f41
 TextOrTokens = str | Sequence[int]
@@ -166,116 +165,6 @@ def greedy_ratio(
     "Share of the generated tokens, over all texts, that are the model's first choice where they stand, in [0, 1]."
     first = torch.cat([continuation_scores(model, *pair)[1] for pair in _pairs(prompt_ids, continuation_ids)])
     return first.float().mean().item()
-
-# %% ../../nbs/core/metrics.ipynb #172b2c40
-@dataclass(frozen=True)
-class MauveScore:
-    "A MAUVE score with everything it depends on."
-
-    score: float  # MAUVE, in (0, 1]; 1 when both histograms are equal
-    smoothed: float  # MAUVE*, from histograms with half a text added to every bin; steadier with few texts
-    bins: int  # clusters
-    scaling: float  # the constant c
-    seed: int  # seed of the clustering
-    n_texts: tuple[int, int]  # texts in both sets
-    dimensions: int  # length of a feature vector
-
-    def __str__(self) -> str:
-        sizes = " and ".join(map(str, self.n_texts))
-        return (
-            f"MAUVE {self.score:.3f}, smoothed {self.smoothed:.3f} "
-            f"({sizes} texts, {self.bins} bins, c = {self.scaling:g}, seed {self.seed}, {self.dimensions}-dimensional features)"
-        )
-
-    __repr__ = __str__
-
-
-Featuriser = Callable[[Sequence[str]], np.ndarray]
-
-
-def _features(given: Any, featuriser: Featuriser | None, which: str) -> np.ndarray:
-    if len(given) and isinstance(given[0], str):
-        if featuriser is None:
-            raise ValueError(f"{which} are texts: give a featuriser, for example hidden_state_featuriser(model, tokenizer), or features")
-        given = featuriser(given)
-    array = np.asarray(given, dtype=np.float32)
-    if array.ndim != 2 or len(array) < 2 or not np.isfinite(array).all():
-        raise ValueError(f"{which} must be at least two texts or finite features [n, d], got shape {array.shape}")
-    return array
-
-# %% ../../nbs/core/metrics.ipynb #632f0b56
-def divergence_area(
-    p: np.ndarray,  # histogram, [bins], sums to 1
-    q: np.ndarray,  # histogram, [bins], sums to 1
-    scaling: float = 5.0,  # the constant c (positive)
-    points: int = 25,  # mixtures on the curve
-) -> float:
-    "Area under the divergence curve of two histograms, in [0, 1]."
-    weight = np.linspace(1e-6, 1 - 1e-6, points)[:, None]
-    mixture = weight * p + (1 - weight) * q
-
-    def closeness(a: np.ndarray) -> np.ndarray:
-        ratio = np.divide(a, mixture, out=np.ones_like(mixture), where=np.broadcast_to(a > 0, mixture.shape))
-        return np.exp(-scaling * (a * np.log(ratio)).sum(-1).clip(min=0))
-
-    x, y = np.r_[1, closeness(q), 0], np.r_[0, closeness(p), 1]
-    return float(((x[:-1] - x[1:]) * (y[:-1] + y[1:])).sum() / 2)  # trapezoids, in the order of the curve
-
-# %% ../../nbs/core/metrics.ipynb #6619395e
-def mauve_score(
-    p: Any,  # one set: texts, or features [n, d] (usually people's texts)
-    q: Any,  # the other set: texts, or features [m, d] (usually generated)
-    featuriser: Featuriser | None = None,  # texts -> features [n, d]; needed for texts
-    bins: int | None = None,  # clusters; a tenth of the smaller set, at least 2, when None
-    scaling: float = 5.0,  # the constant c (positive)
-    seed: int = 25,  # seed of the clustering
-) -> MauveScore:
-    "MAUVE between two sets of texts; raises `ImportError` when the optional package is missing."
-    features = [_features(p, featuriser, "p"), _features(q, featuriser, "q")]
-    sizes = (len(features[0]), len(features[1]))
-    if features[0].shape[1] != features[1].shape[1]:
-        raise ValueError(
-            f"p and q need the same featuriser: their features have {features[0].shape[1]} and {features[1].shape[1]} dimensions"
-        )
-    if scaling <= 0 or (bins is not None and not 2 <= bins <= sum(sizes)):
-        raise ValueError(f"scaling must be positive and bins between 2 and the number of texts, got {scaling} and {bins}")
-    try:
-        from mauve import compute_mauve
-    except ImportError as error:
-        raise ImportError("mauve_score needs the package mauve-text: pip install decodelab[metrics]") from error
-    out = compute_mauve(*features, num_buckets=bins or "auto", mauve_scaling_factor=scaling, seed=seed, verbose=False)
-    soft = [h * n + 0.5 for h, n in zip((out.p_hist, out.q_hist), sizes)]  # half a text added to every bin
-    smoothed = divergence_area(soft[0] / soft[0].sum(), soft[1] / soft[1].sum(), scaling)
-    score = divergence_area(out.p_hist, out.q_hist, scaling)
-    return MauveScore(score, smoothed, int(out.num_buckets), scaling, seed, sizes, features[0].shape[1])
-
-# %% ../../nbs/core/metrics.ipynb #7daacc1b
-def hidden_state_featuriser(
-    model: Any,  # causal language model, in eval mode
-    tokenizer: Any,  # its tokenizer
-    max_length: int = 128,  # tokens of a text that are read (positive)
-    batch_size: int = 16,  # texts a forward (positive)
-) -> Featuriser:
-    "A function texts -> features [n, hidden size], float32: the final hidden state of each text's last token."
-    if max_length < 1 or batch_size < 1:
-        raise ValueError(f"max_length and batch_size must be positive, got {max_length} and {batch_size}")
-
-    @torch.no_grad()
-    def featurise(texts: Sequence[str]) -> np.ndarray:
-        rows = [torch.tensor(tokenizer(text).input_ids[:max_length]) for text in texts]
-        if not all(map(len, rows)):
-            raise ValueError("a text without tokens has no last token: leave empty texts out and say how many there were")
-        found = []
-        for i in range(0, len(rows), batch_size):
-            batch = rows[i : i + batch_size]
-            ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(model.device)
-            last = torch.tensor([len(row) - 1 for row in batch], device=ids.device)
-            mask = torch.arange(ids.shape[1], device=ids.device) <= last[:, None]
-            states = model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-            found.append(states[torch.arange(len(batch), device=ids.device), last].float().cpu())
-        return torch.cat(found).numpy()
-
-    return featurise
 
 # %% ../../nbs/core/metrics.ipynb #12194017
 def rouge(

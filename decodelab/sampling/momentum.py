@@ -16,7 +16,8 @@ import torch
 from transformers import LogitsProcessor
 
 from ..core.contract import Call, register
-from ..core.metrics import coherence, diversity, greedy_ratio, hidden_state_featuriser, mauve_score, repetition
+from ..core.mauve import hidden_state_featuriser, mauve_score
+from ..core.metrics import coherence, diversity, greedy_ratio, repetition
 from ..core.warp import probabilities
 from .base import Autoregressive, ContrastiveSearch, TokenDecoder
 
