@@ -405,7 +405,8 @@ def _experiment(
     "Run the full experiment of a notebook and store its result."
     from importlib import import_module
 
-    from decodelab.core.claims import provenance, store_result
+    from decodelab.core.claims import store_result
+    from decodelab.core.provenance import provenance
 
     found = full_experiments()
     known = f"notebooks with an experiment: {', '.join(found) or 'none yet'}"

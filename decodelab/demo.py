@@ -17,10 +17,10 @@ import torch
 from transformers import TextStreamer
 
 from .core.bench import BenchResult, compare, counted
-from .core.claims import provenance
 from .core.contract import Decoder, decoders
 from .core.metrics import diversity
 from .core.output import DecodeOutput
+from .core.provenance import provenance
 from .demo_page import DemoRow
 
 # %% auto #0

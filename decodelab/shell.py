@@ -36,7 +36,7 @@ def emit_json(
     data: Any,  # see `to_plain`
 ) -> None:
     "Write a result as JSON to standard output."
-    from decodelab.core.claims import to_plain
+    from decodelab.core.provenance import to_plain
 
     typer.echo(json.dumps(to_plain(data), indent=1, ensure_ascii=False))
 

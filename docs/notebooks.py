@@ -33,6 +33,7 @@ FIRST = (
         "tasks",
         "metrics",
         "mauve",
+        "provenance",
         "claims",
         "bench",
         "cost",

@@ -11,19 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from decodelab.core import claims as module
-from decodelab.core.claims import (
-    Claim,
-    Claims,
-    load_result,
-    prompt_fingerprint,
-    provenance,
-    results_folder,
-    store_result,
-    to_plain,
-    tree_state,
-    write_json,
-)
+from decodelab.core import claims as claims_module
+from decodelab.core import provenance as provenance_module
+from decodelab.core.claims import Claim, Claims, load_result, results_folder, store_result
+from decodelab.core.provenance import prompt_fingerprint, provenance, to_plain, tree_state, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +42,8 @@ def checkout(tmp_path, monkeypatch):
     git(root, "init", "-q")
     git(root, "add", ".")
     git(root, "commit", "-qm", "first")
-    monkeypatch.setattr(module, "checkout_root", lambda: root)
+    for module in (claims_module, provenance_module):
+        monkeypatch.setattr(module, "checkout_root", lambda: root)
     return root
 
 
@@ -125,7 +117,7 @@ def test_off_writes_nothing(monkeypatch, tmp_path, capsys):
 
 def test_without_a_checkout_there_is_a_notice(monkeypatch, capsys):
     monkeypatch.delenv("DECODELAB_RESULTS")
-    monkeypatch.setattr(module, "checkout_root", lambda: None)
+    monkeypatch.setattr(claims_module, "checkout_root", lambda: None)
     assert Claims("a/b").save() is None
     assert "a/b: not written, as there is no checkout here (set DECODELAB_RESULTS to a folder" in capsys.readouterr().out
 
@@ -147,7 +139,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(module.os, "replace", fail)
+    monkeypatch.setattr(provenance_module.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
@@ -181,14 +173,16 @@ def test_provenance_is_complete(checkout):
 
 def test_an_uninstalled_package_has_no_version(monkeypatch):
     def missing(_):
-        raise module.PackageNotFoundError
+        raise provenance_module.PackageNotFoundError
 
-    monkeypatch.setattr(module, "version", missing)
+    monkeypatch.setattr(provenance_module, "version", missing)
     assert provenance()["versions"]["torch"] is None
 
 
 def test_the_command_shows_no_machine_paths(monkeypatch, checkout):
-    monkeypatch.setattr(module.sys, "argv", ["/usr/bin/decodelab", "bench", str(checkout / "nbs" / "a.ipynb"), "/etc/secret/x.txt"])
+    monkeypatch.setattr(
+        provenance_module.sys, "argv", ["/usr/bin/decodelab", "bench", str(checkout / "nbs" / "a.ipynb"), "/etc/secret/x.txt"]
+    )
     assert provenance()["command"] == "decodelab bench nbs/a.ipynb x.txt"
 
 

@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .claims import provenance, write_json
 from .cost import Clock, cost_growth, draft_cost, forward_curve, plot_cost_growth, predict_speedup, timed, turns
 from .metrics import bootstrap_ratio, repetition
 from .output import DecodeOutput, DecodeStats
+from .provenance import provenance, write_json
 
 # %% auto #0
 __all__ = ['new_token_ids', 'count_new_tokens', 'BenchRow', 'BenchResult', 'compare', 'counted', 'loop_overhead']

@@ -7,146 +7,20 @@ Docs: https://decodelab.github.io/decodelab/core/claims.html.md"""
 # %% ../../nbs/core/claims.ipynb #adf3ad7d
 from __future__ import annotations
 
-import hashlib
 import html
 import json
-import math
 import os
-import platform
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, is_dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .provenance import provenance, to_plain, write_json
 from .zoo import checkout_root
 
 # %% auto #0
-__all__ = ['to_plain', 'tree_state', 'prompt_fingerprint', 'provenance', 'results_folder', 'write_json', 'Claim', 'Claims',
-           'store_result', 'load_result']
-
-# %% ../../nbs/core/claims.ipynb #f9d315ea
-def to_plain(
-    value: Any,  # anything made of numbers, texts, lists, dictionaries, dataclasses, arrays and tensors
-) -> Any:
-    "`value` as plain JSON values."
-    if is_dataclass(value) and not isinstance(value, type):
-        return to_plain(asdict(value))
-    if isinstance(value, dict):
-        return {str(k): to_plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [to_plain(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
-    if isinstance(value, float) and type(value) is float:
-        return value if math.isfinite(value) else str(value)
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, Path):
-        return value.as_posix()
-    if hasattr(value, "tolist"):
-        return to_plain(value.tolist())
-    raise ValueError(
-        f"a value of type {type(value).__name__} cannot be stored: pass numbers, texts, lists, dictionaries, arrays or tensors"
-    )
-
-# %% ../../nbs/core/claims.ipynb #1528e2c2
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
-
-
-def _notebook_code(text: str) -> list[str]:
-    return ["".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
-
-
-def _changed(root: Path, path: str) -> bool:
-    # a notebook counts as changed when its code did, not when its outputs were made again
-    if not path.endswith(".ipynb") or not (root / path).is_file():
-        return True
-    committed = _git(root, "show", f"HEAD:{path}")
-    return committed is None or _notebook_code(committed) != _notebook_code((root / path).read_text(encoding="utf-8"))
-
-
-def tree_state(
-    root: Path | None,  # a checkout, or None
-) -> tuple[str | None, bool | None]:
-    "Commit of the checkout, and whether the tree differs from it; (None, None) where there is no git history."
-    commit = _git(root, "rev-parse", "HEAD") if root else None
-    if root is None or commit is None:
-        return None, None
-    listing = _git(root, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--", ".", ":(exclude)data/results")
-    paths = [entry[3:] for entry in (listing or "").split("\0") if entry]
-    return commit.strip(), any(_changed(root, p) for p in paths)
-
-# %% ../../nbs/core/claims.ipynb #031d1600
-def _machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), flags=re.M) if info.is_file() else []
-    machine = {"cpu": names[0] if names else platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    torch = sys.modules.get("torch")  # only asked when somebody uses it anyway
-    if torch is not None:
-        machine["threads"] = torch.get_num_threads()
-        machine["gpu"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return machine
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "decodelab"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def _command(root: Path | None) -> str:
-    # arguments that are paths are shown relative to the checkout, others by their last part
-    def short(argument: str) -> str:
-        path = Path(argument)
-        if not path.is_absolute():
-            return argument
-        return path.relative_to(root).as_posix() if root and path.is_relative_to(root) else path.name
-
-    return " ".join([Path(sys.argv[0]).name, *map(short, sys.argv[1:])]).strip()
-
-# %% ../../nbs/core/claims.ipynb #ea6e06cc
-def prompt_fingerprint(
-    prompts: Iterable[Any],  # texts, or token ids
-) -> dict[str, Any]:
-    "Number of prompts, and a hash that changes with any of them or their order."
-    listed = [to_plain(p) for p in prompts]
-    return {"count": len(listed), "sha256": hashlib.sha256(json.dumps(listed).encode()).hexdigest()}
-
-
-def provenance(
-    *,
-    seed: int | None = None,  # seed of the run
-    prompts: Iterable[Any] | None = None,  # prompts of the run; only their fingerprint is kept
-    profile: str | None = None,  # lab profile
-    command: str | None = None,  # what was run; this process's command line when None
-) -> dict[str, Any]:
-    "The conditions of a result: seed, commit, versions, machine, profile, command, date, prompts."
-    root = checkout_root()
-    commit, dirty = tree_state(root)
-    return {
-        "seed": seed,
-        "profile": profile,
-        "command": command or _command(root),
-        "commit": commit,
-        "dirty": dirty,
-        "versions": _versions(),
-        "machine": _machine(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **({"prompts": prompt_fingerprint(prompts)} if prompts is not None else {}),
-    }
+__all__ = ['results_folder', 'Claim', 'Claims', 'store_result', 'load_result']
 
 # %% ../../nbs/core/claims.ipynb #94b5640b
 def results_folder() -> Path | None:
@@ -169,25 +43,6 @@ def _result_path(name: str, profile: str) -> Path | None:
     if folder is None and os.environ.get("DECODELAB_RESULTS", "").strip().lower() != "off":
         print(f"{name}: not written, as there is no checkout here (set DECODELAB_RESULTS to a folder to keep results)")
     return folder and folder / file
-
-
-def write_json(
-    path: str | Path,  # file to write; its folder is made when missing
-    content: Any,  # what to write, see `to_plain`
-) -> Path:
-    "Write `content` to `path` as JSON, whole or not at all."
-    path, text = Path(path), json.dumps(to_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
-    return path
 
 # %% ../../nbs/core/claims.ipynb #3ab9fa65
 _MARKS = {True: "✔ held", False: "✘ not held", None: "– not testable here"}
