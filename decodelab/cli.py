@@ -19,8 +19,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .shell import DraftOption, JsonOption, LabGroup, MethodOption, ModelOption, SeedOption, SetOption, ThreadsOption
-from .shell import check_place, emit_json, load_for, make_decoder, parse_settings, say, show_table, waiting
+from .shell import DraftOption, JsonOption, MethodOption, ModelOption, PromptsOption, SeedOption, SetOption
+from .shell import LabGroup, ThreadsOption, TokensOption, check_place, emit_json, load_for
+from .shell import make_decoder, parse_settings, say, show_table, waiting
 
 # %% auto #0
 __all__ = ['app', 'full_experiments']
@@ -162,8 +163,8 @@ def _demo(
     model: ModelOption = "",
     draft: DraftOption = "",
     methods: MethodOption = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Openings of tales to continue.")] = 3,
-    tokens: Annotated[int, typer.Option(min=4, help="New tokens of each continuation.")] = 64,
+    prompts: PromptsOption = 3,
+    tokens: TokensOption = 64,
     seconds: Annotated[float, typer.Option(min=1, help="Begin no further prompt after this time.")] = 25,
     out: Annotated[Path, typer.Option(help="Page to write.")] = Path("demo.html"),
     threads: ThreadsOption = 1,
@@ -224,8 +225,8 @@ def _bench(
     model: ModelOption = "",
     draft: DraftOption = "",
     methods: MethodOption = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Openings of tales to continue.")] = 8,
-    tokens: Annotated[int, typer.Option(min=4, help="New tokens of each continuation.")] = 128,
+    prompts: PromptsOption = 8,
+    tokens: TokensOption = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds a prompt.")] = 3,
     out: Annotated[Path | None, typer.Option(help="Folder of the results; data/results/<profile> when left out.")] = None,
     threads: ThreadsOption = 0,

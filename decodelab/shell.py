@@ -20,9 +20,9 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 # %% auto #0
-__all__ = ['ModelOption', 'DraftOption', 'JsonOption', 'SetOption', 'MethodOption', 'SeedOption', 'ThreadsOption', 'say',
-           'emit_json', 'show_table', 'waiting', 'check_place', 'LabGroup', 'parse_settings', 'make_decoder',
-           'load_for']
+__all__ = ['ModelOption', 'DraftOption', 'JsonOption', 'SetOption', 'PromptsOption', 'TokensOption', 'MethodOption', 'SeedOption',
+           'ThreadsOption', 'say', 'emit_json', 'show_table', 'waiting', 'check_place', 'LabGroup', 'parse_settings',
+           'make_decoder', 'load_for']
 
 # %% ../nbs/shell.ipynb #120be7dc
 def say(
@@ -104,6 +104,8 @@ ModelOption = Annotated[str, typer.Option(help="Zoo name, folder or hub id; the 
 DraftOption = Annotated[str, typer.Option(help="Drafter for assisted generation; the profile's draft when left out.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Hyper-parameter as name=value, such as k=4; repeatable.")]
+PromptsOption = Annotated[int, typer.Option(min=1, help="Openings of tales to continue.")]
+TokensOption = Annotated[int, typer.Option(min=4, help="New tokens of each continuation.")]
 MethodOption = Annotated[list[str] | None, typer.Option("--method", "-m", help="Decoder to take part; repeatable, all when left out.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="Torch threads; 0 leaves torch's own choice.")]
