@@ -61,7 +61,6 @@ class TrigramTable:
     ):
         self.weights: dict[Pair, dict[int, float]] = {}
         self.parent, self.branching = parent, branching
-        self._inherited = {} if parent is None else parent.weights
         self._rows: dict[Pair, Row] = {}
 
     @classmethod
@@ -72,6 +71,7 @@ class TrigramTable:
         "The table of conditional frequencies n(u, v, w) / n(u, v)."
         counts: dict[Pair, dict[int, int]] = {}
         for text in texts:
+            text = [int(token) for token in text]  # elements of a tensor would all count as different
             for u, v, w in zip(text, text[1:], text[2:]):
                 row = counts.setdefault((u, v), {})
                 row[w] = row.get(w, 0) + 1
@@ -86,8 +86,11 @@ class TrigramTable:
         kp: int,  # successors to keep (at least 1)
     ) -> TrigramTable:
         "A table with the `kp` heaviest successors of every pair; weights stay as they are."
-        table = TrigramTable()
-        for pair, weights in self.weights.items():
+        table, known = TrigramTable(), self.weights
+        older = self.parent
+        while older is not None:
+            known, older = older.weights | known, older.parent
+        for pair, weights in known.items():
             if len(weights) > kp:
                 row = Row(weights, pair, kp)
                 weights = dict(zip(row.tokens, row.weights))
@@ -101,14 +104,15 @@ class TrigramTable:
         cap: float,  # highest weight
     ) -> None:
         "Raise the weight of every trigram in `tokens`."
-        own, parent = self.weights, self._inherited
         for u, v, w in zip(tokens, tokens[1:], tokens[2:]):
-            row = own.get((u, v))
-            if row is None:
-                row = own[u, v] = dict(parent.get((u, v), ()))
+            row = self._find((u, v))
             # R[(u, v)][w] <- min(cap, R[(u, v)][w] + eta)
-            row[w] = min(cap, row.get(w, 0.0) + eta)
+            self.weights[u, v] = {**row, w: min(cap, row.get(w, 0.0) + eta)}
             self._rows.pop((u, v), None)
+
+    def _find(self, pair: Pair) -> dict[int, float]:
+        # weights of the successors, which tables may share: to be replaced, not changed
+        return self.weights.get(pair) or ({} if self.parent is None else self.parent._find(pair))
 
     def row(
         self,
@@ -117,8 +121,8 @@ class TrigramTable:
         "What follows a pair; None when nothing is known."
         row = self._rows.get(pair)
         if row is None:
-            weights = self.weights.get(pair) or self._inherited.get(pair)
-            if weights is None:
+            weights = self._find(pair)
+            if not weights:
                 return None
             row = self._rows[pair] = Row(weights, pair, self.branching)
         return row
@@ -252,6 +256,7 @@ def fit_budget(
         return kept
     kept, known = [], set[tuple[int, ...]]()
     for path in paths:
+        path = path[:nodes]  # a budget of less than a path is not left unused
         new = {tuple(path[:n]) for n in range(1, len(path) + 1)} - known
         if len(known) + len(new) > nodes:
             break
@@ -293,15 +298,10 @@ def _check(decoder: ADED) -> None:
         raise ValueError(
             f"eta and c1 must be at least 0, cap and c2 above 0, got eta {decoder.eta}, c1 {decoder.c1}, cap {decoder.cap}, c2 {decoder.c2}"
         )
-    choices = {
-        "score": ("intended", "official"),
-        "budget": ("trie", "official"),
-        "maker": ("mcts", "best_first"),
-        "start_from": ("hot", "cold"),
-    }
+    choices = {"score": "intended official", "budget": "trie official", "maker": "mcts best_first", "start_from": "hot cold"}
     for name, known in choices.items():
-        if getattr(decoder, name) not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(decoder, name)!r}")
+        if getattr(decoder, name) not in known.split():
+            raise ValueError(f"{name} must be one of {known.replace(' ', ', ')}, got {getattr(decoder, name)!r}")
 
 
 @register(
@@ -337,7 +337,6 @@ class ADED(SpeculativeDecoder):
     def __post_init__(self) -> None:
         _check(self)
         self._start = TrigramTable() if self.corpus is None else self.corpus.prune(self.kp)
-        self._largest = max((max(w) for w in self._start.weights.values()), default=-1)
         self._vocabulary = 0
         self.reset()
 
@@ -347,11 +346,15 @@ class ADED(SpeculativeDecoder):
 
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
         vocabulary = call.model.get_input_embeddings().num_embeddings
-        if self._largest >= vocabulary:
-            raise ValueError(
-                f"the corpus holds token {self._largest}, the model's vocabulary ends at {vocabulary - 1}: count the corpus with the model's own tokenizer"
-            )
-        if self.start_from == "cold" or self._vocabulary != vocabulary:
+        anew = self.start_from == "cold" or self._vocabulary not in (0, vocabulary)
+        if self._vocabulary != vocabulary:  # the first call, or another model
+            tables = [self._start] if anew else [self._start, self.table]
+            largest = max((token for table in tables for row in table.weights.values() for token in row), default=-1)
+            if largest >= vocabulary:
+                raise ValueError(
+                    f"the table holds token {largest}, the model's vocabulary ends at {vocabulary - 1}: use the model's own tokenizer, for the corpus and for texts to learn"
+                )
+        if anew:
             self.reset()
         self._vocabulary = vocabulary
         self._first = [0] * len(call.prompt) if call.mask is None else (call.mask == 0).sum(1).tolist()
@@ -407,11 +410,9 @@ def replay(
         tokens, parents = decoder.guess(known, len(ahead) - 1)
         node_of = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens))}
         node, n = 0, 0
-        while n < len(ahead):
+        while node >= 0 and n < len(ahead):
+            node = node_of.get((node, ahead[n]), -1)
             n += 1
-            node = node_of.get((node, ahead[n - 1]), -1)
-            if node < 0:
-                break
         known += ahead[:n]
         emitted.append(n)
     return emitted
