@@ -24,7 +24,7 @@ from decodelab.core.cost import (
     timed,
     turns,
 )
-from decodelab.core.output import DecodeStats
+from decodelab.core.output import DecodeOutput, DecodeStats
 
 matplotlib.use("Agg")
 PROMPT = torch.zeros(1, 3, dtype=torch.long)
@@ -382,3 +382,15 @@ def test_cost_growth_finds_the_exponent():
 def test_growth_needs_sizes(sizes):
     with pytest.raises(ValueError, match="growth needs at least two different positive sizes"):
         cost_growth({"a": lambda size: 1}, sizes)
+
+
+def test_compiling_is_kept_apart():
+    "Two calls do two seconds of work; the first also compiles for eight."
+    ticks, spent = iter((0.0, 10.0, 10.0, 12.0)), iter((8.0, 0.0))
+
+    def method(prompt):
+        stats = DecodeStats(target_forwards=1, emitted=[[1]], compile_seconds=next(spent))
+        return DecodeOutput(sequences=torch.cat([prompt, prompt[:, :1]], 1), stats=stats, prompt_length=prompt.shape[1])
+
+    rows = compare({"late": method}, [torch.tensor([[5, 6]])], repeats=2, warmup=0, clock=lambda: next(ticks)).rows
+    assert [(r.seconds, r.compile_seconds) for r in rows] == [(2.0, 8.0), (2.0, 0.0)]

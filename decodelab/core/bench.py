@@ -62,12 +62,13 @@ class BenchRow:
     method: str  # name of the method
     prompt: int  # index of the prompt
     repeat: int  # round
-    seconds: float  # time of the call
+    seconds: float  # time of the call, without what it spent on compiling new shapes
     tokens: int  # new tokens of the call
     tokens_per_forward: float | None = None  # tokens per target forward (MAT), where the method reports it
     target_forwards: int | None = None  # forwards of the target, where reported
     draft_forwards: int | None = None  # forwards of the drafter, where reported
     forward_seconds: float | None = None  # time inside target forwards, where reported
+    compile_seconds: float | None = None  # time for compiling new shapes, where reported
     ids: list[list[int]] = field(default_factory=list, repr=False)  # new ids of each row
 
 
@@ -85,8 +86,9 @@ def _row(place: tuple[str, int, int], seconds: float, out: Any, prompt: Any, eos
     ids = new_token_ids(sequences, _prompt_ids(prompt).shape[1], eos_ids, pad_id)
     if not any(ids):
         raise ValueError(f"method {place[0]!r} gave no new token for prompt {place[1]}: leave such prompts out, nothing can be timed there")
-    names = ("tokens_per_forward", "target_forwards", "draft_forwards", "forward_seconds")
+    names = ("tokens_per_forward", "target_forwards", "draft_forwards", "forward_seconds", "compile_seconds")
     reported: dict[str, Any] = {n: getattr(getattr(out, "stats", None), n, None) for n in names}
+    seconds -= reported["compile_seconds"] or 0.0
     return BenchRow(*place, seconds, sum(map(len, ids)), **reported, ids=ids)
 
 # %% ../../nbs/core/bench.ipynb #22062d2b
