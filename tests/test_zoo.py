@@ -40,6 +40,7 @@ def test_names_resolve_to_the_zoo(own_zoo):
 def test_progress_bars_come_back(own_zoo):
     from transformers.utils import logging
 
+    logging.enable_progress_bar()  # another test may have turned them off
     zoo.load("mini")
     assert logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
