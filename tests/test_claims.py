@@ -259,3 +259,11 @@ def test_a_tree_without_a_commit_is_refused(checkout):
     shutil.rmtree(checkout / ".git")
     with pytest.raises(ValueError, match="the tree has no commit"):
         store_result("a/b", 1)
+
+
+def test_lists_of_numbers_stand_on_one_line(tmp_path):
+    content = {"rows": [[1, 2.5, None], []], "text": ["a [1,\n 2] b", "[ 3 ]"], "[\n4 ]": {"deep": [1, [2, 3]]}}
+    text = write_json(tmp_path / "a.json", content).read_text()
+    assert json.loads(text) == content
+    assert "[1, 2.5, null]" in text
+    assert "[2, 3]" in text

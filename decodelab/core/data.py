@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['HELD_OUT_BOOKS', 'data_root', 'has_data', 'DataSpec', 'add_data_set', 'data_sets', 'load_data', 'first_words',
-           'fingerprint']
+__all__ = ['HELD_OUT_BOOKS', 'data_root', 'has_data', 'DataSpec', 'add_data_set', 'data_sets', 'load_data', 'paragraphs',
+           'first_words', 'fingerprint']
 
 # %% ../../nbs/core/data.ipynb #313c28f0
 def data_root() -> Path | None:
@@ -310,6 +310,15 @@ add_data_set(
 )
 
 # %% ../../nbs/core/data.ipynb #cbba795b
+def paragraphs(
+    split: str,  # "train" or "test"
+) -> list[str]:
+    "All paragraphs of the `tales` books of one split, in order; needs the data set."
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be train or test, got {split!r}")
+    return [p for book in load_data("tales") if book["split"] == split for p in book["text"].split("\n\n")]
+
+
 def first_words(
     text: str,  # any text
     n: int,  # number of words to keep (positive)

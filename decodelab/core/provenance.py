@@ -58,6 +58,8 @@ def write_json(
 ) -> Path:
     "Write `content` to `path` as JSON, whole or not at all."
     path, text = Path(path), json.dumps(to_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    # a list of numbers on one line; text holds no line break of its own in JSON, so it is never touched
+    text = re.sub(r"\[\n[^\[\]{}\"]*\]", lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

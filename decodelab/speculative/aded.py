@@ -453,16 +453,14 @@ def experiment(
 ) -> dict[str, Any]:
     "Speed against the rivals and size of the corpus, on held-out prompts from the test books of `tales`; needs the data set."
     from decodelab.core.cost import forward_curve
-    from decodelab.core.data import load_data
+    from decodelab.core.data import paragraphs
     from decodelab.core.lab import Lab
 
     lab = Lab("speculative/aded")
     lab.seed_everything()
     model, tokenizer = lab.target()
     ids = [x.to(model.device) for x in held_out_prompts(tokenizer, prompts)]
-    documents = [
-        tokenizer(p).input_ids for b in load_data("tales") if b["split"] == "train" for p in b["text"].split("\n\n") if len(p) > 40
-    ]
+    documents = [tokenizer(p).input_ids for p in paragraphs("train") if len(p) > 40]
     random.Random(lab.seed).shuffle(documents)
     counted = {0: TrigramTable()} | corpora(documents, (20_000, 200_000, 2_000_000))
     kept = {n: table.prune(12) for n, table in counted.items()}

@@ -104,10 +104,10 @@ def held_out_texts(
     words: int = 24,  # length of each, in words
 ) -> list[str]:
     "Openings of paragraphs from the test books of `tales`; needs the data set."
-    from decodelab.core.data import first_words, load_data
+    from decodelab.core.data import first_words, paragraphs
 
-    paragraphs = [p for b in load_data("tales") if b["split"] == "test" for p in b["text"].split("\n\n") if len(p.split()) > 60]
-    return [first_words(p, words) for p in paragraphs[:: max(1, len(paragraphs) // n)]][:n]
+    long = [p for p in paragraphs("test") if len(p.split()) > 60]
+    return [first_words(p, words) for p in long[:: max(1, len(long) // n)]][:n]
 
 
 def held_out_prompts(

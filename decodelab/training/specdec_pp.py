@@ -154,14 +154,14 @@ def head_prompts(
     seed: int = 0,  # order
 ) -> list[str]:
     "Prompts to train on: openings of tales, and as many paragraphs of the training books where the data are there."
-    from decodelab.core.data import first_words, has_data, load_data
+    from decodelab.core.data import first_words, has_data, paragraphs
     from decodelab.core.openings import tale_prompts
 
     measured = set(tale_prompts(500, seed=0))
     openings = [t for t in tale_prompts(min(16_016, n + 2000), seed=seed + 1) if t not in measured]
-    books = load_data("tales") if has_data("tales") else []
-    paragraphs = [first_words(t, 24) for b in books if b["split"] == "train" for t in b["text"].split("\n\n") if len(t.split()) > 40]
-    shuffled = np.random.default_rng(seed).permutation(np.array(paragraphs, dtype=object)).tolist()[: n // 2]
+    books = paragraphs("train") if has_data("tales") else []
+    starts = [first_words(t, 24) for t in books if len(t.split()) > 40]
+    shuffled = np.random.default_rng(seed).permutation(np.array(starts, dtype=object)).tolist()[: n // 2]
     chosen = [*openings[: n - len(shuffled)], *shuffled]
     if len(chosen) < n:
         raise ValueError(
