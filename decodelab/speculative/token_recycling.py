@@ -235,6 +235,8 @@ def experiment(
         for prompt in tale_prompts(12, seed=lab.seed + 1):  # fitted on other prompts than it is measured on
             teacher.generate(model, tokenizer(prompt, return_tensors="pt").input_ids.to(model.device), **settings)
         templates[name] = learn_template(teacher, curve)
-        methods = line_up(model, contenders(templates[name]), settings, draft)
+        fitted = TokenRecycling(template=templates[name], compile=True)
+        compiled = {"plain loop, compiled": decoders()["autoregressive"].decoder(compile=True), "token recycling, fitted, compiled": fitted}
+        methods = line_up(model, contenders(templates[name]) | compiled, settings, draft)
         tables[name] = compare(methods, ids, repeats=repeats, seed=lab.seed).table().to_dict("index")
     return {"prompts": len(ids), "max_new_tokens": max_new_tokens, "curve": dict(curve), "templates": templates, "tables": tables}
