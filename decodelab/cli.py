@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,6 +95,20 @@ def _outcome(out: Any, tokenizer: Any) -> dict[str, Any]:
     return {"interrupted": False, "text": out.text(tokenizer)[0], "tokens": out.continuations[0].tolist(), "stats": stats}
 
 
+def _role(method: str) -> str:
+    # the kind of model that a method decodes
+    from decodelab.core.contract import decoders
+
+    known = decoders()
+    return "diffusion" if method in known and known[method].family == "diffusion" else "target"
+
+
+def _check_kind(lm: Any, role: str, model: str) -> None:
+    # the other way round, `mask_token` says what is missing
+    if role == "target" and getattr(lm.config, "shift_logits", False):
+        raise ValueError(f"{model} fills holes: choose a decoder of `decodelab methods --family diffusion`, or another model")
+
+
 @app.command("generate")
 def _generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
@@ -116,7 +130,9 @@ def _generate(
     if trace:
         check_place(trace)
     wanted = parse_settings(settings) | ({"trace": True} if trace else {})
-    _, lm, tokenizer = load_for(model, "target", seed=seed)
+    role = _role(method)
+    _, lm, tokenizer = load_for(model, role, seed=seed)
+    _check_kind(lm, role, model)
     from decodelab.demo import TextKeeper
     from decodelab.demo_page import trace_page
 
@@ -183,26 +199,55 @@ def _demo(
         result = measure_in_turns(line.methods, line.prompts, seconds=seconds, seed=seed, **line.ends)
     rows, interrupted = demo_rows(result, tokenizer), result.provenance["interrupted"]
     traces = {} if interrupted else traced_calls(line.ready, lm, tokenizer, line.prompts[0], tokens)
-    out.write_text(comparison_page(texts[0], rows, traces, tokenizer, result.provenance, line.left_out), encoding="utf-8")
+    masked, interrupted = (None, True) if interrupted else _masked(line.left_out, methods or (), threads, seed)
+    out.write_text(comparison_page(texts[0], rows, traces, tokenizer, result.provenance, line.left_out, masked), encoding="utf-8")
     if as_json:
-        emit_json({"rows": rows, "left_out": line.left_out, "page": out, "provenance": result.provenance})
+        facts = {"rows": rows, "masked": masked[1] if masked else [], "left_out": line.left_out}
+        emit_json({**facts, "page": out, "provenance": result.provenance})
     else:
-        _show_measured(rows, line.left_out)
+        _show_measured(rows, line.left_out, masked)
     say(f"written: {out}")
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _masked(left_out: dict[str, str], names: Iterable[str], threads: int, seed: int) -> tuple[tuple[str, list[Any]] | None, bool]:
+    # first question and rows of the masked decoders, or None; whether Ctrl-C came; what is shown is no longer left out
+    from decodelab.core.contract import decoders
+    from decodelab.demo import masked_decoders, masked_rows
+    from decodelab.diffusion.measure import POLICIES
+
+    wanted = [n for n in names or decoders() if decoders()[n].family == "diffusion"]
+    if not wanted:
+        return None, False
+    try:
+        _, lm, tokenizer = load_for("", "diffusion_tasks", threads, seed)
+        methods, refused = masked_decoders(lm, wanted)
+    except (ValueError, FileNotFoundError) as error:
+        left_out |= dict.fromkeys(wanted, f"needs a masked model: {error}")
+        return None, False
+    shown = {POLICIES[policy][0] for policy in methods}
+    for name in wanted:
+        if name in shown and name not in refused:
+            left_out.pop(name, None)
+    left_out |= refused
+    try:
+        with waiting("filling holes ..."):
+            return (masked_rows(methods, lm, tokenizer, seed=seed) if methods else None), False
+    except KeyboardInterrupt:
+        return None, True
 
 
 def _live(line: Any, lm: Any, tokenizer: Any, text: str, tokens: int) -> None:
     from decodelab.demo import TextKeeper
 
     name = "token_recycling" if "token_recycling" in line.ready else next(iter(line.ready))
-    Console(highlight=False).print(f"[bold]{name}[/bold], live: [dim]{text}[/dim]", end="")
+    Console(highlight=False, force_jupyter=False).print(f"[bold]{name}[/bold], live: [dim]{text}[/dim]", end="")
     line.ready[name].generate(lm, **line.prompts[0], max_new_tokens=tokens, do_sample=False, streamer=TextKeeper(tokenizer))
     typer.echo("")
 
 
-def _show_measured(rows: list[Any], left_out: Mapping[str, str]) -> None:
+def _show_measured(rows: list[Any], left_out: Mapping[str, str], masked: tuple[str, list[Any]] | None = None) -> None:
     lines = [
         {
             "method": row.name.replace("(transformers)", "(hf)"),
@@ -216,6 +261,18 @@ def _show_measured(rows: list[Any], left_out: Mapping[str, str]) -> None:
         for row in rows
     ]
     show_table(lines, "hf: transformers' own; ratio: speed relative to its greedy search, in turns")
+    if masked:
+        holes = [
+            {
+                "masked decoder": row.name,
+                "right": f"{row.right} of {row.asked}",
+                "passes": row.passes,
+                "tok/fwd": row.tokens_per_forward,
+                "ratio": row.ratio,
+            }
+            for row in masked[1]
+        ]
+        show_table(holes, "questions about lists; ratio: speed relative to one hole a pass")
     for name, why in left_out.items():
         say(f"left out: {name}: {why}")
 
@@ -268,24 +325,35 @@ def _bench_files(result: Any, folder: Path | None) -> list[Path]:
     return [result.save(folder / "bench.json"), folder / "bench.png"]
 
 # %% ../nbs/cli.ipynb #3c434f44
-def _recipe(name: str, settings: Mapping[str, Any]) -> Any:
-    from dataclasses import replace
-
+def _recipes() -> dict[str, tuple[Any, Callable[..., dict[str, Any]]]]:
+    # name -> settings, and the function that trains with them
     from decodelab.training.language_model import RECIPES
+    from decodelab.training.masked_diffusion import MDM_RECIPES
     from decodelab.training.specdec_pp import AcceptanceHeadRecipe
 
-    recipes: dict[str, Any] = {**RECIPES, "specdec-pp": AcceptanceHeadRecipe()}
+    return {
+        **{name: (recipe, _train_language_model) for name, recipe in RECIPES.items()},
+        **{name: (recipe, _train_masked_diffusion) for name, recipe in MDM_RECIPES.items()},
+        "specdec-pp": (AcceptanceHeadRecipe(), _train_head),
+    }
+
+
+def _recipe(name: str, settings: Mapping[str, Any]) -> tuple[Any, Callable[..., dict[str, Any]]]:
+    from dataclasses import replace
+
+    recipes = _recipes()
     if name not in recipes:
         raise ValueError(f"unknown recipe {name!r}: use one of {', '.join(recipes)}")
+    recipe, train = recipes[name]
     try:
-        return replace(recipes[name], **settings)
+        return replace(recipe, **settings), train
     except TypeError as error:
         raise ValueError(f"recipe {name} has no such setting: {error}") from error
 
 
 @app.command("train")
 def _train(
-    recipe: Annotated[str, typer.Argument(help="tales, tales-draft or specdec-pp.")],
+    recipe: Annotated[str, typer.Argument(help="tales, tales-draft, tasks, tasks-mdm, tales-mdm or specdec-pp.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the model; runs/<recipe> when left out.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local data folder; DECODELAB_DATA when left out.")] = None,
     tokenizer: Annotated[str, typer.Option(help="Zoo name or folder of a tokenizer; trained on the text when left out.")] = "",
@@ -298,10 +366,12 @@ def _train(
         raise ValueError("training needs more packages: pip install 'decodelab[train]'")
     if data_dir is not None:
         os.environ["DECODELAB_DATA"] = str(data_dir)
-    plan = _recipe(recipe, parse_settings(settings) | ({"steps": steps} if steps else {}))
+    plan, train = _recipe(recipe, parse_settings(settings) | ({"steps": steps} if steps else {}))
+    if tokenizer and train is not _train_language_model:
+        raise ValueError(f"{recipe} has the tokenizer of the model it starts from: leave out --tokenizer")
     folder = out or Path("runs") / recipe
     try:
-        figures = _train_head(plan, folder) if recipe == "specdec-pp" else _train_language_model(plan, folder, tokenizer)
+        figures = train(plan, folder, **({"tokenizer": tokenizer} if tokenizer else {}))
     except KeyboardInterrupt:
         say(f"stopped: checkpoints are in {folder / 'run'}; the same command goes on from the last one")
         raise
@@ -311,7 +381,7 @@ def _train(
         show_table([{k: v for k, v in figures.items() if isinstance(v, (int, float))}], f"{recipe} in {folder}")
 
 
-def _train_language_model(plan: Any, folder: Path, tokenizer: str) -> dict[str, Any]:
+def _train_language_model(plan: Any, folder: Path, tokenizer: str = "") -> dict[str, Any]:
     from decodelab.core.data import load_data
     from decodelab.core.zoo import model_card
     from decodelab.training.language_model import train_language_model, train_tokenizer
@@ -321,6 +391,14 @@ def _train_language_model(plan: Any, folder: Path, tokenizer: str) -> dict[str, 
     vocabulary = _tokenizer(tokenizer) if tokenizer else train_tokenizer(train, plan.vocab_size)
     figures = train_language_model(plan, vocabulary, train, held_out, folder)
     model_card(folder)
+    return figures
+
+
+def _train_masked_diffusion(plan: Any, folder: Path) -> dict[str, Any]:
+    from decodelab.training.masked_diffusion import denoiser_card, train_masked_diffusion
+
+    figures = train_masked_diffusion(plan, folder)
+    denoiser_card(folder)
     return figures
 
 

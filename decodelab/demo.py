@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
 import torch
 from transformers import TextStreamer
 
@@ -21,11 +22,14 @@ from .core.contract import Decoder, decoders
 from .core.metrics import diversity
 from .core.output import DecodeOutput
 from .core.provenance import provenance
-from .demo_page import DemoRow
+from .core.tasks import TASKS
+from .demo_page import DemoRow, MaskedRow
+from .diffusion import measure
 
 # %% auto #0
-__all__ = ['BASELINE', 'Methods', 'LEFT_TO_RIGHT', 'transformers_methods', 'ready_decoders', 'greedy_call', 'drop_failing',
-           'LineUp', 'line_up', 'measure_in_turns', 'demo_rows', 'TextKeeper', 'traced_calls']
+__all__ = ['BASELINE', 'Methods', 'LEFT_TO_RIGHT', 'ONE_A_PASS', 'QUESTIONS', 'transformers_methods', 'ready_decoders',
+           'greedy_call', 'drop_failing', 'LineUp', 'line_up', 'measure_in_turns', 'demo_rows', 'TextKeeper',
+           'traced_calls', 'masked_decoders', 'masked_rows']
 
 # %% ../nbs/demo.ipynb #d10475e1
 BASELINE = "greedy (transformers)"  # everything is compared with this
@@ -216,3 +220,60 @@ def traced_calls(
         traced.trace = True
         outputs[name] = traced.generate(model, **prompt, tokenizer=tokenizer, do_sample=False, max_new_tokens=max_new_tokens)
     return outputs
+
+# %% ../nbs/demo.ipynb #4f62c57d
+ONE_A_PASS = "one a pass"  # the masked decoders are compared with this
+QUESTIONS = ("list_shuffle", "list_sort", "list_copy")  # tasks of the demo, in this order
+
+
+def masked_decoders(
+    model: Any,  # masked language model
+    names: Iterable[str] = (),  # names of registered decoders; all when empty
+    max_new_tokens: int = 24,  # places of an answer
+) -> tuple[dict[str, Decoder], dict[str, str]]:
+    "Masked decoders ready for `model`, one hole a pass first, and those that are left out with the reason."
+    wanted = set(names) or {method for method, _ in measure.POLICIES.values()}
+    ready: dict[str, Decoder] = {}
+    left_out: dict[str, str] = {}
+    for policy, (method, _) in measure.POLICIES.items():
+        if method in wanted:
+            try:
+                ready |= measure.line_up(model, max_new_tokens, [policy])
+            except (ValueError, FileNotFoundError) as error:
+                left_out[method] = str(error)
+    first = measure.line_up(model, max_new_tokens, [ONE_A_PASS]) if ready else {}
+    return first | ready, left_out
+
+
+def masked_rows(
+    methods: Mapping[str, Decoder],  # policies, one hole a pass among them
+    model: Any,  # masked language model
+    tokenizer: Any,  # its tokenizer
+    max_new_tokens: int = 24,  # places of an answer
+    per_task: int = 2,  # questions of each of `QUESTIONS`
+    seconds: float = 10,  # begin no further task that would end later than this
+    seed: int = 0,  # seed of questions, order and sampling
+) -> tuple[str, list[MaskedRow]]:
+    "The first question, and how each policy answered all: right answers, passes, tokens a forward, speed."
+    frames: list[pd.DataFrame] = []
+    started, longest = time.perf_counter(), 0.0
+    settings = {"max_new_tokens": max_new_tokens, "batch_size": per_task}
+    for i, task in enumerate(QUESTIONS):
+        begun, examples = time.perf_counter(), TASKS[task].examples(per_task, seed)
+        if i == 0:  # a warm-up
+            measure.frontier(model, tokenizer, {ONE_A_PASS: methods[ONE_A_PASS]}, examples[:1], **settings)
+        elif begun - started + longest > seconds:
+            break
+        part = measure.frontier(model, tokenizer, methods, examples, seed=seed + i, **settings)
+        frames.append(part.assign(example=part["example"] + i * per_task, batch=i))
+        longest = max(longest, time.perf_counter() - begun)
+    frame = pd.concat(frames)
+    figures = measure.table(frame, ONE_A_PASS)
+    rows = []
+    for name, part in frame.groupby("method", sort=False):
+        line, first = figures.loc[name], part[part["example"] == 0]
+        counts = (int(part["score"].sum()), len(part))
+        rows.append(
+            MaskedRow(str(name), *counts, line["passes"], line["tokens_per_forward"], line["time_ratio"], first["text"].item().strip())
+        )
+    return TASKS[QUESTIONS[0]].examples(1, seed)[0].prompt, rows

@@ -15,7 +15,7 @@ from typing import Any
 from .core.output import DecodeOutput
 
 # %% auto #0
-__all__ = ['DemoRow', 'draft_svg', 'html_page', 'trace_page', 'demo_table', 'comparison_page']
+__all__ = ['DemoRow', 'MaskedRow', 'draft_svg', 'html_page', 'trace_page', 'demo_table', 'masked_table', 'comparison_page']
 
 # %% ../nbs/demo_page.ipynb #f0a81a2f
 @dataclass
@@ -33,6 +33,19 @@ class DemoRow:
     url: str = ""  # where to read it
     year: int | None = None  # of publication
     text: str = ""  # continuation of the first prompt
+
+
+@dataclass
+class MaskedRow:
+    "One masked decoder of the demo, on questions."
+
+    name: str  # name of the policy
+    right: int  # questions answered rightly
+    asked: int  # questions asked
+    passes: float  # mean forwards of an answer
+    tokens_per_forward: float  # mean tokens from a forward
+    ratio: float  # speed relative to one hole a pass
+    text: str = ""  # answer to the first question
 
 # %% ../nbs/demo_page.ipynb #7d03f6f4
 def _tree_rows(parents: Mapping[int, int]) -> dict[int, float]:
@@ -196,7 +209,29 @@ def _card(row: DemoRow, out: DecodeOutput | None, tokenizer: Any) -> str:
             tree = f'<p class="dim">Its best guess: {len(best.tokens)} tokens from one forward.</p><div class="scroll">{draft_svg(best, tokenizer)}</div>'
     return f'<section class="card"><h3>{html.escape(row.name)}</h3>{paper}{shown}{tree}</section>'
 
+# %% ../nbs/demo_page.ipynb #01ef8fbd
+def masked_table(
+    question: str,  # first question, which the texts answer
+    rows: list[MaskedRow],  # lines of the table
+) -> str:
+    "The masked decoders as an HTML table."
+    names = ("method", "right", "passes", "tokens / forward", "ratio", "answer")
+    lines, fastest = [], max(row.ratio for row in rows)
+    for row in rows:
+        share = f' class="ratio" style="--share:{100 * row.ratio / fastest:.0f}%"'
+        figures = (f"{row.right} of {row.asked}", f"{row.passes:.1f}", f"{row.tokens_per_forward:.2f}", f"{row.ratio:.2f}x")
+        cells = zip(names, (html.escape(row.name), *figures, html.escape(row.text)))
+        lines.append("<tr>" + "".join(f'<td data-label="{k}"{share if k == "ratio" else ""}>{v}</td>' for k, v in cells) + "</tr>")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    return f"<p>{html.escape(question)}</p><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
 # %% ../nbs/demo_page.ipynb #bc7795d3
+_MASKED = (
+    "A masked model answers questions about lists. It starts from holes and fills them in any order, several in one pass where a decoder dares. "
+    "Ratio: speed relative to one hole a pass."
+)
+
+
 def _facts(rows: list[DemoRow]) -> str:
     ours = [row for row in rows if row.lossless is not None]
     exact = [row for row in ours if row.identical == 1] or ours
@@ -216,6 +251,7 @@ def comparison_page(
     tokenizer: Any,  # tokenizer of the model
     conditions: Mapping[str, Any],  # provenance of the measurement
     left_out: Mapping[str, str] | None = None,  # decoders that did not take part, with the reason
+    masked: tuple[str, list[MaskedRow]] | None = None,  # first question and lines of the masked decoders
 ) -> str:
     "The whole page of the demo."
     head = (
@@ -224,6 +260,7 @@ def comparison_page(
     )
     cards = "".join(_card(row, traces.get(row.name), tokenizer) for row in sorted(rows, key=lambda r: r.lossless is None))
     absent = "".join(f"<li>{html.escape(n)}: {html.escape(why)}</li>" for n, why in (left_out or {}).items())
+    holes = f"<h2>Another kind of model: fill the holes</h2><p class=dim>{_MASKED}</p>{masked_table(*masked)}" if masked else ""
     absent = f'<h2>Not in this demo</h2><ul class="dim">{absent}</ul>' if absent else ""
     machine, versions = conditions["machine"], conditions["versions"]
     facts = [
@@ -233,7 +270,7 @@ def comparison_page(
     ]
     body = (
         f"{head}<main><h2>Side by side</h2><p class=dim>Methods took turns on every prompt. Ratio: speed relative to transformers' greedy search in "
-        f"the same run.</p>{demo_table(rows)}<h2>What they wrote</h2><p>{html.escape(prompt)} ...</p>{cards}{absent}</main>"
+        f"the same run.</p>{demo_table(rows)}<h2>What they wrote</h2><p>{html.escape(prompt)} ...</p>{cards}{holes}{absent}</main>"
         f"<footer>{html.escape(' · '.join(facts))}</footer>"
     )
     return html_page("decodelab demo", body)

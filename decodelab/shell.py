@@ -29,7 +29,7 @@ def say(
     text: str,  # a line for a person
 ) -> None:
     "Write to standard error, which keeps standard output free for results."
-    Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(text)
+    Console(stderr=True, highlight=False, soft_wrap=True, markup=False, force_jupyter=False).print(text)
 
 
 def emit_json(
@@ -52,7 +52,7 @@ def show_table(
         table.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=i + 1 < len(rows[0]))
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
-    Console(markup=False).print(table)
+    Console(markup=False, force_jupyter=False).print(table)
 
 
 def _cell(value: Any) -> str:
@@ -67,7 +67,7 @@ def waiting(
     text: str,  # what is going on
 ) -> Any:
     "Context that shows that something is going on, on a terminal."
-    return Console(stderr=True).status(text)
+    return Console(stderr=True, force_jupyter=False).status(text)
 
 
 def check_place(

@@ -16,7 +16,8 @@ REPOSITORY = "https://github.com/decodelab/decodelab"
 # the order of the rooms, and of the notebooks of `core` and of a family's own; what is not named comes after, by name
 FAMILIES = ("core", "sampling", "search", "speculative", "diffusion", "structured", "memory", "training", "theory", "vision")
 FIRST = (
-    *("base", "acceptance", "drafters", "measure"),
+    *("canvas", "step"),  # what the loop of the diffusion family stands on
+    *("base", "acceptance", "drafters", "fast_dllm", "measure"),
     *(
         "lab",
         "data",

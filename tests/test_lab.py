@@ -19,7 +19,9 @@ dtype = float32
 target = tales
 draft = tales-draft
 featuriser = tales
+tasks = tasks
 diffusion = tales-mdm
+diffusion_tasks = tasks-mdm
 max_new_tokens = 16
 revision = main
 [tiny]
@@ -61,7 +63,8 @@ def loads(monkeypatch):
 def test_default_profile_and_its_inheritance(settings):
     lab = Lab("a/b", settings=settings)
     assert (lab.profile, lab.seed, lab.device, lab.dtype, lab.max_new_tokens) == ("tiny", 7, "cpu", torch.float32, 16)
-    assert lab.names == {"target": "tales", "draft": "tales-draft", "featuriser": "tales", "diffusion": "tales-mdm"}
+    texts = {"target": "tales", "draft": "tales-draft", "featuriser": "tales", "diffusion": "tales-mdm"}
+    assert lab.names == texts | {"tasks": "tasks", "diffusion_tasks": "tasks-mdm"}
     assert repr(lab).startswith("Lab('a/b', profile tiny, cpu, float32, seed 7; target tales")
 
 
@@ -82,7 +85,10 @@ def test_unknown_profile(settings, monkeypatch):
 def test_shipped_settings_hold_every_profile(monkeypatch, tmp_path):
     assert read_settings().sections() == ["tiny", "gpu", "paper"]
     for profile in read_settings().sections():
-        assert Lab(profile=profile).names["target"]
+        names = Lab(profile=profile).names
+        assert names["target"]
+        # questions with a right answer are for models that were taught them, whatever the profile
+        assert (names["tasks"], names["diffusion_tasks"]) == ("tasks", "tasks-mdm")
     (tmp_path / "settings.ini").write_text("[installed]\n")
     monkeypatch.setattr(module, "checkout_root", lambda: None)
     monkeypatch.setattr(module.resources, "files", lambda _: tmp_path)
@@ -117,16 +123,16 @@ def test_models_are_loaded_once(settings, loads):
     assert len(loads) == 3
 
 
-def test_diffusion_is_a_masked_language_model(settings, loads):
-    from transformers import AutoModelForMaskedLM
-
-    Lab(settings=settings).diffusion()
-    assert loads[0][0] == "tales-mdm"
-    assert loads[0][1]["cls"] is AutoModelForMaskedLM
+def test_every_role_loads_its_model(settings, loads):
+    lab = Lab(settings=settings)
+    assert lab.diffusion() is lab.load("diffusion")
+    for role in ("diffusion_tasks", "tasks"):
+        lab.load(role)
+    assert [name for name, _ in loads] == ["tales-mdm", "tasks-mdm", "tasks"]
 
 
 def test_unknown_role(settings):
-    with pytest.raises(ValueError, match="unknown role 'judge': use one of target, draft, featuriser, diffusion"):
+    with pytest.raises(ValueError, match="unknown role 'judge': use one of target, draft, featuriser, tasks, diffusion, diffusion_tasks"):
         Lab(settings=settings).load("judge")
 
 

@@ -91,6 +91,18 @@ def test_a_path_a_dtype_and_a_class(folder):
     assert isinstance(zoo.load(str(folder), cls=AutoModelForMaskedLM)[0], BertForMaskedLM)
 
 
+def test_the_configuration_says_which_class_fits(folder):
+    assert isinstance(zoo.load(folder)[0], LlamaForCausalLM)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    assert isinstance(zoo.load(folder)[0], LlamaForCausalLM)
+    config = BertConfig(
+        vocab_size=3, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=8
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    assert isinstance(zoo.load(folder)[0], BertForMaskedLM)
+
+
 def test_revision_goes_to_the_hub_only(folder, monkeypatch):
     asked = []
 
@@ -251,6 +263,39 @@ def test_card(tmp_path):
     assert text.endswith("## Samples\n\nOnce upon a time\n")
     assert text.count("2.000 |") <= 9
     assert "Samples" not in zoo.model_card(tmp_path)
+
+
+def test_card_of_a_model_that_answers_questions(tmp_path):
+    figures = {
+        "recipe": {"name": "solver"},
+        "parameters": 10,
+        "tokens_seen": 2000,
+        "train_tokens": 900,
+        "machine": "a small GPU",
+        "seconds_this_run": 1358,
+        "remarks": ["It was stopped twice.", "It rained."],
+        "curve": [{"step": 20, "loss": 1.0}, {"step": 20, "eval_loss": 1.5}],
+        "accuracy": {"list_copy": 1.0, "countdown": 0.546},
+        "examples_a_task": 50,
+    }
+    (tmp_path / "training.json").write_text(json.dumps(figures))
+    text = zoo.model_card(tmp_path, data="Questions", data_licence="ours")
+    for part in (
+        "2,000 tokens seen, out of 900 in the data, in 1,358 seconds on a small GPU.\n\nIt was stopped twice.\n\nIt rained.\n\n| step |",
+        "## Right answers\n\nShare of right answers to 50 new examples of each task.\n\n| task | right |\n|---|---:|\n| list_copy | 1.00 |\n| countdown | 0.55 |\n",
+        "Questions. Data: ours.",
+    ):
+        assert part in text
+    assert "held-out text" not in text
+
+
+@pytest.mark.skipif(zoo.checkout_root() is None, reason="the whole zoo is in the checkout only")
+def test_the_zoo_is_small_and_every_model_has_its_card():
+    folder = zoo.checkout_root() / "data/zoo"
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 40e6
+    for model in folder.iterdir():
+        assert (model / "README.md").is_file(), model.name
+        assert (model / "training.json").is_file(), model.name
 
 
 def test_card_without_a_run(tmp_path):

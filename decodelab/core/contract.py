@@ -63,6 +63,13 @@ def _check_config(config: Any) -> None:
         raise ValueError("decodelab decoders need the KV cache: leave out use_cache=False")
 
 # %% ../../nbs/core/contract.ipynb #3e83cf1e
+def _per_forward(of_token: list[int], forwards: int) -> list[int]:
+    counts = [0] * forwards
+    for n in of_token:
+        counts[n] += 1
+    return counts
+
+
 class Call:
     "Everything about one decoding call that is not the method: prompts, limits, stops, streaming, bill and trace."
 
@@ -223,6 +230,8 @@ class Call:
         new: list[list[int]],  # tokens for each running row
         roles: list[list[str]] | None = None,  # their roles, when the call is traced
         info: list[dict[str, Any]] | None = None,  # further facts for the trace, one a row
+        order: list[tuple[list[int], int]]
+        | None = None,  # when several forwards made them: number of each token's, from 0, and how many there were
     ) -> torch.Tensor | None:
         "Append a list of tokens to every running row; indices of the rows that go on when some have finished."
         check_finite(self._best)
@@ -239,11 +248,14 @@ class Call:
                 self.sequences[row, start + kept : start + len(tokens)] = self.pad
             self.sequences[row, start : start + kept] = torch.tensor(written, device=self.sequences.device)
             self.counts[row] += kept
-            self.stats.emitted[row].append(kept)
+            self.stats.emitted[row] += [kept] if order is None else _per_forward(order[i][0][:kept], order[i][1])
             self._stream(written)
             if self.trace is not None:
                 names = roles[i][:kept] if roles else ["token"] * kept
-                self.trace.append(TraceStep(row, written, names, info=info[i] if info else {}))
+                facts = info[i] if info else {}
+                if order is not None:  # then lists hold a fact for each token
+                    facts = {k: v[:kept] if isinstance(v, list) else v for k, v in facts.items()}
+                self.trace.append(TraceStep(row, written, names, info=facts))
             if not done:
                 goes_on.append(i)
         return self._retire(goes_on)

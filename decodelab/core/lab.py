@@ -18,7 +18,7 @@ from .claims import Claim, Claims
 from .zoo import checkout_root, load, resolve_dtype
 
 # %% auto #0
-__all__ = ['read_settings', 'chosen_profile', 'setting_text', 'setting_int', 'resolve_device', 'set_threads', 'Lab',
+__all__ = ['ROLES', 'read_settings', 'chosen_profile', 'setting_text', 'setting_int', 'resolve_device', 'set_threads', 'Lab',
            'current_lab']
 
 # %% ../../nbs/core/lab.ipynb #6e221b0d
@@ -90,6 +90,9 @@ def set_threads() -> None:
         torch.set_num_threads(int(asked))
 
 # %% ../../nbs/core/lab.ipynb #ad89e3ee
+ROLES = ("target", "draft", "featuriser", "tasks", "diffusion", "diffusion_tasks")
+
+
 class Lab:
     "The profile's models, counts and seed, and the claims of one notebook."
 
@@ -106,7 +109,7 @@ class Lab:
         self.notebook, self.profile = notebook, chosen_profile(read, profile)
         self.settings = read[self.profile]
         self.seed, self.max_new_tokens = setting_int(self.settings, "seed"), setting_int(self.settings, "max_new_tokens")
-        self.names = {role: setting_text(self.settings, role) for role in ("target", "draft", "featuriser", "diffusion")}
+        self.names = {role: setting_text(self.settings, role) for role in ROLES}
         self.device = resolve_device(setting_text(self.settings, "device"))
         self.results = Claims(notebook, self.profile, seed=self.seed)
         self._loaded: dict[tuple[str, Any], tuple[Any, Any]] = {}
@@ -125,8 +128,8 @@ class Lab:
 
     def load(
         self,
-        role: str,  # `target`, `draft`, `featuriser` or `diffusion`
-        cls: Any = None,  # class to load it with; `AutoModelForCausalLM` when None
+        role: str,  # one of `ROLES`
+        cls: Any = None,  # class to load it with; the one that fits its configuration when None
     ) -> tuple[Any, Any]:
         "Model and tokenizer of a role, loaded once."
         if role not in self.names:
@@ -147,9 +150,7 @@ class Lab:
 
     def diffusion(self) -> tuple[Any, Any]:
         "The masked language model that diffusion methods are tried on, and its tokenizer."
-        from transformers import AutoModelForMaskedLM
-
-        return self.load("diffusion", AutoModelForMaskedLM)
+        return self.load("diffusion")
 
     def n(
         self,

@@ -21,11 +21,14 @@ from .slots import CompiledForward, Slots, bucket, padded_size
 from .tree import Tree
 
 # %% auto #0
-__all__ = ['context_length', 'ChainSession', 'Session']
+__all__ = ['forward_arguments', 'context_length', 'ChainSession', 'Session']
 
 # %% ../../nbs/core/session.ipynb #d6c46cf3
 @lru_cache(maxsize=64)
-def _forward_arguments(model_class: Any) -> frozenset[str]:
+def forward_arguments(
+    model_class: Any,  # class of a model
+) -> frozenset[str]:
+    "Names of the arguments that the model's forward takes."
     return frozenset(inspect.signature(model_class.forward).parameters)  # type: ignore[attr-defined]
 
 
@@ -67,7 +70,7 @@ class _Fed:
     ):
         self.model, self.extra, self.stats = model, forward_kwargs, stats or DecodeStats()
         self.cache: Any = _usable_cache(cache)
-        self.accepts = _forward_arguments(type(model))  # type: ignore[arg-type]
+        self.accepts = forward_arguments(type(model))  # type: ignore[arg-type]
         padded = attention_mask is not None and not bool(attention_mask.all())
         self.prompt_mask = attention_mask.bool() if padded and attention_mask is not None else None
         self.valid: torch.Tensor | None = None

@@ -167,8 +167,9 @@ class CompiledForward:
         return known
 
     def __call__(self, model: Any, cache: Slots, arguments: dict[str, Any]) -> Any:
-        ids = arguments["input_ids"]
-        key = (*ids.shape, cache.place.capacity, *sorted(k for k, v in arguments.items() if v is True))
+        ids, keep = arguments["input_ids"], arguments.get("logits_to_keep", 0)
+        kept = (len(keep),) if isinstance(keep, torch.Tensor) else ()
+        key = (*ids.shape, cache.place.capacity, *kept, *sorted(k for k, v in arguments.items() if v is True))
         if key in self.shapes:
             return self.run(model, cache, arguments)
         started = time.perf_counter()

@@ -205,16 +205,24 @@ def _no_bars(quiet: bool) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _fitting_class(place: str | Path, pin: dict[str, str]) -> Any:
+    # a model is called masked by the class that its configuration names
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    kinds = AutoConfig.from_pretrained(place, trust_remote_code=False, **pin).architectures or [""]
+    return AutoModelForMaskedLM if kinds[0].endswith("ForMaskedLM") else AutoModelForCausalLM
+
+
 def load(
     name: str | Path,  # zoo name, path of a folder, or Hugging Face hub id
     *,
     device: str = "cpu",  # where the weights go, as torch names it
     dtype: Any = "float32",  # number type of the weights: a name or a `torch.dtype`
     revision: str | None = None,  # branch, tag or commit of a hub model
-    cls: Any = None,  # class with `from_pretrained`; `AutoModelForCausalLM` when None
+    cls: Any = None,  # class with `from_pretrained`; a masked or causal language model, as the configuration says, when None
 ) -> tuple[Any, Any]:
     "Model `name` in evaluation mode, and its tokenizer."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     where, kind = _checked_device(device), resolve_dtype(dtype)
     place = _locate(str(name))
@@ -222,7 +230,8 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **pin)
         with _no_bars(isinstance(place, Path)):
-            model = (cls or AutoModelForCausalLM).from_pretrained(place, dtype=kind, use_safetensors=True, trust_remote_code=False, **pin)
+            fitting = cls or _fitting_class(place, pin)
+            model = fitting.from_pretrained(place, dtype=kind, use_safetensors=True, trust_remote_code=False, **pin)
     except OSError as error:
         if isinstance(place, Path):
             raise
@@ -261,6 +270,18 @@ def _figure_lines(figures: dict[str, Any]) -> str:
     names = {"bits_per_byte": "bits per byte", "nats_per_token": "nats per token", "top1": "top-1 accuracy", "tokens": "tokens scored"}
     return "\n".join(f"- {names.get(k, k.replace('_', ' '))}: {v:{digits.get(k, '.3f')}}" for k, v in held_out.items())
 
+
+def _training_lines(figures: dict[str, Any]) -> str:
+    seen = f"{figures['tokens_seen']:,} tokens seen, out of {figures['train_tokens']:,} in the data"
+    took = f", in {figures['seconds_this_run']:,} seconds on {figures['machine']}" if "machine" in figures else ""
+    return "\n\n".join([f"{seen}{took}.", *figures.get("remarks", ()), _curve_table(figures)])
+
+
+def _accuracy_table(figures: dict[str, Any]) -> str:
+    lines = [f"| {task} | {share:.2f} |" for task, share in figures["accuracy"].items()]
+    head = f"Share of right answers to {figures['examples_a_task']} new examples of each task.\n\n| task | right |\n|---|---:|\n"
+    return head + "\n".join(lines)
+
 # %% ../../nbs/core/zoo.ipynb #d0f42ecd
 def model_card(
     folder: str | Path,  # folder of a trained model, with its `training.json`
@@ -281,8 +302,8 @@ def model_card(
     sections = {
         "Data and licence": f"{data}. Data: {data_licence}. Weights: {licence}.",
         "Architecture": f"{figures['parameters']:,} parameters.\n\n| setting | value |\n|---|---|\n{settings}",
-        "Training": f"{figures['tokens_seen']:,} tokens seen, out of {figures['train_tokens']:,} in the data.\n\n{_curve_table(figures)}",
-        "On held-out text": _figure_lines(figures),
+        "Training": _training_lines(figures),
+        **({"Right answers": _accuracy_table(figures)} if "accuracy" in figures else {"On held-out text": _figure_lines(figures)}),
         "Retrain": f"```\n{retrain or 'decodelab train ' + recipe['name']}\n```",
         **({"Samples": samples} if samples else {}),
     }

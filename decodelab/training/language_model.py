@@ -23,7 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'RECIPES', 'train_tokenizer', 'Windows', 'encode_stream', 'LanguageModelRecipe',
-           'train_language_model', 'save_model', 'held_out_figures']
+           'wandb_report', 'fast_bfloat16', 'training_arguments', 'train_language_model', 'last_checkpoint',
+           'save_model', 'held_out_figures']
 
 # %% ../../nbs/training/language_model.ipynb #e2e9f6ed
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>", "<|user|>", "<|assistant|>", "<sep>", *(f"<extra_{i}>" for i in range(8)))
@@ -142,7 +143,7 @@ RECIPES = {
 }
 
 # %% ../../nbs/training/language_model.ipynb #3bcee4ef
-def _wandb() -> list[str]:
+def wandb_report() -> list[str]:
     "W&B when installed, offline unless the user chose otherwise."
     try:
         import wandb
@@ -154,34 +155,45 @@ def _wandb() -> list[str]:
     return ["wandb"] if os.environ["WANDB_MODE"] != "disabled" else []
 
 
-def _arguments(recipe: LanguageModelRecipe, run: Path) -> TrainingArguments:
+def fast_bfloat16() -> bool:
+    "Whether this machine multiplies in bfloat16 faster than in float32: with a GPU, or with a processor made for it."
+    return torch.cuda.is_available() or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+
+
+def training_arguments(
+    recipe: Any,  # name, steps, batch_size, learning_rate, warmup, weight_decay, compile, eval_every, save_every and seed
+    run: Path,  # folder of the checkpoints
+    **changes: Any,  # further arguments of `TrainingArguments`, or others than these
+) -> TrainingArguments:
+    "What all recipes share: AdamW, warm-up, cosine to a tenth, evaluations, checkpoints, W&B."
     gpu = torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=str(run),
-        run_name=recipe.name,
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=recipe.warmup,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        weight_decay=recipe.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        bf16=True,
-        use_cpu=not gpu,
-        torch_compile=recipe.compile,
-        dataloader_pin_memory=gpu,
-        logging_steps=20,
-        eval_strategy="steps",
-        eval_steps=recipe.eval_every,
-        save_steps=recipe.save_every,
-        save_total_limit=2,
-        seed=recipe.seed,
-        report_to=_wandb(),
-        prediction_loss_only=True,
-    )
+    common: dict[str, Any] = {
+        "output_dir": str(run),
+        "run_name": recipe.name,
+        "max_steps": recipe.steps,
+        "per_device_train_batch_size": recipe.batch_size,
+        "per_device_eval_batch_size": recipe.batch_size,
+        "learning_rate": recipe.learning_rate,
+        "warmup_steps": recipe.warmup,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "weight_decay": recipe.weight_decay,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "bf16": fast_bfloat16(),
+        "use_cpu": not gpu,
+        "torch_compile": recipe.compile,
+        "dataloader_pin_memory": gpu,
+        "logging_steps": 20,
+        "eval_strategy": "steps",
+        "eval_steps": recipe.eval_every,
+        "save_steps": recipe.save_every,
+        "save_total_limit": 2,
+        "seed": recipe.seed,
+        "report_to": wandb_report(),
+        "prediction_loss_only": True,
+    }
+    return TrainingArguments(**common | changes)
 
 # %% ../../nbs/training/language_model.ipynb #c71a914a
 def train_language_model(
@@ -198,9 +210,9 @@ def train_language_model(
     windows = Windows(train, recipe.block, recipe.steps * recipe.batch_size, recipe.seed)
     probe = Windows(test, recipe.block, min(64, max(1, len(test) // recipe.block)), seed=1)
     model = recipe.model(tokenizer)
-    trainer = Trainer(model, _arguments(recipe, run), train_dataset=windows, eval_dataset=probe)
+    trainer = Trainer(model, training_arguments(recipe, run), train_dataset=windows, eval_dataset=probe)
     started = time.time()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(run))
+    trainer.train(resume_from_checkpoint=last_checkpoint(run))
     figures = {
         "recipe": asdict(recipe),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -215,7 +227,10 @@ def train_language_model(
     return figures
 
 
-def _last_checkpoint(run: Path) -> str | None:
+def last_checkpoint(
+    run: Path,  # folder of a training run
+) -> str | None:
+    "The newest checkpoint below `run`, or None."
     from transformers.trainer_utils import get_last_checkpoint
 
     return get_last_checkpoint(str(run)) if run.is_dir() else None

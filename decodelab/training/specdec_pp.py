@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments
 from ..core.warp import draw
 from ..speculative.drafters import end_ids
 from ..speculative.specdec_pp import AcceptanceHead, AcceptanceHeadConfig
-from .language_model import _last_checkpoint, _wandb
+from .language_model import last_checkpoint, wandb_report
 
 # %% auto #0
 __all__ = ['log_law', 'acceptance', 'label_batch', 'acceptance_loss', 'pessimistic', 'calibrated', 'AcceptanceHeadRecipe',
@@ -313,7 +313,7 @@ def train_acceptance_head(
     head = recipe.head(drafter.config.get_text_config().hidden_size).to(drafter.device)
     before = head_figures(head, drafter, test)
     trainer = HeadTrainer(drafter, head, _arguments(recipe, run), train_dataset=train, eval_dataset=test)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(run))
+    trainer.train(resume_from_checkpoint=last_checkpoint(run))
     figures = {
         "recipe": asdict(recipe),
         "parameters": sum(p.numel() for p in head.parameters()),
@@ -357,7 +357,7 @@ def _arguments(recipe: AcceptanceHeadRecipe, run: Path) -> TrainingArguments:
         save_steps=recipe.save_every,
         save_total_limit=2,
         seed=recipe.seed,
-        report_to=_wandb(),
+        report_to=wandb_report(),
         prediction_loss_only=True,
         remove_unused_columns=False,
         label_names=["labels"],
