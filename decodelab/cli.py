@@ -181,7 +181,9 @@ def _demo(
     methods: MethodOption = None,
     prompts: PromptsOption = 3,
     tokens: TokensOption = 64,
-    seconds: Annotated[float, typer.Option(min=1, help="Begin no further prompt after this time.")] = 25,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Begin no further prompt after this time; masked decoders get two fifths of it besides.")
+    ] = 25,
     out: Annotated[Path, typer.Option(help="Page to write.")] = Path("demo.html"),
     threads: ThreadsOption = 1,
     seed: SeedOption = 0,
@@ -199,7 +201,7 @@ def _demo(
         result = measure_in_turns(line.methods, line.prompts, seconds=seconds, seed=seed, **line.ends)
     rows, interrupted = demo_rows(result, tokenizer), result.provenance["interrupted"]
     traces = {} if interrupted else traced_calls(line.ready, lm, tokenizer, line.prompts[0], tokens)
-    masked, interrupted = (None, True) if interrupted else _masked(line.left_out, methods or (), threads, seed)
+    masked, interrupted = (None, True) if interrupted else _masked(line.left_out, methods or (), seconds, threads, seed)
     out.write_text(comparison_page(texts[0], rows, traces, tokenizer, result.provenance, line.left_out, masked), encoding="utf-8")
     if as_json:
         facts = {"rows": rows, "masked": masked[1] if masked else [], "left_out": line.left_out}
@@ -211,7 +213,9 @@ def _demo(
         raise KeyboardInterrupt
 
 
-def _masked(left_out: dict[str, str], names: Iterable[str], threads: int, seed: int) -> tuple[tuple[str, list[Any]] | None, bool]:
+def _masked(
+    left_out: dict[str, str], names: Iterable[str], seconds: float, threads: int, seed: int
+) -> tuple[tuple[str, list[Any]] | None, bool]:
     # first question and rows of the masked decoders, or None; whether Ctrl-C came; what is shown is no longer left out
     from decodelab.core.contract import decoders
     from decodelab.demo import masked_decoders, masked_rows
@@ -233,7 +237,7 @@ def _masked(left_out: dict[str, str], names: Iterable[str], threads: int, seed: 
     left_out |= refused
     try:
         with waiting("filling holes ..."):
-            return (masked_rows(methods, lm, tokenizer, seed=seed) if methods else None), False
+            return (masked_rows(methods, lm, tokenizer, seconds=0.4 * seconds, seed=seed) if methods else None), False
     except KeyboardInterrupt:
         return None, True
 

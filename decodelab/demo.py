@@ -221,7 +221,7 @@ def traced_calls(
         outputs[name] = traced.generate(model, **prompt, tokenizer=tokenizer, do_sample=False, max_new_tokens=max_new_tokens)
     return outputs
 
-# %% ../nbs/demo.ipynb #4f62c57d
+# %% ../nbs/demo.ipynb #a8fed9f3
 ONE_A_PASS = "one a pass"  # the masked decoders are compared with this
 QUESTIONS = ("list_shuffle", "list_sort", "list_copy")  # tasks of the demo, in this order
 
@@ -257,7 +257,7 @@ def masked_rows(
     "The first question, and how each policy answered all: right answers, passes, tokens a forward, speed."
     frames: list[pd.DataFrame] = []
     started, longest = time.perf_counter(), 0.0
-    settings = {"max_new_tokens": max_new_tokens, "batch_size": per_task}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": per_task}
     for i, task in enumerate(QUESTIONS):
         begun, examples = time.perf_counter(), TASKS[task].examples(per_task, seed)
         if i == 0:  # a warm-up

@@ -669,7 +669,7 @@ def test_the_full_experiment_runs_at_a_tiny_size(monkeypatch, tokenizer):
     assert set(found["rivals"]["all"]) == set(rivals())
     assert found["rivals"]["all"]["baseline"]["passes"] == found["width"]["all"]["V = 1"]["passes"] == 8
     assert found["budget 4"]["all"]["CCD"]["passes"] == 2
-    assert set(found["leaving"]["all"]) == {"baseline", "CCD", "CCD-DS", "threshold 0.9"}
+    assert set(found["leaving"]["all"]) == {"baseline", "CCD-DS", "threshold 0.9"}
     assert set(found["temperature"]) == {"0.7"}
     assert [len(e) for e in found["plateaus"]["baseline"]] == [16] * 9
     assert set(found["drift"]) == {"entropy", "disagreement", "disagreement, equal entropy"}

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -18,7 +19,9 @@ from decodelab.cli import app, full_experiments
 from decodelab.core.contract import decoders
 from decodelab.core.output import TraceStep
 from decodelab.core.zoo import load
-from decodelab.demo_page import draft_svg
+from decodelab.demo import masked_decoders, masked_rows
+from decodelab.demo_page import DemoRow, MaskedRow, comparison_page, draft_svg, masked_table
+from decodelab.diffusion.measure import POLICIES
 from decodelab.hub import export_hub
 from decodelab.shell import make_decoder, parse_settings
 
@@ -251,17 +254,21 @@ def check_page(page: str) -> None:
 def test_demo(tmp_path):
     started = time.perf_counter()
     page = tmp_path / "demo.html"
-    out = json.loads(run("demo", "--prompts", 1, "--tokens", 12, "--out", page, "--json").stdout)
+    out = json.loads(run("demo", "--prompts", 1, "--tokens", 12, "--seconds", 1, "--out", page, "--json").stdout)
     rows = {r["name"]: r for r in out["rows"]}
     assert {n for n in rows if "(transformers)" in n} == {
         f"{m} (transformers)" for m in ("greedy", "sampling", "prompt lookup", "assisted")
     }
-    assert set(decoders()) == ({n for n in rows if "(transformers)" not in n} | set(out["left_out"]))
+    fills_holes = {POLICIES[row["name"]][0] for row in out["masked"]}
+    assert fills_holes == {n for n, m in decoders().items() if m.family == "diffusion"}
+    assert set(decoders()) == ({n for n in rows if "(transformers)" not in n} | fills_holes | set(out["left_out"]))
+    assert not fills_holes & set(out["left_out"])
+    assert (out["masked"][0]["name"], out["masked"][0]["ratio"], out["masked"][0]["passes"]) == ("one a pass", 1, 24)
     assert all(r["identical"] == 1 for r in rows.values() if r["lossless"])
     assert rows["greedy (transformers)"]["ratio"] == 1
     text = page.read_text(encoding="utf-8")
     check_page(text)
-    assert all(name in text for name in rows)
+    assert all(name in text for name in [*rows, *(row["name"] for row in out["masked"])])
     assert 'class="tree"' in text
     print(f"demo {time.perf_counter() - started:.1f} s")
 
@@ -276,6 +283,80 @@ def test_demo_refuses(tmp_path):
     assert "name a file in a folder" in refused("demo", "--out", tmp_path)
     assert "unknown decoder 'magic'" in refused("demo", "-m", "magic", "--out", tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()
+
+
+def test_demo_without_a_masked_model(tmp_path, monkeypatch):
+    import decodelab.cli as cli
+
+    plain = cli.load_for
+
+    def load_for(name, role, *more, **kwargs):
+        if role == "diffusion_tasks":
+            raise FileNotFoundError("unknown model 'tasks-mdm'")
+        return plain(name, role, *more, **kwargs)
+
+    monkeypatch.setattr(cli, "load_for", load_for)
+    command = ["demo", "--prompts", 1, "--tokens", 4, "-m", "momentum", "-m", "llada", "--out", tmp_path / "demo.html", "--json"]
+    out = json.loads(run(*command).stdout)
+    assert out["masked"] == []
+    assert out["left_out"] == {"llada": "needs a masked model: unknown model 'tasks-mdm'"}
+    assert "fill the holes" not in (tmp_path / "demo.html").read_text(encoding="utf-8")
+
+
+def test_demo_ctrl_c_among_the_masked_decoders_keeps_the_rest(tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("decodelab.demo.masked_rows", stop)
+    command = ["demo", "--prompts", 1, "--tokens", 4, "-m", "momentum", "-m", "llada", "--out", tmp_path / "demo.html", "--json"]
+    out = json.loads(run(*command, code=130).stdout)
+    assert out["masked"] == []
+    assert "momentum" in (tmp_path / "demo.html").read_text(encoding="utf-8")
+
+
+def test_masked_decoders_name_what_is_wrong(masked):
+    ready, left_out = masked_decoders(masked[0], ["fast_dllm"])
+    assert list(ready) == ["one a pass", "threshold 0.9", "factor 1"]
+    assert left_out == {}
+    assert masked_decoders(masked[0], ["momentum"]) == ({}, {})
+
+
+def test_masked_rows_count_answers_and_respect_the_time(monkeypatch):
+    asked = []
+
+    def frontier(model, tokenizer, methods, examples, **settings):
+        asked.append((list(methods), [e.task for e in examples]))
+        time.sleep(0.05)
+        # method, example, score, passes, tokens, seconds
+        known = {"one a pass": [(1, 24, 12, 4.0), (1, 24, 12, 4.0)], "quick": [(1, 2, 12, 0.5), (0, 4, 6, 1.5)]}
+        keys = ("score", "passes", "tokens", "seconds")
+        lines = [
+            {"method": m, "example": i, "batch": 0, "text": f" {m} {i}", **dict(zip(keys, known[m][i]))}
+            for m in methods
+            for i in range(len(examples))
+        ]
+        return pd.DataFrame(lines)
+
+    monkeypatch.setattr("decodelab.diffusion.measure.frontier", frontier)
+    question, rows = masked_rows({"one a pass": None, "quick": None}, None, None, seconds=0)
+    assert asked == [(["one a pass"], ["list_shuffle"]), (["one a pass", "quick"], ["list_shuffle"] * 2)]  # a warm-up, then one task
+    assert question.startswith("Write the list in any order.")
+    assert rows == [MaskedRow("one a pass", 2, 2, 24, 0.5, 1, "one a pass 0"), MaskedRow("quick", 1, 2, 3, 3, 4, "quick 0")]
+    assert len(masked_rows({"one a pass": None, "quick": None}, None, None)[1]) == 2
+    assert [tasks[0] for _, tasks in asked[2:]] == ["list_shuffle", "list_shuffle", "list_sort", "list_copy"]
+
+
+def test_masked_table_is_escaped_and_part_of_the_page(tales):
+    rows = [MaskedRow("one <b>", 1, 2, 8, 2.5, 1.0, "a & b"), MaskedRow("two", 2, 2, 4, 5, 2.0, "c")]
+    table = masked_table("List: <i>", rows)
+    assert "<b>" not in table
+    assert "<i>" not in table
+    assert "--share:50%" in table
+    assert re.findall(r">(\d of \d)<", table) == ["1 of 2", "2 of 2"]
+    conditions = {"machine": {"cpu": "c"}, "versions": {}, "date": "today"}
+    page = comparison_page("p", [DemoRow("m", 1, 1, 1, 1, 1, None)], {}, tales[1], conditions, masked=("List: <i>", rows))
+    check_page(page)
+    assert table in page
 
 
 def test_page_check_can_fail():

@@ -1,8 +1,10 @@
 """SpecDec++: the head, its loss and its data, the stop rule against a rule written down by itself, and that no head changes the text."""
 
 import copy
+import itertools
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -286,35 +288,41 @@ def test_rows_stop_where_they_would_alone(llama, drafter):
 
 
 class Withdraws(SpecDecPP):
-    "BROKEN: takes a candidate back after having seen that the drafter gave it little."
+    "BROKEN: takes the third candidate back after having seen that the drafter gave it little."
 
     def _submit(self, call, tokens, parents, laws):
-        if laws is not None:
-            given = laws[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
-            parents[:, 1:][given < 0.2] = -1
-            for k in range(2, parents.shape[1]):
-                parents[:, k][parents[:, k - 1] < 0] = -1
+        if laws is not None and parents.shape[1] > 3:
+            given = laws[:, 2].gather(1, tokens[:, 3:4])[:, 0]
+            parents[:, 3][given < 0.3] = -1
         return super()._submit(call, tokens, parents, laws)
 
 
 def test_the_sampled_law():
+    "Joint law of three tokens, where the head decides between two and three candidates in the first round."
     target, drafter = small_model(vocab=6, hidden=16, seed=1), small_model(vocab=6, hidden=16, seed=4)
     drafter.generation_config.eos_token_id = target.generation_config.eos_token_id = None
+    start, joint = torch.tensor([[2, 3]]), torch.ones(1)
     with torch.no_grad():
         for m in (target, drafter):
             m.lm_head.weight[:] = torch.randn_like(m.lm_head.weight)
-        start = torch.tensor([[2, 3]])
-        first = target(start).logits[0, -1].softmax(-1)
-        joint = torch.cat([first[a] * target(torch.cat([start, torch.tensor([[a]])], 1)).logits[0, -1].softmax(-1) for a in range(6)])
+        for n in range(3):
+            texts = torch.tensor([*itertools.product(range(6), repeat=n)], dtype=torch.long)
+            joint = (joint[:, None] * target(torch.cat([start.expand(6**n, -1), texts], 1)).logits[:, -1].softmax(-1)).flatten()
     draws = 20_000
+    assert float(draws * joint.min()) > 5  # for the chi-square law
 
     def tail(cls):
         torch.manual_seed(0)
-        decoder = cls(drafter, sharp_head(3, width=16), h=0.5, K_max=3)
-        out = decoder.generate(target, start.expand(draws, -1), max_new_tokens=2, eos_token_id=None, **SAMPLED).sequences[:, 2:]
-        counts = torch.bincount(out[:, 0] * 6 + out[:, 1], minlength=36).double()
+        decoder, counts, lengths = cls(drafter, sharp_head(3, width=16), h=0.5, K_max=3), 0, Counter()
+        for _ in range(10):
+            out = decoder.generate(target, start.expand(draws // 10, -1), max_new_tokens=4, eos_token_id=None, **SAMPLED).sequences[:, 2:5]
+            counts += torch.bincount(out @ torch.tensor([36, 6, 1]), minlength=216).double()
+            lengths.update(row[0] for row in decoder.candidates)
+        assert set(lengths) == {2, 3} and min(lengths.values()) > draws / 20, lengths  # the head was asked, and gave both answers
         expected = draws * joint.double()
-        return chi2_law.sf(float(((counts - expected) ** 2 / expected).sum()), 35)
+        statistic = float(((counts - expected) ** 2 / expected).sum())
+        print(cls.__name__, statistic, dict(lengths), float(expected.min()))
+        return chi2_law.sf(statistic, 215)
 
     assert tail(SpecDecPP) > 0.01
     assert tail(Withdraws) < 1e-6
@@ -582,8 +590,10 @@ def test_no_card_without_figures(tmp_path):
 
 
 def test_the_command(monkeypatch, tmp_path):
-    from decodelab.cli import _recipe
+    from decodelab.cli import _recipe, _train_head
 
-    assert _recipe("specdec-pp", {"w_rej": 1.0, "D": 0}).w_rej == 1.0
+    recipe, train = _recipe("specdec-pp", {"w_rej": 1.0, "D": 0})
+    assert (recipe.w_rej, recipe.D) == (1.0, 0)
+    assert train is _train_head
     with pytest.raises(ValueError, match="recipe specdec-pp has no such setting"):
         _recipe("specdec-pp", {"w": 1.0})

@@ -259,7 +259,7 @@ class FilterTrainer(Trainer):
         loss = binary_cross_entropy_with_logits(model(inputs["c"]), inputs["labels"])
         return (loss, {}) if return_outputs else loss
 
-# %% ../../nbs/training/learn2pd.ipynb #fa0b4369
+# %% ../../nbs/training/learn2pd.ipynb #45c89ea3
 def train_filter(
     recipe: FilterRecipe,  # what to train
     out: str | Path,  # folder of the finished filter; checkpoints and records go to `out/run`
@@ -268,7 +268,6 @@ def train_filter(
     "Train `recipe`, resuming from the last checkpoint below `out`; returns the run's figures (also written to `out/training.json`)."
     out, run, started = Path(out), Path(out) / "run", time.time()
     records = cached_records(recipe, run / "records.safetensors", models)
-    recorded = time.time()
     train, validation, test = split_by_prompt(records, seed=recipe.seed)
     tasks = [e.task for e in recipe.examples()]
     known = torch.tensor([t.startswith(recipe.learn_from) for t in tasks])
@@ -288,7 +287,7 @@ def train_filter(
         "prompts": {"train": len(train.prompt.unique()), "validation": len(validation.prompt.unique()), "test": len(test.prompt.unique())},
         "records": {"train": len(train), "validation": len(validation), "test": len(test)},
         "oracle_passes_a_block": _passes_a_block(test),
-        "seconds": {"records": round(recorded - started), "training": round(time.time() - recorded)},
+        "seconds_this_run": round(time.time() - started),
         "curve": [{k: r[k] for k in ("step", "loss", "eval_loss") if k in r} for r in trainer.state.log_history],
         "kept_step": int((trainer.state.best_model_checkpoint or "checkpoint-0").rpartition("-")[2]),
         "logistic_curve": curve,
