@@ -231,7 +231,7 @@ def growth_in_the_shape_of(
         "growth": cache_growth(model, **settings).to_dict("list"),
     }
 
-# %% ../../nbs/diffusion/measure.ipynb #6b55084f
+# %% ../../nbs/diffusion/measure.ipynb #38919455
 COMPARED = {  # tasks of the full comparison
     "list_copy": ListTask("copy", 8),
     "list_sort": ListTask("sort", 8),
@@ -287,7 +287,7 @@ def experiment(
     found["caches"] = {}
     for name, decoder in line_up(model, max_new_tokens, ("one a pass", "threshold 0.9")).items():
         ways = {cache: replace(decoder, cache=cache, block_length=16) for cache in CACHES}  # type: ignore[call-arg]
-        part = frontier(model, tokenizer, ways, examples[:: max(1, per_task // 16)], max_new_tokens, batch_size=8, repeats=3, seed=lab.seed)
+        part = frontier(model, tokenizer, ways, examples[:: max(1, per_task // 4)], max_new_tokens, batch_size=8, repeats=2, seed=lab.seed)
         found["caches"][name] = table(part, "none").assign(same_text=same_texts(part, "none")).to_dict("index")
     found["growth"] = cache_growth(model).to_dict("list")
     found["overhead"] = loop_overheads(model, tokenizer, {name: d for name, d in methods.items() if name != "oracle"}).to_dict()
