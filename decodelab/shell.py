@@ -100,7 +100,7 @@ class LabGroup(TyperGroup):
             raise typer.Exit(2) from None
 
 # %% ../nbs/shell.ipynb #60879f16
-ModelOption = Annotated[str, typer.Option(help="Zoo name, folder or hub id; the profile's target when left out.")]
+ModelOption = Annotated[str, typer.Option(help="Zoo name, folder or hub id; the profile's own when left out.")]
 DraftOption = Annotated[str, typer.Option(help="Drafter for assisted generation; the profile's draft when left out.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Hyper-parameter as name=value, such as k=4; repeatable.")]

@@ -34,6 +34,7 @@ from decodelab.training.learn2pd import (
     logistic_curve,
     record,
     split_by_prompt,
+    static_texts,
     train_filter,
 )
 
@@ -720,30 +721,69 @@ def recipe():
     return FilterRecipe("toy", "somewhere/nobody", steps=40, save_every=10, **sizes)
 
 
+def recorded(model, prompt, final, room, block_length):
+    "Lines of the oracle on a canvas of `room` places: {(block, pass): (c, correct, masked, there)}, blocks filled up to `block_length`."
+    x, P, found = [*prompt, *[PAD] * room], len(prompt), {}
+    for b, start in enumerate(range(P, P + room, block_length)):
+        stop, before, step = min(start + block_length, P + room), None, 0
+        while PAD in x[start:stop]:
+            tokens, c = (row[start:stop] for row in proposals(model, x))
+            goal, gone = final[start - P : stop - P], block_length - (stop - start)
+            line = c, [t == y for t, y in zip(tokens, goal)], [t == PAD for t in x[start:stop]], [True] * (stop - start)
+            found[b, step] = tuple(column + [0.0 if k == 0 else False] * gone for k, column in enumerate(line))
+            stuck = tokens == before
+            x[start:stop] = [y if stuck or (t == PAD and a == y) else t for t, a, y in zip(x[start:stop], tokens, goal)]
+            before, step = tokens, step + 1
+    return found
+
+
 def test_records_are_what_the_oracle_sees(wide, tokenizer):
     prompts = ["copy: a, b", "no", "the longest of the three prompts"]
-    records = record(wide, tokenizer, prompts, new_tokens=8, block_length=4, batch_size=2)
+    final = static_texts(wide, tokenizer, prompts, new_tokens=12, block_length=4, batch_size=2)
+    texts = [transcribed(wide, tokenizer(text).input_ids, 12, block_length=4)[0] for text in prompts]
+    assert final.tolist() == texts
+    end = texts[0][5]  # in the second block of the first text
+    wide.generation_config.eos_token_id = end
+    try:
+        records = record(wide, tokenizer, prompts, final, block_length=4, batch_size=2)
+    finally:
+        wide.generation_config.eos_token_id = EOS
+    rooms = [row.index(end) + 1 if end in row else 12 for row in texts]
+    assert rooms[0] <= 6 and len(set(rooms)) > 1
     lines = {}
     for i, text in enumerate(prompts):
-        prompt = tokenizer(text).input_ids
-        final = transcribed(wide, prompt, 8, block_length=4)[0]
-        x, P = [*prompt, *[PAD] * 8], len(prompt)
-        for b in range(2):
-            start, before, step = P + 4 * b, None, 0
-            while PAD in x[start : start + 4]:
-                tokens, c = (row[start : start + 4] for row in proposals(wide, x))
-                goal = final[4 * b : 4 * b + 4]
-                lines[i, b, step] = (c, [t == y for t, y in zip(tokens, goal)], [t == PAD for t in x[start : start + 4]])
-                stuck = tokens == before
-                x[start : start + 4] = [y if stuck or (t == PAD and a == y) else t for t, a, y in zip(x[start : start + 4], tokens, goal)]
-                before, step = tokens, step + 1
-    assert len(records) == len(lines) > 6
-    for c, correct, masked, *key in zip(*(x.tolist() for x in vars(records).values())):
+        for cut, room in ((False, 12), (True, rooms[i])):
+            found = recorded(wide, tokenizer(text).input_ids, texts[i], room, 4)
+            lines |= {(i, b, step, cut): line for (b, step), line in found.items()}
+    assert len(records) == len(lines) > 12
+    for c, correct, masked, there, *key in zip(*(x.tolist() for x in vars(records).values())):
         mine = lines.pop(tuple(key))
         assert c == pytest.approx(mine[0], abs=1e-5)
-        assert (correct, masked) == mine[1:]
+        assert (correct, masked, there) == mine[1:]
     with pytest.raises(ValueError, match="new_tokens must be a multiple of block_length, got 8 and 3"):
-        record(wide, tokenizer, prompts, new_tokens=8, block_length=3)
+        static_texts(wide, tokenizer, prompts, new_tokens=8, block_length=3)
+
+
+def test_static_texts_go_on_where_they_were_stopped(wide, tokenizer, tmp_path, monkeypatch):
+    prompts, asked = ["a", "bc", "def", "ghij", "klmno"], []
+    plain = InHindsight.prepare
+
+    def prepare(self, model, ids, *args, **settings):
+        asked.append(len(ids))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return plain(self, model, ids, *args, **settings)
+
+    monkeypatch.setattr(InHindsight, "prepare", prepare)
+    call = {"new_tokens": 8, "block_length": 4, "batch_size": 2, "path": tmp_path / "run" / "final.safetensors"}
+    with pytest.raises(KeyboardInterrupt):
+        static_texts(wide, tokenizer, prompts, **call, key="a")
+    resumed = static_texts(wide, tokenizer, prompts, **call, key="a")
+    assert asked == [2, 2, 2, 1]  # the first batch was not decoded again
+    assert static_texts(wide, tokenizer, prompts, **call, key="a").equal(resumed)
+    assert len(asked) == 4
+    assert static_texts(wide, tokenizer, prompts, **call, key="b").equal(resumed)
+    assert asked[4:] == [2, 2, 1]
 
 
 def made_up(prompts=20, passes=3, length=4, seed=0):
@@ -751,8 +791,8 @@ def made_up(prompts=20, passes=3, length=4, seed=0):
     c = torch.rand(prompts * passes, length, generator=g)
     correct = torch.rand(c.shape, generator=g) < c
     masked = torch.rand(c.shape, generator=g) < 0.5
-    prompt = torch.arange(prompts).repeat_interleave(passes)
-    return Records(c, correct, masked, prompt, torch.zeros_like(prompt), torch.arange(passes).repeat(prompts))
+    prompt, step = torch.arange(prompts).repeat_interleave(passes), torch.arange(passes).repeat(prompts)
+    return Records(c, correct, masked, torch.ones_like(masked), prompt, torch.zeros_like(prompt), step, step > 5)
 
 
 def test_no_prompt_is_on_two_sides():
@@ -790,10 +830,11 @@ def test_logistic_curve_is_the_best_of_a_grid():
 
 def test_figures_by_hand():
     filter = threshold_filter(0.5, tau=0.5, block_length=2, steepness=20)
-    c = torch.tensor([[0.9, 0.4], [0.6, 0.2]])
-    correct = torch.tensor([[True, False], [False, True]])
-    masked = torch.tensor([[True, True], [True, False]])
-    records = Records(c, correct, masked, *(torch.tensor([0, 1]) for _ in range(3)))
+    c = torch.tensor([[0.9, 0.4], [0.6, 0.2], [0.0, 0.0]])
+    correct = torch.tensor([[True, False], [False, True], [True, True]])
+    masked = torch.tensor([[True, True], [True, False], [False, False]])
+    there = torch.tensor([[True, True], [True, True], [False, False]])
+    records = Records(c, correct, masked, there, *(torch.tensor([0, 1, 2]) for _ in range(3)), torch.tensor([False, False, True]))
     found = filter_figures(filter, records, (1.0, 0.0), taus=(0.5, 0.99))
     q = [1 / (1 + math.exp(-20 * (x - 0.5))) for x in (0.9, 0.4, 0.6, 0.2)]
     bce = [-math.log(q[0]), -math.log(1 - q[1]), -math.log(1 - q[2]), -math.log(q[3])]
@@ -805,6 +846,7 @@ def test_figures_by_hand():
     assert found["holes"]["accuracy"] == pytest.approx(2 / 3)
     assert found["holes"]["auc"] == 1.0
     assert found["own confidence, holes"]["auc"] == 1.0
+    assert [line[1:] for line in sorted(found["reliability"])] == [[0.0, 1], [0.0, 1], [1.0, 1]]
 
 
 def test_training_learns_resumes_and_says_what_it_did(tmp_path, wide, tokenizer, recipe):
@@ -818,10 +860,11 @@ def test_training_learns_resumes_and_says_what_it_did(tmp_path, wide, tokenizer,
     losses = [float(p["eval_loss"]) for p in whole["curve"] if "eval_loss" in p]
     assert whole["kept_step"] == 10 * (1 + losses.index(min(losses)))
     first = recipe.filter()
-    train, validation, test = split_by_prompt(cached_records(recipe, tmp_path / "whole/run/records.safetensors"), seed=0)
+    train, validation, test = split_by_prompt(cached_records(recipe, tmp_path / "whole/run"), seed=0)
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     assert float(bce(a(train.c), train.correct.float()).detach()) < float(bce(first(train.c), train.correct.float()).detach()) - 1e-3
     assert float(bce(a(validation.c), validation.correct.float()).detach()) == pytest.approx(min(losses), rel=1e-3)
+    test = test[~test.cut]
     assert float(bce(a(test.c), test.correct.float()).detach()) == pytest.approx(whole["held_out"]["all"]["bce"], rel=1e-5)
     assert whole["prompts"] == {"train": 11, "validation": 1, "test": 2}
     assert json.loads((tmp_path / "whole/training.json").read_text()) == json.loads(json.dumps(whole))
@@ -831,13 +874,12 @@ def test_training_learns_resumes_and_says_what_it_did(tmp_path, wide, tokenizer,
 
 
 def test_records_are_made_once_and_belong_to_a_recipe(tmp_path, wide, tokenizer, recipe):
-    path = tmp_path / "records.safetensors"
-    first = cached_records(recipe, path, (wide, tokenizer))
-    for other in (recipe, replace(recipe, depth=1, steps=3, learn_from="list")):
-        again = cached_records(other, path, (None, None))  # nobody is asked
+    first = cached_records(recipe, tmp_path, (wide, tokenizer))
+    for other in (recipe, replace(recipe, depth=1, steps=3, learn_from="list", cuts=False)):
+        again = cached_records(other, tmp_path, (None, None))  # nobody is asked
         assert all(x.equal(y) for x, y in zip(vars(first).values(), vars(again).values()))
-    with pytest.raises(TypeError):
-        cached_records(replace(recipe, prompts=12), path, (None, None))
+    with pytest.raises(AttributeError, match="device"):  # somebody is
+        cached_records(replace(recipe, prompts=12), tmp_path, (None, None))
 
 
 def test_recipes_and_cards_say_what_is_wrong(tmp_path, wide, tokenizer, recipe):

@@ -15,12 +15,15 @@ from decodelab.core.text_tasks import ListTask
 from decodelab.core.zoo import load, zoo_path
 from decodelab.diffusion.canvas import Denoiser
 from decodelab.training.denoising_data import Examples, TaskBatches, TextBatches, task_example, task_examples
+from decodelab.training.language_model import training_arguments
 from decodelab.training.masked_diffusion import (
     MDM_RECIPES,
+    DenoiserTrainer,
     MaskedDiffusionRecipe,
     accuracy,
     denoiser_card,
     evaluation_tasks,
+    held_out_bound,
     train_masked_diffusion,
 )
 from decodelab.training.masked_loss import likelihood_bound, mask_answers, mask_exactly, masked_loss, stratified_counts
@@ -303,17 +306,79 @@ def test_a_run_saves_a_model_that_knows_its_mask_and_resumes_where_it_stopped(tm
     model, tokenizer = load(tmp_path / "whole")
     assert (model.config.mask_token_id, model.config.shift_logits) == (tokenizer.mask_token_id, True)
     assert Denoiser(model).shift
-    # stopped after two of four steps: the rest is the same as without the stop
+    card = denoiser_card(tmp_path / "whole")
+    assert "upper bounds, from the first 2 windows of 16 tokens" in card
+    assert "Project Gutenberg" in card
+    # stopped after two of four steps, and begun again with other weights: the rest is the same as without the stop
     interrupted = tmp_path / "resumed"
     (tmp_path / "whole/run/checkpoint-4").rename(tmp_path / "aside")
     (tmp_path / "whole/run").rename(tmp_path / "run")
     interrupted.mkdir()
     (tmp_path / "run").rename(interrupted / "run")
-    resumed = train_masked_diffusion(recipe, interrupted, **options | {"start": start()})
+    resumed = train_masked_diffusion(recipe, interrupted, **options | {"start": (small_model(hidden=16, context=64, seed=9), with_mask())})
     first, second = (load(tmp_path / n)[0].state_dict() for n in ("whole", "resumed"))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert resumed["held_out_nats_per_token"] == whole["held_out_nats_per_token"]
     assert resumed["curve"][-1]["step"] == 4
+
+
+def trainer_of(recipe, dataset, folder):
+    model = small_model(hidden=16)
+    arguments = training_arguments(recipe, folder, report_to=[], bf16=False, use_cpu=True, per_device_train_batch_size=1)
+    arguments.remove_unused_columns = False
+    return model, DenoiserTrainer(
+        recipe, Denoiser(model, 0, shift_logits=True), args=arguments, train_dataset=dataset, eval_dataset=dataset
+    )
+
+
+def test_the_trained_loss_is_that_of_the_whole_text_seen_both_ways(tmp_path, pair):
+    pytest.importorskip("accelerate")
+    model, trainer = trainer_of(MaskedDiffusionRecipe(), TaskBatches(pair, TOKENS, 4, 6, prompt_room=4, room=6, long_share=0.0), tmp_path)
+    for batch in (trainer.train_dataset[b] for b in range(4)):
+        found = float(trainer.compute_loss(model, batch))
+        by_hand = 0.0
+        for ids, valid, holes, weights in zip(*batch.values()):  # each row alone, without its padding
+            text = ids[valid]
+            logits = Denoiser(model, 0, shift_logits=False)(text.masked_fill(holes[valid], 0)[None])[0].log_softmax(-1)
+            by_hand -= sum(float(weights[valid][j] * logits[j - 1, text[j]]) for j in range(1, len(text)) if holes[valid][j])
+        assert found == pytest.approx(by_hand / 6, rel=1e-4)
+
+
+def test_the_causal_loss_is_that_of_the_next_token_of_the_answer(tmp_path, pair):
+    pytest.importorskip("accelerate")
+    dataset = TaskBatches(pair, TOKENS, 1, 6, causal=True, prompt_room=4, room=6)
+    model, trainer = trainer_of(MaskedDiffusionRecipe(causal=True), dataset, tmp_path)
+    by_hand = 0.0
+    for ids, valid, _, weights in zip(*dataset[0].values()):
+        text, answer = ids[valid][None], weights[valid] > 0
+        logits = model(text).logits[0].float()
+        logits[:, 0] = -torch.inf  # the mask is never an answer
+        nll = torch.nn.functional.cross_entropy(logits[:-1], text[0, 1:], reduction="none")
+        by_hand += float(nll[answer[1:]].mean()) / 6
+    assert float(trainer.compute_loss(model, dataset[0])) == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_batches_are_seen_in_order(tmp_path, pair):
+    pytest.importorskip("accelerate")
+    dataset = TaskBatches(pair, TOKENS, 5, 2, prompt_room=4, room=6)
+    _, trainer = trainer_of(MaskedDiffusionRecipe(), dataset, tmp_path)
+    seen = list(trainer.get_train_dataloader())
+    assert len(seen) == 5
+    assert all(torch.equal(got["ids"], dataset[b]["ids"]) and torch.equal(got["holes"], dataset[b]["holes"]) for b, got in enumerate(seen))
+
+
+def test_held_out_bound_leaves_the_first_token_of_a_window_out():
+    model, tokenizer = small_model(hidden=16), with_mask()
+    model.config.mask_token_id = tokenizer.mask_token_id
+    text = "the fox and the hen went on and on"  # a token a byte; with its beginning, two windows of 16 and a rest
+    found = held_out_bound(model, tokenizer, [text], block=16, draws=4)
+    windows = torch.tensor([tokenizer.bos_token_id, *tokenizer(text).input_ids])[:32].view(2, 16)
+    answers = torch.arange(16).repeat(2, 1) > 0
+    bound = likelihood_bound(Denoiser(model), windows, answers, draws=4, generator=torch.Generator().manual_seed(0))
+    assert found["held_out_tokens"] == 30
+    assert found["held_out_nats_per_token"] == pytest.approx(float(bound.sum()) / 30)
+    assert found["held_out_bits_per_byte"] == pytest.approx(float(bound.sum()) / 30 / math.log(2))
+    assert held_out_bound(model, tokenizer, [text], block=16, limit=1)["held_out_tokens"] == 15
 
 
 def test_training_on_tasks_lowers_the_loss_in_both_objectives(tmp_path, monkeypatch):

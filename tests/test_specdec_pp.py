@@ -293,7 +293,7 @@ class Withdraws(SpecDecPP):
     def _submit(self, call, tokens, parents, laws):
         if laws is not None and parents.shape[1] > 3:
             given = laws[:, 2].gather(1, tokens[:, 3:4])[:, 0]
-            parents[:, 3][given < 0.3] = -1
+            parents[:, 3][given < 0.15] = -1
         return super()._submit(call, tokens, parents, laws)
 
 
@@ -304,7 +304,7 @@ def test_the_sampled_law():
     start, joint = torch.tensor([[2, 3]]), torch.ones(1)
     with torch.no_grad():
         for m in (target, drafter):
-            m.lm_head.weight[:] = torch.randn_like(m.lm_head.weight)
+            m.lm_head.weight[:] = 0.12 * torch.randn_like(m.lm_head.weight)
         for n in range(3):
             texts = torch.tensor([*itertools.product(range(6), repeat=n)], dtype=torch.long)
             joint = (joint[:, None] * target(torch.cat([start.expand(6**n, -1), texts], 1)).logits[:, -1].softmax(-1)).flatten()
@@ -312,17 +312,15 @@ def test_the_sampled_law():
     assert float(draws * joint.min()) > 5  # for the chi-square law
 
     def tail(cls):
-        torch.manual_seed(0)
         decoder, counts, lengths = cls(drafter, sharp_head(3, width=16), h=0.5, K_max=3), 0, Counter()
+        torch.manual_seed(0)
         for _ in range(10):
             out = decoder.generate(target, start.expand(draws // 10, -1), max_new_tokens=4, eos_token_id=None, **SAMPLED).sequences[:, 2:5]
             counts += torch.bincount(out @ torch.tensor([36, 6, 1]), minlength=216).double()
             lengths.update(row[0] for row in decoder.candidates)
         assert set(lengths) == {2, 3} and min(lengths.values()) > draws / 20, lengths  # the head was asked, and gave both answers
         expected = draws * joint.double()
-        statistic = float(((counts - expected) ** 2 / expected).sum())
-        print(cls.__name__, statistic, dict(lengths), float(expected.min()))
-        return chi2_law.sf(statistic, 215)
+        return chi2_law.sf(float(((counts - expected) ** 2 / expected).sum()), 215)
 
     assert tail(SpecDecPP) > 0.01
     assert tail(Withdraws) < 1e-6

@@ -414,18 +414,18 @@ def idle_runs(
     "Lengths of the plateaus: runs of passes that filled only places behind the end of the text."
     return [len(list(run)) for idle, run in groupby(emitted, key=lambda n: n == 0) if idle]
 
-# %% ../../nbs/diffusion/ccd.ipynb #1ead0a73
+# %% ../../nbs/diffusion/ccd.ipynb #bea3e172
 def sweeps(
     max_new_tokens: int,  # places
 ) -> dict[str, dict[str, Unmasker]]:
     "The decoders of each further experiment: width of the buffer, depth, holes a pass, and rows that leave when their text is complete."
-    base, adaptive = {"baseline": rivals()["baseline"]}, partial(CCD, adaptive=True, early_stop=False)
-    two = ("baseline", "CCD")
+    base, two = {"baseline": rivals()["baseline"]}, ("baseline", "CCD")
+    ours = {"CCD": partial(CCD, early_stop=False), "CCD-DS": partial(CCD, adaptive=True, early_stop=False)}
     budgets = {f"budget {b}": {n: rivals(steps=max_new_tokens // b)[n] for n in two} for b in (2, 4, 8)}
     leaving = rivals(early_stop=True)
     return {
-        "width": base | {f"V = {v}": adaptive(V=v) for v in range(1, 7)},
-        "depth": base | {f"d = {d}": adaptive(d=d) for d in (1, 2, 3, 5)},
+        "width": base | {f"V = {v}": ours["CCD-DS"](V=v) for v in range(1, 7)},
+        "depth": base | {f"{n}, d = {d}": make(d=d) for n, make in ours.items() for d in (1, 2, 3)},
         "leaving": {n: leaving[n] for n in ("baseline", "CCD-DS")} | {"threshold 0.9": FastDLLM(block_length=None)},
         **budgets,
     }

@@ -317,7 +317,7 @@ def rivals(
     found |= {f"threshold {g}": FastDLLM(threshold=g, **whole) for g in gammas}
     return found | {f"{name}, tau {t}": Learn2PD(filter=f, tau=t, **whole) for name, f in filters.items() for t in taus}
 
-# %% ../../nbs/diffusion/learn2pd.ipynb #7fb409da
+# %% ../../nbs/diffusion/learn2pd.ipynb #847cd483
 def experiment(
     examples: int = 8,  # exercises of each task
     max_new_tokens: int = 64,  # places of the canvas, in blocks of 32
@@ -332,10 +332,12 @@ def experiment(
     lab.seed_everything()
     model, tokenizer = lab.load("diffusion_tasks")
     folder = zoo_path("tasks-learn2pd")
-    filters = {"learn2pd": folder, "depth 1": folder / "d1", "depth 4": folder / "d4"}
-    loaded = {name: load_filter(place, model.device) for name, place in filters.items()}
-    made = rivals({"learn2pd": loaded.pop("learn2pd")})
-    made |= {name: rival for name, rival in rivals(loaded, (0.9, 0.96), ()).items() if name.startswith("depth")}
+    places = {"learn2pd": "", "whole canvases only": "whole", "depth 1": "d1", "depth 4": "d4"}
+    filters = {name: load_filter(folder / place, model.device) for name, place in places.items()}
+    seen = {name: filters.pop(name) for name in ("learn2pd", "whole canvases only")}
+    made = rivals({"learn2pd": seen["learn2pd"]})
+    others = rivals(filters | {"whole canvases only": seen["whole canvases only"]}, (0.9, 0.96), ())
+    made |= {name: rival for name, rival in others.items() if name not in made}
     asked = [e for name in tasks for e in TASKS[name].examples(examples, lab.seed)]
     frame = frontier(model, tokenizer, made, asked, max_new_tokens, seed=lab.seed)
     frame["ids"] = tokenizer(frame["text"].tolist(), add_special_tokens=False).input_ids
@@ -347,32 +349,32 @@ def experiment(
         "examples": examples,
         "places": max_new_tokens,
         "frame": frame.drop(columns=["text", "ids"]).to_dict("list"),
-        "cuts": cuts(model, tokenizer, made["learn2pd, tau 0.96"].filter, few, rooms),  # type: ignore[attr-defined]
+        "cuts": cuts(model, tokenizer, seen, few, rooms),
     }
 
-# %% ../../nbs/diffusion/learn2pd.ipynb #8849ce8f
+# %% ../../nbs/diffusion/learn2pd.ipynb #9067d579
 def cuts(
     model: Any,  # masked language model
     tokenizer: Any,  # its tokenizer
-    filter: ConfidenceFilter,  # its filter
+    filters: Mapping[str, ConfidenceFilter],  # name -> filter; the first is also tried with caches
     examples: Sequence[Example],  # exercises, decoded one by one
     rooms: Sequence[int] = (64, 128, 256),  # places of the canvas
-    caches: Sequence[str] = ("none", "prefix", "dual"),  # caches for Learn2PD with a cut
+    caches: Sequence[str] = ("prefix", "dual"),  # caches
 ) -> list[dict[str, Any]]:
-    "Passes, columns read, length and score of the static rule and Learn2PD, by canvas, cut, early stop and cache."
-    kinds: list[tuple[str, Any, str]] = [
-        (name, eotp, "none") for name in ("static", "learn2pd") for eotp in (None, "committed", "predicted")
-    ]
-    kinds += [("learn2pd", "committed", cache) for cache in caches if cache != "none"]
-    lines = []
+    "Passes, columns read, agreement with the static text and score, by canvas, method, cut, early stop and cache."
+    methods: dict[str, dict[str, Any]] = {"static": {"tau": 1.0}} | {name: {"filter": f} for name, f in filters.items()}
+    kinds = [(name, eotp, "none") for name in methods for eotp in (None, "committed", "predicted")]
+    kinds += [(next(iter(filters)), "committed", cache) for cache in caches]
+    lines: list[dict[str, Any]] = []
+    reference: dict[tuple[int, int], list[int]] = {}
     for room, early, (name, eotp, cache) in itertools.product(rooms, (False, True), kinds):
-        fields = {"eotp": eotp, "cache": cache, "early_stop": early, "tau": 1.0 if name == "static" else 0.96}
-        decoder = Learn2PD(filter=filter, **fields)
+        decoder = Learn2PD(eotp=eotp, cache=cache, early_stop=early, **methods[name])
         for i, example in enumerate(examples):
-            asked = tokenizer(example.prompt, return_tensors="pt").to(model.device)
-            out = decoder.generate(model, asked["input_ids"], max_new_tokens=room, do_sample=False)
-            facts = {"passes": len(out.stats.emitted[0]), "columns": out.stats.target_tokens, "length": len(out.continuations[0])}  # type: ignore[union-attr]
-            score, prompt = TASKS[example.task].score(example, out.text(tokenizer)[0]), asked["input_ids"].shape[1]
+            ids = tokenizer(example.prompt, return_tensors="pt").input_ids.to(model.device)
+            out = decoder.generate(model, ids, max_new_tokens=room, do_sample=False)
+            text, stats = out.continuations[0].tolist(), out.stats
             place = {"method": name, "cut": eotp or "none", "cache": cache, "early stop": early, "places": room, "example": i}
-            lines.append(place | facts | {"prompt": prompt, "score": score, "seconds": out.stats.seconds})  # type: ignore[union-attr]
+            facts = {"passes": len(stats.emitted[0]), "columns": stats.target_tokens, "length": len(text)}  # type: ignore[union-attr]
+            facts["agreement"] = agreement(text, reference.setdefault((room, i), text))  # the static text comes first
+            lines.append(place | facts | {"prompt": ids.shape[1], "score": TASKS[example.task].score(example, out.text(tokenizer)[0])})
     return lines

@@ -142,9 +142,6 @@ class Share:
     def __sub__(self, other: Share) -> Share:
         return Share(self.value - other.value, min(self.n, other.n), min(self.texts, other.texts), self.pulls - other.pulls)
 
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ± {self.error:.3f}"
-
 
 def share(
     log: PassLog,  # a watched call
