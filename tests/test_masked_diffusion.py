@@ -326,16 +326,17 @@ def trainer_of(recipe, dataset, folder):
     model = small_model(hidden=16)
     arguments = training_arguments(recipe, folder, report_to=[], bf16=False, use_cpu=True, per_device_train_batch_size=1)
     arguments.remove_unused_columns = False
-    return model, DenoiserTrainer(
-        recipe, Denoiser(model, 0, shift_logits=True), args=arguments, train_dataset=dataset, eval_dataset=dataset
-    )
+    denoiser = Denoiser(model, 0, shift_logits=True)
+    trainer = DenoiserTrainer(recipe, denoiser, args=arguments, train_dataset=dataset, eval_dataset=dataset)
+    trainer.bfloat16 = False  # to compare with float32
+    return model, trainer
 
 
 def test_the_trained_loss_is_that_of_the_whole_text_seen_both_ways(tmp_path, pair):
     pytest.importorskip("accelerate")
     model, trainer = trainer_of(MaskedDiffusionRecipe(), TaskBatches(pair, TOKENS, 4, 6, prompt_room=4, room=6, long_share=0.0), tmp_path)
     for batch in (trainer.train_dataset[b] for b in range(4)):
-        found = float(trainer.compute_loss(model, batch))
+        found = trainer.compute_loss(model, batch).item()
         by_hand = 0.0
         for ids, valid, holes, weights in zip(*batch.values()):  # each row alone, without its padding
             text = ids[valid]
@@ -355,7 +356,7 @@ def test_the_causal_loss_is_that_of_the_next_token_of_the_answer(tmp_path, pair)
         logits[:, 0] = -torch.inf  # the mask is never an answer
         nll = torch.nn.functional.cross_entropy(logits[:-1], text[0, 1:], reduction="none")
         by_hand += float(nll[answer[1:]].mean()) / 6
-    assert float(trainer.compute_loss(model, dataset[0])) == pytest.approx(by_hand, rel=1e-4)
+    assert trainer.compute_loss(model, dataset[0]).item() == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_batches_are_seen_in_order(tmp_path, pair):
