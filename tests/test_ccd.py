@@ -35,6 +35,7 @@ from decodelab.diffusion.ccd import (
     rivals,
     stratified_auc,
 )
+from decodelab.diffusion.ideal import IdealDenoiser, Law
 from decodelab.diffusion.step import Step
 
 MASK, VOCAB = 0, 9
@@ -133,8 +134,9 @@ def by_the_card(decoder, passes):
             new = [i for i in consistent if h(mean[i]) <= decoder.eps]
         else:
             new = [i for i in consistent if history and p[i].index(max(p[i])) == history[-1][i].index(max(history[-1][i]))]
-        tokens = {i: mean[i].index(max(mean[i])) for i in new}
-        sure = {i: max(mean[i]) for i in new}
+        written = {i: p[i] if decoder.token_from == "pass" else mean[i] for i in new}
+        tokens = {i: written[i].index(max(written[i])) for i in new}
+        sure = {i: max(written[i]) for i in new}
         for i in best_first([i for i in holes if i not in new], conf)[: max(0, b - len(new))]:
             tokens[i], sure[i] = p[i].index(max(p[i])), max(p[i])
         yield tokens, sure
@@ -188,7 +190,14 @@ def prompts():
 
 
 FIXED = [{}, {"V": 1}, {"V": 2, "d": 1}, {"V": 6, "d": 2}, {"d": 0}, {"V": 30, "d": 5}, {"rank": "max_prob"}]
-FIXED += [{"conf": "max_prob", "d": 2}, {"steps": 6}, {"steps": 3, "V": 5}, {"block_length": 6}, {"block_length": 9, "steps": 4}]
+FIXED += [
+    {"token_from": "pass"},
+    {"conf": "max_prob", "d": 2},
+    {"steps": 6},
+    {"steps": 3, "V": 5},
+    {"block_length": 6},
+    {"block_length": 9, "steps": 4},
+]
 
 
 @pytest.mark.parametrize("noise", [0.3, 1.0])
@@ -565,6 +574,16 @@ def test_a_trap_that_is_open_from_the_start_catches_everyone():
         assert plans_right(model, decoder)[0] == 0.5
 
 
+def test_on_exact_marginals_the_average_may_write_what_has_become_impossible():
+    # the last place is 1 with probability 0.48 in three records; then the fourth place becomes 2, and it is 2 with 0.27 / 0.52
+    law = Law(torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 2, 2], [0, 0, 0, 2, 3]]), torch.tensor([0.48, 0.27, 0.25]))
+    assert 3 * 0.48 > 3 * 0.27 + 0.27 / 0.52
+    model = IdealDenoiser(law)
+    for fields, text in (({}, [0, 0, 0, 2, 1]), ({"token_from": "pass"}, [0, 0, 0, 2, 2]), ({"d": 1}, [0, 0, 0, 2, 2])):
+        out = CCD(**fields).generate(model, model.start, max_new_tokens=5, do_sample=False)
+        assert out.sequences[0, 1:].tolist() == text
+
+
 # official code and paper
 
 
@@ -705,6 +724,7 @@ def test_the_full_experiment_runs_at_a_tiny_size(monkeypatch, tokenizer):
         ({"conf": "margin"}, "unknown conf 'margin': use one of entropy, max_prob"),
         ({"rank": "x"}, "unknown rank 'x'"),
         ({"variant": "x"}, "unknown variant 'x': use one of average, agreement"),
+        ({"token_from": "x"}, "unknown token_from 'x': use one of average, pass"),
         ({"score_from": "x"}, "unknown score_from 'x'"),
         ({"V": 0}, "V must be positive and d not negative, got 0 and 3"),
         ({"d": -1}, "V must be positive and d not negative, got 4 and -1"),

@@ -26,6 +26,8 @@ from decodelab.diffusion.learn2pd import (
 )
 from decodelab.training.learn2pd import (
     FilterRecipe,
+    FilterTrainer,
+    Recorder,
     Records,
     auc,
     cached_records,
@@ -764,6 +766,25 @@ def test_records_are_what_the_oracle_sees(wide, tokenizer):
         static_texts(wide, tokenizer, prompts, new_tokens=8, block_length=3)
 
 
+def test_filled_places_count_as_right_and_cut_ones_do_not():
+    # first two places are right, then all; the canvas of the second run ends at the third
+    def script(ids):
+        known = ids[2] == 9
+        return [(5, 0.5)] * 2 + [(9 if j < 2 else EOS if known and j == 2 else 8, 0.9 - 0.1 * j) for j in range(len(ids) - 2)]
+
+    for cut, pads in ((False, 0), (True, 1)):
+        oracle, prompt = Recorder(block_length=4, cut=cut), torch.tensor([[5, 6]])
+        oracle.prepare(Scripted(script), prompt, final=torch.tensor([[9, 9, EOS, 8]]))
+        oracle.generate(Scripted(script), prompt, max_new_tokens=4, do_sample=False)
+        c, right, masked, there, _, _, step = (torch.cat(column).tolist() for column in zip(*oracle.lines))
+        gone = slice(4 - pads, 4)
+        assert step == [0, 1]
+        assert [row[: 4 - pads] for row in right] == [[True, True, False, True][: 4 - pads], [True] * (4 - pads)]
+        assert [row[: 4 - pads] for row in masked] == [[True] * (4 - pads), [False, False, True, False][: 4 - pads]]
+        assert all(row[gone] == [0.0] * pads for row in c)
+        assert all(row[gone] == [False] * pads for rows in (right, masked, there) for row in rows)
+
+
 def test_static_texts_go_on_where_they_were_stopped(wide, tokenizer, tmp_path, monkeypatch):
     prompts, asked = ["a", "bc", "def", "ghij", "klmno"], []
     plain = InHindsight.prepare
@@ -849,10 +870,15 @@ def test_figures_by_hand():
     assert [line[1:] for line in sorted(found["reliability"])] == [[0.0, 1], [0.0, 1], [1.0, 1]]
 
 
-def test_training_learns_resumes_and_says_what_it_did(tmp_path, wide, tokenizer, recipe):
+def test_training_learns_resumes_and_says_what_it_did(tmp_path, wide, tokenizer, recipe, monkeypatch):
+    monkeypatch.setattr(wide.generation_config, "eos_token_id", list(range(2, 30)))  # texts end early, canvases are cut
+    steps, plain = [], FilterTrainer.training_step
+    monkeypatch.setattr(FilterTrainer, "training_step", lambda *args, **kwargs: steps.append(1) or plain(*args, **kwargs))
     whole = train_filter(recipe, tmp_path / "whole", (wide, tokenizer))
     train_filter(replace(recipe, steps=20), tmp_path / "parts", (wide, tokenizer))
+    assert len(steps) == 40 + 20
     parts = train_filter(recipe, tmp_path / "parts", (wide, tokenizer))
+    assert len(steps) == 40 + 40
     assert whole["held_out"] == parts["held_out"]
     a, b = (load_filter(tmp_path / name) for name in ("whole", "parts"))
     assert all(x.equal(y) for x, y in zip(a.parameters(), b.parameters()))
@@ -861,11 +887,16 @@ def test_training_learns_resumes_and_says_what_it_did(tmp_path, wide, tokenizer,
     assert whole["kept_step"] == 10 * (1 + losses.index(min(losses)))
     first = recipe.filter()
     train, validation, test = split_by_prompt(cached_records(recipe, tmp_path / "whole/run"), seed=0)
-    bce = torch.nn.functional.binary_cross_entropy_with_logits
-    assert float(bce(a(train.c), train.correct.float()).detach()) < float(bce(first(train.c), train.correct.float()).detach()) - 1e-3
-    assert float(bce(a(validation.c), validation.correct.float()).detach()) == pytest.approx(min(losses), rel=1e-3)
-    test = test[~test.cut]
-    assert float(bce(a(test.c), test.correct.float()).detach()) == pytest.approx(whole["held_out"]["all"]["bce"], rel=1e-5)
+    assert not validation.there.all()
+
+    def loss(filter, part):
+        z = filter(part.c).detach()[part.there]
+        return float(torch.nn.functional.binary_cross_entropy_with_logits(z, part.correct[part.there].float()))
+
+    assert loss(a, train) < loss(first, train) - 1e-3
+    assert loss(a, validation) == pytest.approx(min(losses), rel=1e-3)
+    assert loss(a, test[~test.cut]) == pytest.approx(whole["held_out"]["all"]["bce"], rel=1e-4)
+    assert loss(a, test[test.cut]) == pytest.approx(whole["held_out_cut"]["all"]["bce"], rel=1e-4)
     assert whole["prompts"] == {"train": 11, "validation": 1, "test": 2}
     assert json.loads((tmp_path / "whole/training.json").read_text()) == json.loads(json.dumps(whole))
     card = filter_card(tmp_path / "whole")

@@ -332,6 +332,7 @@ def trainer_of(recipe, dataset, folder):
     return model, trainer
 
 
+@torch.no_grad()
 def test_the_trained_loss_is_that_of_the_whole_text_seen_both_ways(tmp_path, pair):
     pytest.importorskip("accelerate")
     model, trainer = trainer_of(MaskedDiffusionRecipe(), TaskBatches(pair, TOKENS, 4, 6, prompt_room=4, room=6, long_share=0.0), tmp_path)
@@ -345,6 +346,7 @@ def test_the_trained_loss_is_that_of_the_whole_text_seen_both_ways(tmp_path, pai
         assert found == pytest.approx(by_hand / 6, rel=1e-4)
 
 
+@torch.no_grad()
 def test_the_causal_loss_is_that_of_the_next_token_of_the_answer(tmp_path, pair):
     pytest.importorskip("accelerate")
     dataset = TaskBatches(pair, TOKENS, 1, 6, causal=True, prompt_room=4, room=6)

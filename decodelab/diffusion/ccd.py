@@ -241,7 +241,7 @@ class Agreement:
         "Holes among the first v of this pass and of the previous one whose best token is the same, [n, block], bool."
         return top(self.conf, self.width) & self.remembered & (best == self.best)
 
-# %% ../../nbs/diffusion/ccd.ipynb #26ce722b
+# %% ../../nbs/diffusion/ccd.ipynb #d37c9619
 @register(
     "ccd",
     family="diffusion",
@@ -260,6 +260,7 @@ class CCD(Unmasker):
     rank: str = field(default="entropy", kw_only=True)  # score of the averaged law, one of `SCORES`
     adaptive: bool = field(default=False, kw_only=True)  # CCD-DS: as many holes a pass as are consistent and settled
     eps: float | None = field(default=None, kw_only=True)  # settled: H(pbar) at most this (nats); None: best token as one pass ago
+    token_from: str = field(default="average", kw_only=True)  # law of the token that is written: "average", or "pass", the present one
     variant: str = field(default="average", kw_only=True)  # "average" (the paper) or "agreement" (the official code)
     score_from: str = field(default="sampled", kw_only=True)  # laws averaged after ("sampled") or before ("raw") temperature, top-k, ...
     warm_up: int = field(default=5, kw_only=True)  # passes before agreement counts (not negative); only for "agreement"
@@ -267,7 +268,7 @@ class CCD(Unmasker):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("conf", SCORES), ("rank", SCORES), ("variant", ("average", "agreement"))):
+        for name, known in (("conf", SCORES), ("rank", SCORES), ("token_from", ("average", "pass")), ("variant", ("average", "agreement"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(known)}")
         if self.V < 1 or self.d < 0:
@@ -310,7 +311,8 @@ class CCD(Unmasker):
             settled = top(law_score(mean, self.rank).masked_fill(~consistent, -torch.inf), step.quota)
         else:
             settled = consistent & (unchanged if self.eps is None else entropy(mean) <= self.eps)
-        self._rewrite(step, places, settled, mean)
+        if self.token_from == "average":
+            self._rewrite(step, places, settled, mean)
         chosen = torch.zeros_like(step.masked).scatter(1, places, settled)
         # too few: the rest of the budget goes to the most confident of the others
         chosen = chosen | top(memory.conf.masked_fill(chosen, -torch.inf), step.quota - settled.sum(-1))
@@ -335,7 +337,7 @@ class CCD(Unmasker):
         memory.remembered, memory.best = top(memory.conf.masked_fill(chosen, -torch.inf), memory.width), best
         return chosen
 
-# %% ../../nbs/diffusion/ccd.ipynb #45c619d4
+# %% ../../nbs/diffusion/ccd.ipynb #12bdd3fa
 def rivals(
     **fields: Any,  # fields of all of them, such as `steps`
 ) -> dict[str, Unmasker]:
@@ -346,6 +348,8 @@ def rivals(
         "baseline": LLaDA(remasking="entropy", **usual),
         "CCD": CCD(**fields),
         "CCD-DS": CCD(adaptive=True, **fields),
+        "CCD, token of the pass": CCD(token_from="pass", **fields),
+        "CCD-DS, token of the pass": CCD(adaptive=True, token_from="pass", **fields),
         "agreement": CCD(variant="agreement", **fields),
         "agreement, adaptive": CCD(variant="agreement", adaptive=True, **fields),
         "baseline, max prob": LLaDA(**usual),
@@ -414,7 +418,7 @@ def idle_runs(
     "Lengths of the plateaus: runs of passes that filled only places behind the end of the text."
     return [len(list(run)) for idle, run in groupby(emitted, key=lambda n: n == 0) if idle]
 
-# %% ../../nbs/diffusion/ccd.ipynb #bea3e172
+# %% ../../nbs/diffusion/ccd.ipynb #31cd7b6c
 def sweeps(
     max_new_tokens: int,  # places
 ) -> dict[str, dict[str, Unmasker]]:
@@ -459,8 +463,8 @@ def drift_aucs(
     def one(frame: pd.DataFrame, score: str, strata: str | None) -> float:
         return stratified_auc(frame[score], frame["changes"], frame[strata] if strata else None)
 
-    found = {n: (one(lines, *which), float(np.nanstd([one(f, *which) for f in drawn]))) for n, which in scores.items()}
-    return {n: {"auc": value, "se": se} for n, (value, se) in found.items()}
+    found = {n: (one(lines, *which), [one(f, *which) for f in drawn]) for n, which in scores.items()}
+    return {n: {"auc": value, "se": float(np.std([a for a in again if a == a] or [np.nan]))} for n, (value, again) in found.items()}
 
 # %% ../../nbs/diffusion/ccd.ipynb #096de43e
 def experiment(
