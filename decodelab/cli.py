@@ -332,6 +332,7 @@ def _bench_files(result: Any, folder: Path | None) -> list[Path]:
 def _recipes() -> dict[str, tuple[Any, Callable[..., dict[str, Any]]]]:
     # name -> settings, and the function that trains with them
     from decodelab.training.language_model import RECIPES
+    from decodelab.training.learn2pd import FilterRecipe
     from decodelab.training.masked_diffusion import MDM_RECIPES
     from decodelab.training.specdec_pp import AcceptanceHeadRecipe
 
@@ -339,6 +340,7 @@ def _recipes() -> dict[str, tuple[Any, Callable[..., dict[str, Any]]]]:
         **{name: (recipe, _train_language_model) for name, recipe in RECIPES.items()},
         **{name: (recipe, _train_masked_diffusion) for name, recipe in MDM_RECIPES.items()},
         "specdec-pp": (AcceptanceHeadRecipe(), _train_head),
+        "tasks-learn2pd": (FilterRecipe(), _train_filter),
     }
 
 
@@ -357,7 +359,7 @@ def _recipe(name: str, settings: Mapping[str, Any]) -> tuple[Any, Callable[..., 
 
 @app.command("train")
 def _train(
-    recipe: Annotated[str, typer.Argument(help="tales, tales-draft, tasks, tasks-mdm, tales-mdm or specdec-pp.")],
+    recipe: Annotated[str, typer.Argument(help="tales, tales-draft, tasks, tasks-mdm, tales-mdm, specdec-pp or tasks-learn2pd.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the model; runs/<recipe> when left out.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local data folder; DECODELAB_DATA when left out.")] = None,
     tokenizer: Annotated[str, typer.Option(help="Zoo name or folder of a tokenizer; trained on the text when left out.")] = "",
@@ -411,6 +413,14 @@ def _train_head(plan: Any, folder: Path) -> dict[str, Any]:
 
     figures = train_acceptance_head(plan, folder)
     head_card(folder)
+    return figures
+
+
+def _train_filter(plan: Any, folder: Path) -> dict[str, Any]:
+    from decodelab.training.learn2pd import filter_card, train_filter
+
+    figures = train_filter(plan, folder)
+    filter_card(folder)
     return figures
 
 

@@ -351,6 +351,7 @@ def test_masked_table_is_escaped_and_part_of_the_page(tales):
     table = masked_table("List: <i>", rows)
     assert "<b>" not in table
     assert "<i>" not in table
+    assert "a &amp; b" in table
     assert "--share:50%" in table
     assert re.findall(r">(\d of \d)<", table) == ["1 of 2", "2 of 2"]
     conditions = {"machine": {"cpu": "c"}, "versions": {}, "date": "today"}

@@ -11,6 +11,7 @@ from conftest import EOS, PAD, left_pad, random_prompts, small_model
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+import decodelab.training.learn2pd as training
 from decodelab.core.contract import decoders
 from decodelab.diffusion.base import LLaDA, Unmasker
 from decodelab.diffusion.canvas import CACHES, Canvas, Denoiser
@@ -924,3 +925,17 @@ def test_recipes_and_cards_say_what_is_wrong(tmp_path, wide, tokenizer, recipe):
         train_filter(replace(recipe, learn_from="chess"), tmp_path / "none", (wide, tokenizer))
     with pytest.raises(FileNotFoundError, match=r"holds no training\.json: train the filter"):
         filter_card(tmp_path)
+
+
+def test_command_line_knows_the_recipe(monkeypatch, tmp_path):
+    from decodelab.cli import _recipe, _train_filter
+
+    recipe, train = _recipe("tasks-learn2pd", {"depth": 1, "cuts": False})
+    assert (recipe, train) == (FilterRecipe(depth=1, cuts=False), _train_filter)
+    with pytest.raises(ValueError, match="recipe tasks-learn2pd has no such setting"):
+        _recipe("tasks-learn2pd", {"tau": 1.0})
+    done = []
+    monkeypatch.setattr(training, "train_filter", lambda plan, folder: done.append((plan, folder)) or {"parameters": 40})
+    monkeypatch.setattr(training, "filter_card", done.append)
+    assert train(recipe, tmp_path) == {"parameters": 40}
+    assert done == [(recipe, tmp_path), tmp_path]

@@ -89,13 +89,14 @@ class _Diary:
         call, canvas = self.call, self.canvas
         rows, first, last = call.rows, start - canvas.prompt, min(stop, canvas.length) - canvas.prompt
         counts = canvas.exists[rows, start:stop].sum(-1).tolist()  # columns that exist in each row
+        cut = (~canvas.exists[rows, start : stop + 1]).any(-1).tolist()  # in the block or right behind it: what follows would be ends
         ids, filled = canvas.ids[rows, start:stop].tolist(), self.when[rows, first:last].tolist()
         sure = filled if self.confidence is None else self.confidence[rows, first:last].tolist()
         passes, opened = self.passes[rows].tolist(), self.opened[rows].tolist()
         new, order, info = [], [], []
         for i, here in enumerate(counts):
             tokens, when, confidence = ids[i][:here], filled[i][:here], sure[i][:here]
-            if here < stop - start and (not tokens or tokens[-1] not in call.eos):  # cut off: what follows would be ends
+            if cut[i] and (not tokens or tokens[-1] not in call.eos):
                 tokens, when, confidence = [*tokens, *call.eos[:1]], [*when, max(passes[i] - 1, 0)], [*confidence, 1.0]
             new.append(tokens)
             order.append(([w - opened[i] for w in when], passes[i] - opened[i]))

@@ -466,7 +466,7 @@ def drift_aucs(
     found = {n: (one(lines, *which), [one(f, *which) for f in drawn]) for n, which in scores.items()}
     return {n: {"auc": value, "se": float(np.std([a for a in again if a == a] or [np.nan]))} for n, (value, again) in found.items()}
 
-# %% ../../nbs/diffusion/ccd.ipynb #096de43e
+# %% ../../nbs/diffusion/ccd.ipynb #a9f9e782
 def experiment(
     examples: int = 18,  # exercises of each hard task; a third of it of each easy one
     max_new_tokens: int = 32,  # places
@@ -484,9 +484,9 @@ def experiment(
     found: dict[str, Any] = {"examples": examples, "max_new_tokens": max_new_tokens}
     found["rivals"] = measured(model, tokenizer, rivals(), every, **settings)
     found |= {name: measured(model, tokenizer, methods, hard, **settings) for name, methods in sweeps(max_new_tokens).items()}
-    two = {n: d for n, d in rivals().items() if n in ("baseline", "CCD-DS")}
+    three = {n: d for n, d in rivals().items() if n in ("baseline", "CCD-DS", "CCD-DS, token of the pass")}
     sampled = {"do_sample": True, "top_k": 0, **settings}
-    found["temperature"] = {str(t): measured(model, tokenizer, two, hard[::2], temperature=t, **sampled)["all"] for t in temperatures}
+    found["temperature"] = {str(t): measured(model, tokenizer, three, hard[::2], temperature=t, **sampled)["all"] for t in temperatures}
     found["plateaus"] = plateaus(model, tokenizer, every[:: max(1, len(every) // 16)], 2 * max_new_tokens)
     watched = Watched()
     watched.generate(model, **prompts_of(tokenizer, hard[::3], model.device), max_new_tokens=max_new_tokens, do_sample=False)
