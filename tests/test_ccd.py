@@ -268,9 +268,11 @@ def test_laws_are_averaged_not_logits():
     memory = History(1)
     a, b = torch.tensor([0.98, 0.01, 0.01]), torch.tensor([0.3, 0.69, 0.01])
     memory.record(torch.tensor([[7]]), a[None, None])
-    everywhere, mean, unchanged = memory.compare(torch.tensor([[7]]), b[None, None])
+    everywhere, mean = memory.compare(torch.tensor([[7]]), b[None, None])
     assert everywhere.tolist() == [[True]]
-    assert unchanged.tolist() == [[False]]
+    assert memory.unchanged(torch.tensor([[7]]), b[None, None]).tolist() == [[False]]
+    assert memory.unchanged(torch.tensor([[7]]), a[None, None]).tolist() == [[True]]
+    assert memory.unchanged(torch.tensor([[6]]), a[None, None]).tolist() == [[False]]
     assert mean[0, 0].tolist() == pytest.approx([0.64, 0.35, 0.01])
 
 
@@ -610,12 +612,13 @@ class Both(CCD):
     def select(self, step):
         conf, p = step.memory.conf, step.p
         places = conf.argsort(descending=True)[:, : self.V]
-        known = step.memory.history.compare(places, p.gather(1, places[..., None].expand(-1, -1, p.shape[-1])))
-        settled = known[0] & known[2] & step.masked.gather(1, places)
+        law = p.gather(1, places[..., None].expand(-1, -1, p.shape[-1]))
+        known = step.memory.history.compare(places, law)[0]
+        settled = known & step.memory.history.unchanged(places, law) & step.masked.gather(1, places)
         paper = torch.zeros_like(step.masked).scatter(1, places, settled)
         paper = torch.where(settled.any(-1, keepdim=True), paper, conf == conf.amax(-1, keepdim=True))
         code = super().select(step)
-        champion_known = known[0][:, 0]
+        champion_known = known[:, 0]
         self.pairs += [(bool(k), a.tolist() == b.tolist(), bool(s)) for k, a, b, s in zip(champion_known, paper, code, settled.any(-1))]
         rest = conf.masked_fill(code, -torch.inf)
         after = rest.argsort(descending=True)[:, : self.V]

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import EOS, PAD, left_pad, random_prompts, small_model
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+import decodelab.diffusion.learn2pd as page
 import decodelab.training.learn2pd as training
 from decodelab.core.contract import decoders
 from decodelab.diffusion.base import LLaDA, Unmasker
@@ -862,6 +864,9 @@ def test_figures_by_hand():
     bce = [-math.log(q[0]), -math.log(1 - q[1]), -math.log(1 - q[2]), -math.log(q[3])]
     assert found["all"]["bce"] == pytest.approx(sum(bce) / 4, rel=1e-4)
     assert found["holes"]["bce"] == pytest.approx(sum(bce[:3]) / 3, rel=1e-4)
+    mean = sum(bce[:3]) / 3  # two prompts: the first has two of the three holes
+    pulls = (bce[0] + bce[1] - 2 * mean, bce[2] - mean)
+    assert found["holes"]["bce_se"] == pytest.approx(math.hypot(*pulls) / 3, rel=1e-4)
     assert (found["all"]["positions"], found["holes"]["positions"]) == (4, 3)
     assert found["all"]["tau 0.5"] == {"taken": 0.5, "wrong": 0.5, "right_taken": 0.5}
     assert found["holes"]["tau 0.99"]["wrong"] == 0.0
@@ -939,3 +944,36 @@ def test_command_line_knows_the_recipe(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "filter_card", done.append)
     assert train(recipe, tmp_path) == {"parameters": 40}
     assert done == [(recipe, tmp_path), tmp_path]
+
+
+def test_the_full_experiment_on_a_tiny_size(monkeypatch, wide, tokenizer):
+    asked = []
+    monkeypatch.setattr("decodelab.core.lab.Lab.load", lambda self, role: asked.append(role) or (wide, tokenizer))
+    monkeypatch.setattr(page, "zoo_path", lambda name: Path(name))
+    monkeypatch.setattr(page, "load_filter", lambda place, device: threshold_filter(0.05, block_length=32))
+    tasks = ("list_sort", "sudoku")
+    found = json.loads(json.dumps(page.experiment(examples=2, max_new_tokens=8, rooms=(8, 12), tasks=tasks)))
+    assert asked == ["diffusion_tasks"]
+    frame = found["frame"]
+    methods = set(frame["method"])
+    assert len(methods) == 2 + len(page.GAMMAS) + len(page.TAUS) + 2 * 3
+    assert len(frame["score"]) == len(methods) * 4
+    lines = list(zip(frame["method"], frame["example"], frame["passes"], frame["agreement"]))
+    for method, _, passes_, agrees in lines:
+        assert method != "one a pass" or (passes_, agrees) == (8, 1.0)
+        assert method != "oracle" or agrees == 1.0
+    by = {(m, e): (n, a) for m, e, n, a in lines}
+    # a filter that is a threshold is threshold decoding, whatever its name
+    assert all(by["depth 1, tau 0.96", e] == by["learn2pd, tau 0.96", e] == by["whole canvases only, tau 0.96", e] for e in range(4))
+    cuts = found["cuts"]
+    assert len(cuts) == 2 * 2 * (3 * 3 + 2) * 4
+    static = [c for c in cuts if c["method"] == "static" and c["cut"] == "none"]
+    assert all(c["agreement"] == 1.0 and c["passes"] == c["places"] for c in static)
+    assert all(c["columns"] == c["passes"] * (c["prompt"] + c["places"]) for c in static)
+
+
+def test_agreement_counts_places_of_the_longer_text():
+    assert page.agreement([1, 2, 3], [1, 9, 3, 4]) == 0.5
+    assert page.agreement([1, 9, 3, 4], [1, 2, 3]) == 0.5
+    assert page.agreement([], []) == 1.0
+    assert page.agreement([5], [5]) == 1.0

@@ -132,7 +132,7 @@ def stratified_auc(
         pairs += n * (len(part) - n)
     return wins / pairs if pairs else float("nan")
 
-# %% ../../nbs/diffusion/ccd.ipynb #61dcdbef
+# %% ../../nbs/diffusion/ccd.ipynb #e139f802
 class History:
     "The laws of the V most confident holes in each of the last d passes, row by row."
 
@@ -143,7 +143,7 @@ class History:
     ):
         self.d, self.passes = d, 0  # passes so far
         self.warpers = LogitsProcessorList(warpers)
-        self.places = self.best = self.p = torch.empty(0)  # [n, d, V], -1 where there is no hole; [n, d, V]; [n, d, V, vocab]
+        self.places = self.p = torch.empty(0)  # [n, d, V], -1 before there is a record; [n, d, V, vocab]
         self.conf = torch.empty(0)  # confidence of this pass, -inf where there is no hole, [n, block]
 
     @property
@@ -154,7 +154,7 @@ class History:
     def select(self, keep: torch.Tensor) -> None:
         "Follow the rows that go on."
         if self.count:
-            self.places, self.best, self.p = self.places[keep], self.best[keep], self.p[keep]
+            self.places, self.p = self.places[keep], self.p[keep]
 
     def record(
         self,
@@ -166,28 +166,35 @@ class History:
             return
         if not self.passes:
             self.places = places.new_full((len(p), self.d, p.shape[1]), -1)
-            self.best = torch.zeros_like(self.places)
             self.p = p.new_zeros(len(p), self.d, *p.shape[1:])
         slot = self.passes % self.d
-        self.places[:, slot], self.best[:, slot], self.p[:, slot] = places, p.argmax(-1), p
+        self.places[:, slot], self.p[:, slot] = places, p
         self.passes += 1
 
     def compare(
         self,
         places: torch.Tensor,  # holes of this pass, [n, V]
         p: torch.Tensor,  # their laws, [n, V, vocab]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        "Which holes all records hold [n, V], the average of their laws [n, V, vocab], whose best token the last pass had, too [n, V]."
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        "Which holes all records hold [n, V], and the average of their laws [n, V, vocab]."
         if not self.count:
-            everywhere = torch.ones_like(places, dtype=torch.bool)
-            return everywhere, p, ~everywhere
+            return torch.ones_like(places, dtype=torch.bool), p
         found = self.places[..., None] == places[:, None, None]  # [n, d, V of a record, V of this pass]
-        everywhere = found[:, : self.count].any(2).all(1)
         # pbar = (p + sum of the recorded p) / (1 + records)
         past = found.flatten(1, 2).transpose(1, 2).to(p.dtype) @ self.p.flatten(1, 2)
+        return found[:, : self.count].any(2).all(1), (p + past) / (1 + self.count)
+
+    def unchanged(
+        self,
+        places: torch.Tensor,  # holes of this pass, [n, V]
+        p: torch.Tensor,  # their laws, [n, V, vocab]
+    ) -> torch.Tensor:
+        "Which of them the last record holds with the same best token, [n, V]."
+        if not self.count:
+            return torch.zeros_like(places, dtype=torch.bool)
         last = (self.passes - 1) % self.d
-        unchanged = (found[:, last] & (self.best[:, last, :, None] == p.argmax(-1)[:, None])).any(1)
-        return everywhere, (p + past) / (1 + self.count), unchanged
+        best = self.p[:, last].argmax(-1, keepdim=True) == p.argmax(-1)[:, None]
+        return (best & (self.places[:, last, :, None] == places[:, None])).any(1)
 
     def draw(
         self,
@@ -241,7 +248,7 @@ class Agreement:
         "Holes among the first v of this pass and of the previous one whose best token is the same, [n, block], bool."
         return top(self.conf, self.width) & self.remembered & (best == self.best)
 
-# %% ../../nbs/diffusion/ccd.ipynb #d37c9619
+# %% ../../nbs/diffusion/ccd.ipynb #f8457988
 @register(
     "ccd",
     family="diffusion",
@@ -305,12 +312,12 @@ class CCD(Unmasker):
     def _average(self, step: Step, memory: History) -> torch.Tensor:
         places = torch.argsort(memory.conf, dim=-1, descending=True, stable=True)[:, : self.V]
         p = probabilities(step.basis[torch.arange(len(places), device=places.device)[:, None], places])
-        everywhere, mean, unchanged = memory.compare(places, p)
+        everywhere, mean = memory.compare(places, p)
         consistent = everywhere & step.masked.gather(1, places)
         if not self.adaptive:
             settled = top(law_score(mean, self.rank).masked_fill(~consistent, -torch.inf), step.quota)
         else:
-            settled = consistent & (unchanged if self.eps is None else entropy(mean) <= self.eps)
+            settled = consistent & (memory.unchanged(places, p) if self.eps is None else entropy(mean) <= self.eps)
         if self.token_from == "average":
             self._rewrite(step, places, settled, mean)
         chosen = torch.zeros_like(step.masked).scatter(1, places, settled)

@@ -292,7 +292,7 @@ class Learn2PD(EndOfText, LLaDA):
     def select(self, step: Step) -> torch.Tensor:
         return super().select(step) | self.trusted(step)  # A, the static schedule's holes, and F
 
-# %% ../../nbs/diffusion/learn2pd.ipynb #f369d2ce
+# %% ../../nbs/diffusion/learn2pd.ipynb #2d6b2603
 TAUS, GAMMAS = (0.5, 0.8, 0.9, 0.96, 0.99), (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 TASK_NAMES = (*(name for name in TASKS if name.startswith("list_")), "arithmetic", "sudoku", "countdown")
 
@@ -302,8 +302,8 @@ def agreement(
     reference: Sequence[int],  # tokens of another
 ) -> float:
     "Share of places with the same token; a place that only one text has counts as different."
-    same = sum(a == b for a, b in zip(text, reference))
-    return same / max(1, len(text), len(reference))
+    longest = max(len(text), len(reference))
+    return sum(a == b for a, b in zip(text, reference)) / longest if longest else 1.0
 
 
 def rivals(
@@ -317,9 +317,9 @@ def rivals(
     found |= {f"threshold {g}": FastDLLM(threshold=g, **whole) for g in gammas}
     return found | {f"{name}, tau {t}": Learn2PD(filter=f, tau=t, **whole) for name, f in filters.items() for t in taus}
 
-# %% ../../nbs/diffusion/learn2pd.ipynb #847cd483
+# %% ../../nbs/diffusion/learn2pd.ipynb #92152050
 def experiment(
-    examples: int = 8,  # exercises of each task
+    examples: int = 12,  # exercises of each task
     max_new_tokens: int = 64,  # places of the canvas, in blocks of 32
     rooms: Sequence[int] = (64, 128, 256),  # canvases on which ends are cut off
     tasks: Sequence[str] = TASK_NAMES,  # tasks of the exercises
@@ -344,7 +344,7 @@ def experiment(
     final = frame[frame["method"] == "one a pass"].set_index("example")["ids"]
     frame["agreement"] = [agreement(ids, final[i]) for i, ids in zip(frame["example"], frame["ids"])]
     some = ("list_sort", "list_shuffle", "list_insert_random", "arithmetic", "sudoku", "countdown")
-    few = [TASKS[name].examples(1, lab.seed)[0] for name in some if name in tasks]
+    few = [e for name in some if name in tasks for e in TASKS[name].examples(2, lab.seed)]
     return {
         "examples": examples,
         "places": max_new_tokens,

@@ -178,14 +178,16 @@ def logistic_curve(
         w = w + torch.linalg.solve(hessian, x.T @ (y - p))
     return float(w[0]), float(w[1])
 
-# %% ../../nbs/training/learn2pd.ipynb #cc8575dc
+# %% ../../nbs/training/learn2pd.ipynb #acbf0484
 EDGES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.96, 0.99)  # of the groups of answers
 
 
-def _scores(z: torch.Tensor, label: torch.Tensor, taus: Sequence[float]) -> dict[str, Any]:
-    # quality of logits z against what was right; all flat
+def _scores(z: torch.Tensor, label: torch.Tensor, prompt: torch.Tensor, taus: Sequence[float]) -> dict[str, Any]:
+    # quality of logits z against what was right; all flat; standard error over prompts: places of one text are not independent
     q, best = z.sigmoid(), float(label.float().mean())
-    found: dict[str, Any] = {"positions": len(z), "right": best, "bce": float(binary_cross_entropy_with_logits(z, label.to(z.dtype)))}
+    loss = binary_cross_entropy_with_logits(z.double(), label.double(), reduction="none")
+    pulls = torch.zeros(int(prompt.max()) + 1, dtype=torch.double).index_add_(0, prompt, loss - loss.mean())
+    found: dict[str, Any] = {"positions": len(z), "right": best, "bce": float(loss.mean()), "bce_se": float(pulls.norm()) / len(z)}
     found |= {"accuracy": float(((q > 0.5) == label).float().mean()), "auc": auc(z, label)}
     for tau in taus:
         taken = q > tau
@@ -202,13 +204,11 @@ def filter_figures(
     taus: Sequence[float] = (0.5, 0.9, 0.96),  # thresholds
 ) -> dict[str, Any]:
     "Quality on all places (as in the paper) and on holes alone, beside the own confidence; reliability by answer: mean, share that was right, holes."
+    found: dict[str, Any] = {"records": len(test)}
     z, own = filter(test.c), curve[0] * test.c + curve[1]
-    holes, there = test.masked, test.there
-    found = {"records": len(test), "all": _scores(z[there], test.correct[there], taus)}
-    found |= {
-        "holes": _scores(z[holes], test.correct[holes], taus),
-        "own confidence, holes": _scores(own[holes], test.correct[holes], taus),
-    }
+    holes, there, prompt = test.masked, test.there, test.prompt[:, None].expand_as(test.masked)
+    for name, score, where in (("all", z, there), ("holes", z, holes), ("own confidence, holes", own, holes)):
+        found[name] = _scores(score[where], test.correct[where], prompt[where], taus)
     q, right = z[holes].sigmoid(), test.correct[holes].float()
     groups = torch.bucketize(q, torch.tensor(EDGES))
     found["reliability"] = [
