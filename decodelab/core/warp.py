@@ -49,8 +49,18 @@ def greedy(
     scores: torch.Tensor,  # processed scores, [..., vocab]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Best token of each row, ties to the lowest index, and its score: two tensors [...]."
-    best = scores.max(dim=-1)
-    return best.indices, best.values
+    if scores.device.type != "cpu" or scores.numel() < 2**16:
+        best = scores.max(dim=-1)
+        return best.indices, best.values
+    size, shelf = scores.shape[-1], 128
+    full = size - size % shelf
+    tops = scores[..., :full].unflatten(-1, (-1, shelf)).amax(-1)
+    if full < size:
+        tops = torch.cat([tops, scores[..., full:].amax(-1, keepdim=True)], dim=-1)
+    columns = tops.max(dim=-1, keepdim=True).indices * shelf + torch.arange(shelf)
+    columns = columns.clamp_max(size - 1)
+    near = scores.gather(-1, columns).max(dim=-1, keepdim=True)
+    return columns.gather(-1, near.indices)[..., 0], near.values[..., 0]
 
 # %% ../../nbs/core/warp.ipynb #a4781f01
 def draw(
@@ -59,4 +69,4 @@ def draw(
 ) -> torch.Tensor:
     "One token for each row, drawn from `p`, [...]; a token of probability zero is never drawn."
     noise = torch.empty_like(p).exponential_(generator=generator)
-    return (p / noise.clamp_min(torch.finfo(p.dtype).tiny)).argmax(dim=-1)
+    return greedy(p / noise.clamp_min(torch.finfo(p.dtype).tiny))[0]

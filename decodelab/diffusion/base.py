@@ -18,7 +18,7 @@ from transformers.generation.logits_process import MinLengthLogitsProcessor, Min
 
 from ..core.contract import Call, Decoder, register
 from ..core.output import DecodeOutput
-from ..core.warp import check_finite, draw, probabilities, process
+from ..core.warp import check_finite, draw, greedy, probabilities, process
 from .canvas import CACHES, Canvas, Denoiser
 from .step import ORDERS, Step, order_score, top
 
@@ -145,7 +145,7 @@ class Unmasker(Decoder):
 
     def propose(self, step: Step) -> None:
         "Set `step.tokens` and `step.raw_confidence`: the best token, or a draw, and its probability."
-        step.tokens = draw(probabilities(step.warped)) if step.do_sample else step.warped.argmax(-1)
+        step.tokens = draw(probabilities(step.warped)) if step.do_sample else greedy(step.warped)[0]
         of_token = step.basis.gather(-1, step.tokens[..., None])[..., 0]
         step.raw_confidence = (of_token - step.basis.logsumexp(-1)).exp()
 

@@ -78,6 +78,7 @@ class Denoiser:
         self.decoder_only = _looks_left(type(model))  # type: ignore[arg-type]
         self.four_d = self.decoder_only or getattr(model.config, "model_type", "") == "Dream"
         self.accepts = forward_arguments(type(model))  # type: ignore[arg-type]
+        self.dtype = model.dtype if self.four_d else torch.float32
 
     def arguments(
         self,
@@ -90,7 +91,7 @@ class Denoiser:
             return {} if valid is None else {"attention_mask": valid.long()}
         exists = torch.ones_like(like[:1], dtype=torch.bool) if valid is None else valid
         places = (exists.long().cumsum(-1) - 1).clamp_min(0)[:, columns].expand(len(like), -1)
-        mask = both_ways(exists, len(columns), self.model.dtype).expand(len(like), -1, -1, -1)
+        mask = both_ways(exists, len(columns), self.dtype).expand(len(like), -1, -1, -1)
         return {"attention_mask": mask} | ({"position_ids": places} if "position_ids" in self.accepts else {})
 
     def align(

@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core.bench import loop_overhead
 from ..core.contract import Decoder, decoders
 from ..core.cost import cost_growth, timed, turns
 from ..core.metrics import bootstrap_ratio
@@ -250,12 +249,13 @@ def loop_overheads(
     repeats: int = 5,  # rounds; the median counts
     seed: int = 0,  # seed of the order
 ) -> pd.Series:
-    "Seconds of a call over seconds inside its forwards for each method, batch 1, every place decoded."
-    inputs = tokenizer(TASKS["list_copy"].examples(1)[0].prompt, return_tensors="pt").to(model.device)
+    "Seconds of calls over seconds inside their forwards for each method: an exercise of each of `COMPARED`, batch 1, every place decoded."
+    prompts = [tokenizer(task.examples(1)[0].prompt, return_tensors="pt").to(model.device) for task in COMPARED.values()]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": None}
     found: dict[str, list[float]] = {name: [] for name in methods}
     for _, name in turns(methods, repeats, random.Random(seed)):
-        found[name].append(loop_overhead(methods[name].generate(model, **inputs, **settings)))
+        bills = [methods[name].generate(model, **prompt, **settings).stats for prompt in prompts]
+        found[name].append(sum(b.seconds for b in bills) / sum(b.forward_seconds for b in bills))
     return pd.Series({name: float(np.median(values)) for name, values in found.items()})
 
 
