@@ -17,7 +17,7 @@ REPOSITORY = "https://github.com/decodelab/decodelab"
 FAMILIES = ("core", "sampling", "search", "speculative", "diffusion", "structured", "memory", "training", "theory", "vision")
 FIRST = (
     *("canvas", "step"),  # what the loop of the diffusion family stands on
-    *("base", "acceptance", "drafters", "fast_dllm", "measure"),
+    *("base", "acceptance", "drafters", "watch", "fast_dllm", "measure"),
     *(
         "lab",
         "data",

@@ -34,10 +34,10 @@ from decodelab.diffusion.eoser_ass import (
     rivals,
     toy_kind,
     toy_model,
-    watch,
 )
 from decodelab.diffusion.eoser_ass import EOS as TOY_EOS
 from decodelab.diffusion.step import Step
+from decodelab.diffusion.watch import watch
 
 ENDS = list(range(3, VOCAB, 3))  # a third of the vocabulary ends a text: ends are proposed all the time
 WHOLE = {"early_stop": False}
@@ -65,7 +65,7 @@ def canvases(decoder, model, prompt, new=16, **kwargs):
     "What was written to each place of each row, ends and what follows them included, [rows][places]."
     inputs = prompt if isinstance(prompt, dict) else {"input_ids": prompt}
     settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": ENDS} | kwargs
-    _, holes = watch(decoder, model, inputs, **settings)
+    holes = watch(decoder, model, **inputs, **settings).lines()
     written = holes[holes["committed"]].sort_values(["row", "place"])
     return [rows["token"].tolist() for _, rows in written.groupby("row")], holes
 
@@ -411,7 +411,8 @@ def test_every_state_follows_from_the_pass_of_each_place(decoder, model, prompts
 def test_watching_changes_nothing(model, prompts):
     decoder = EOSER()
     before = decode(decoder, model, prompts[0])
-    out, holes = watch(decoder, model, {"input_ids": prompts[0]}, max_new_tokens=16, do_sample=False, eos_token_id=ENDS)
+    log = watch(decoder, model, input_ids=prompts[0], max_new_tokens=16, do_sample=False, eos_token_id=ENDS)
+    out, holes = log.out, log.lines()
     assert type(decoder) is EOSER
     assert out.sequences.equal(before.sequences)
     assert out.stats.emitted == before.stats.emitted

@@ -37,10 +37,10 @@ from decodelab.diffusion.localleap import (
     share,
     sides,
     sweeps,
-    watch,
 )
 from decodelab.diffusion.measure import table
 from decodelab.diffusion.step import top
+from decodelab.diffusion.watch import watch
 
 HOLE = -float("inf")
 

@@ -479,7 +479,7 @@ def experiment(
     max_new_tokens: int = 32,  # places
     temperatures: Sequence[float] = (0.1, 0.4, 0.7, 1.0),  # of the robustness test
 ) -> dict[str, Any]:
-    "All rivals, all sweeps, temperatures, plateaus on a canvas twice as long, and what disagreement foretells; about 20 minutes on one core."
+    "All rivals, all sweeps, temperatures, plateaus on a canvas twice as long, and what disagreement foretells; about 10 minutes on one core."
     from decodelab.core.lab import Lab
 
     lab = Lab("diffusion/ccd")

@@ -7,7 +7,6 @@ Docs: https://decodelab.github.io/decodelab/diffusion/eoser_ass.html.md"""
 # %% ../../nbs/diffusion/eoser_ass.ipynb #f5472dfb
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
@@ -17,42 +16,18 @@ import pandas as pd
 import torch
 
 from ..core.contract import Call, register
-from ..core.output import DecodeOutput
 from ..core.tasks import TASKS
 from ..core.text_tasks import LIST_PROMPTS, Example
 from .base import LLaDA, Unmasker
 from .ideal import IdealDenoiser, Law
 from .measure import frontier, table
 from .step import Step, order_score, top
+from .watch import watch
 
 # %% auto #0
-__all__ = ['SOLVED', 'SOME', 'PAD', 'EOS', 'MASK', 'SEPARATOR', 'FILLER', 'EQUALS', 'FIRST_DIGIT', 'GAMMAS', 'watch', 'exercises',
+__all__ = ['SOLVED', 'SOME', 'PAD', 'EOS', 'MASK', 'SEPARATOR', 'FILLER', 'EQUALS', 'FIRST_DIGIT', 'GAMMAS', 'exercises',
            'long_or_short', 'toy_kind', 'toy_model', 'eos_rejected', 'EOSER', 'per_pass', 'early_ends',
            'ascending_steps', 'ascending_blocks', 'ASS', 'Descending', 'rivals', 'measured', 'experiment']
-
-# %% ../../nbs/diffusion/eoser_ass.ipynb #66575045
-def watch(
-    decoder: Unmasker,  # any diffusion decoder
-    model: Any,  # masked language model
-    inputs: Mapping[str, torch.Tensor],  # prompts, left-padded: input_ids and attention_mask
-    **settings: Any,  # further settings of `generate`, such as max_new_tokens
-) -> tuple[DecodeOutput, pd.DataFrame]:
-    "Decode; the output, and one line for each row, pass and hole: place, proposal, its confidence, whether an end, whether committed."
-    frames = []
-
-    def stop(self: Any, step: Step, chosen: torch.Tensor) -> torch.Tensor | None:
-        row, place = step.masked.nonzero().unbind(-1)
-        facts = {"token": step.tokens, "confidence": step.raw_confidence, "end": step.proposes_end(), "committed": chosen}
-        line = {"row": step.rows[row], "pass": step.index[row], "place": place + step.start - step.canvas.prompt}
-        line |= {name: values[row, place] for name, values in facts.items()}
-        frames.append(pd.DataFrame({name: values.cpu().numpy() for name, values in line.items()}))
-        return super(watched, self).stop(step, chosen)
-
-    watched: Any = type(type(decoder).__name__, (type(decoder),), {"stop": stop})
-    spy = copy.copy(decoder)
-    spy.__class__ = watched
-    out = spy.generate(model, **inputs, **settings)
-    return out, pd.concat(frames, ignore_index=True)
 
 # %% ../../nbs/diffusion/eoser_ass.ipynb #288d5008
 SOLVED = (*(f"list_{operation}" for operation in LIST_PROMPTS), "arithmetic", "sudoku", "countdown")  # what `tasks-mdm` was taught
@@ -166,7 +141,7 @@ class EOSER(LLaDA):
 
 # %% ../../nbs/diffusion/eoser_ass.ipynb #0a40004c
 def per_pass(
-    holes: pd.DataFrame,  # what `watch` returned
+    holes: pd.DataFrame,  # `lines` of a watched call
 ) -> pd.DataFrame:
     "For each pass: ends and other tokens filled in a row, and the mean confidence of all proposals, of ends and of others."
     rows, filled = holes["row"].nunique(), holes[holes["committed"]]
@@ -178,7 +153,7 @@ def per_pass(
 
 
 def early_ends(
-    holes: pd.DataFrame,  # what `watch` returned
+    holes: pd.DataFrame,  # `lines` of a watched call
 ) -> list[float]:
     "Of what each row fills in the first half of the passes, the share that are ends."
     early = holes[holes["committed"] & (holes["pass"] < (holes["pass"].max() + 1) // 2)]
@@ -315,7 +290,7 @@ def experiment(
     inputs = {k: inputs[k] for k in ("input_ids", "attention_mask")}
     settings: dict[str, Any] = {"max_new_tokens": places, "do_sample": False}
     plain = {"full": LLaDA(steps=places // 2), "semi-AR": LLaDA(places // 4, steps=places // 2)}
-    seen = {n: watch(replace(d, early_stop=False), model, inputs, **settings)[1] for n, d in plain.items()}
+    seen = {n: watch(replace(d, early_stop=False), model, **inputs, **settings).lines() for n, d in plain.items()}
     factors: dict[str, Unmasker] = {f"{g}": EOSER(steps=places // 4, gamma_min=g) for g in GAMMAS}
     longer = {n: d for n, d in rivals(2 * places).items() if not n.endswith((f", {places}", f", {places // 4}"))}
     return {

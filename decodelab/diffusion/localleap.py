@@ -7,7 +7,6 @@ Docs: https://decodelab.github.io/decodelab/diffusion/localleap.html.md"""
 # %% ../../nbs/diffusion/localleap.ipynb #b2d3b94a
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +21,12 @@ from ..core.text_tasks import LIST_PROMPTS, ArithmeticTask, Example, ListTask, T
 from .base import LLaDA, Unmasker
 from .fast_dllm import EntropyBound, FastDLLM
 from .step import Step, top
+from .watch import PassLog, watch
 
 # %% auto #0
-__all__ = ['EXERCISES', 'BANDS', 'GAMMAS', 'RADII', 'TAUS', 'exercises', 'encode', 'PassLog', 'watch', 'delays', 'Share', 'share',
-           'distance', 'decay', 'principles', 'dilate', 'thresholds', 'LocalLeap', 'agreement', 'race', 'rivals',
-           'PlacedExtras', 'sides', 'sweeps', 'experiment']
+__all__ = ['EXERCISES', 'BANDS', 'GAMMAS', 'RADII', 'TAUS', 'exercises', 'encode', 'delays', 'Share', 'share', 'distance',
+           'decay', 'principles', 'dilate', 'thresholds', 'LocalLeap', 'agreement', 'race', 'rivals', 'PlacedExtras',
+           'sides', 'sweeps', 'experiment']
 
 # %% ../../nbs/diffusion/localleap.ipynb #6ea013de
 EXERCISES: tuple[Task, ...] = (*(ListTask(operation, 6) for operation in LIST_PROMPTS), ArithmeticTask(), SudokuTask(), CountdownTask())
@@ -48,60 +48,6 @@ def encode(
     "Prompts as one left-padded batch: `input_ids` and `attention_mask`."
     batch = tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-# %% ../../nbs/diffusion/localleap.ipynb #fd90fe82
-@dataclass
-class PassLog:
-    "What each pass of a call proposed; k passes, each of one row, over blocks of B places."
-
-    out: DecodeOutput  # what was decoded
-    row: torch.Tensor  # row of the batch, [k]
-    index: torch.Tensor  # number of the pass in its row, from 0, [k]
-    start: torch.Tensor  # first place of the block, counted from the end of the prompt, [k]
-    tokens: torch.Tensor  # proposals, [k, B]
-    confidence: torch.Tensor  # their probability, -inf where there is no hole, [k, B]
-    chosen: torch.Tensor  # what was committed, [k, B], bool
-
-    def __post_init__(self) -> None:
-        texts = self.out.continuations
-        places = int(self.start.max()) + self.tokens.shape[1]
-        ends = torch.tensor([len(t) for t in texts], device=self.row.device)
-        self.place = self.start[:, None] + torch.arange(self.tokens.shape[1], device=self.row.device)  # [k, B]
-        filled = torch.full((len(texts), places), -1, device=self.row.device)
-        who, where = self.chosen.nonzero().unbind(-1)
-        filled[self.row[who], self.place[who, where]] = self.tokens[who, where]
-        self.final = filled[self.row[:, None], self.place]  # token that the place held in the end, -1 where none, [k, B]
-        # holes of the text: what stands behind its end, or was never filled, is left out
-        self.holes = (self.confidence > -torch.inf) & (self.final >= 0) & (self.place < ends[self.row][:, None])
-        self.consistent = self.holes & (self.tokens == self.final)  # the proposal is the final token already, [k, B]
-
-
-def watch(
-    decoder: Unmasker,  # any decoder of the family
-    model: Any,  # masked language model
-    input_ids: torch.Tensor,  # prompts, left-padded, [rows, length]
-    **settings: Any,  # further settings of `generate`
-) -> PassLog:
-    "Decode, and keep what each pass proposed and chose."
-    spy, seen = copy.copy(decoder), []
-
-    def select(step: Step) -> torch.Tensor:
-        chosen = type(decoder).select(spy, step) & step.masked
-        width = step.masked.shape[1]  # a policy may look beyond its block
-        sure = step.raw_confidence[:, :width].masked_fill(~step.masked, -torch.inf)
-        start = torch.full_like(step.rows, step.start - step.canvas.prompt)
-        seen.append((step.rows, step.index.clone(), start, step.tokens[:, :width], sure, chosen))
-        return chosen
-
-    spy.__dict__["select"] = select
-    out = spy.generate(model, input_ids, **settings)
-    width = max(tokens.shape[1] for _, _, _, tokens, _, _ in seen)
-    pad = torch.nn.functional.pad  # the last block may be shorter than the others
-    facts = [
-        torch.cat([x if fill is None else pad(x, (0, width - x.shape[1]), value=fill) for x in column])
-        for column, fill in zip(zip(*seen), (None, None, None, -1, -torch.inf, False))
-    ]
-    return PassLog(out, *facts)
 
 # %% ../../nbs/diffusion/localleap.ipynb #101cbf99
 def delays(
