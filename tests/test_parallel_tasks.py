@@ -16,6 +16,7 @@ from scipy import stats
 from decodelab.core.data import has_data
 from decodelab.core.puzzles import sudoku_grids, sudoku_solutions
 from decodelab.diffusion import parallel_measures as m
+from decodelab.diffusion import parallel_puzzles as p
 from decodelab.diffusion import parallel_tasks as t
 
 OWN = [name for name in t.PARALLEL_TASKS if not name.startswith("paraphrase")]
@@ -165,19 +166,19 @@ names = st.lists(st.text(st.characters(categories=["L"]), min_size=1, max_size=6
 @given(names, st.text(st.characters(exclude_characters="[]")), st.text(st.characters(exclude_characters="[")))
 def test_a_list_survives_writing_and_parsing(items, before, after):
     for strict in (False, True):
-        assert t.parse_list(f"{before}{t.write_list(items)}{after}", strict) == items
+        assert p.parse_list(f"{before}{t.write_list(items)}{after}", strict) == items
 
 
 @given(st.text(st.sampled_from(list("ab[]\"', \n")), max_size=16))
 @settings(max_examples=500)
 def test_strict_accepts_exactly_what_is_written_like_json(text):
-    found = t.parse_list(text, strict=True)
+    found = p.parse_list(text, strict=True)
     last = text[text.rfind("[") :] if "[" in text else ""
     exact = "]" in last and any(
-        last[: last.index("]") + 1] == "[" + ", ".join(f'"{x}"' for x in items) + "]" for items in ([], t.parse_list(text) or [])
+        last[: last.index("]") + 1] == "[" + ", ".join(f'"{x}"' for x in items) + "]" for items in ([], p.parse_list(text) or [])
     )
     assert (found is not None) == exact
-    assert found in (None, t.parse_list(text))
+    assert found in (None, p.parse_list(text))
 
 
 @pytest.mark.parametrize(
@@ -193,12 +194,12 @@ def test_strict_accepts_exactly_what_is_written_like_json(text):
     ],
 )
 def test_loose_parsing(text, items):
-    assert t.parse_list(text) == items
+    assert p.parse_list(text) == items
 
 
 @pytest.mark.parametrize("text", ['["A","B"]', '["A", B]', '["A", "B"', '"A", "B"]', "['A', 'B']", '[ "A", "B"]', '["A", "B",]'])
 def test_strict_parsing_refuses(text):
-    assert t.parse_list(text, strict=True) is None
+    assert p.parse_list(text, strict=True) is None
     task = t.QueueTask("copy", strict=True)
     assert task.score(task.example(({**task._facts(["A", "B"], "", 0)}, "")), text) == 0.0
 
@@ -260,18 +261,18 @@ def test_sort_has_one_key_in_question_worked_example_and_answer():
             assert is_right("sort", ex.meta["items"], "", 0, json.loads(ex.answer), key)
             shot = json.loads(ex.meta["messages"][1]["content"])
             assert is_right("sort", shot, "", 0, shot, key)
-            theirs = t.sort_queue(ex.meta["items"], other)
+            theirs = p.sort_queue(ex.meta["items"], other)
             assert task.score(ex, t.write_list(theirs)) == float(theirs == json.loads(ex.answer))
     people = ["Clara Adler", "Ada Reed", "Ben Hale", "Ada Hale"]
-    assert t.sort_queue(people) == ["Clara Adler", "Ada Hale", "Ben Hale", "Ada Reed"]
-    assert t.sort_queue(people, "first") == ["Ada Hale", "Ada Reed", "Ben Hale", "Clara Adler"]
+    assert p.sort_queue(people) == ["Clara Adler", "Ada Hale", "Ben Hale", "Ada Reed"]
+    assert p.sort_queue(people, "first") == ["Ada Hale", "Ada Reed", "Ben Hale", "Clara Adler"]
 
 
 # puzzles
 
 
 def test_latin_squares_are_all_576():
-    squares = t.latin_squares()
+    squares = p.latin_squares()
     assert len(set(squares)) == 576
     assert all(len(set(line)) == 4 for square in squares for line in (*square, *zip(*square)))
 
@@ -281,7 +282,7 @@ def test_latin_scorer_accepts_exactly_the_squares():
     (ex,) = task.examples(1)
     letters = ex.meta["letters"]
     rows = list(permutations(range(4)))
-    squares = set(t.latin_squares())
+    squares = set(p.latin_squares())
     for rest in product(rows, repeat=3):
         square = (rows[5], *rest)
         text = "\n".join(",".join(letters[i] for i in row) for row in square)
