@@ -278,7 +278,7 @@ def experiment(
     places: int = 64,  # L, new tokens
     watched: int = 4,  # exercises of each task whose passes are watched
 ) -> dict[str, Any]:
-    "All rivals on all tasks, passes as seen, the factor, and a canvas twice as long; about 20 minutes on one core."
+    "All rivals on all tasks, passes as seen, the factor, and a canvas twice as long; about 15 minutes on one core."
     from decodelab.core.lab import Lab
 
     lab = Lab("diffusion/eoser_ass")

@@ -254,7 +254,7 @@ def loop_overheads(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": None}
     found: dict[str, list[float]] = {name: [] for name in methods}
     for _, name in turns(methods, repeats, random.Random(seed)):
-        bills = [methods[name].generate(model, **prompt, **settings).stats for prompt in prompts]
+        bills: list[Any] = [methods[name].generate(model, **prompt, **settings).stats for prompt in prompts]
         found[name].append(sum(b.seconds for b in bills) / sum(b.forward_seconds for b in bills))
     return pd.Series({name: float(np.median(values)) for name, values in found.items()})
 
