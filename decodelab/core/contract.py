@@ -236,7 +236,7 @@ class Call:
         "Append a list of tokens to every running row; indices of the rows that go on when some have finished."
         check_finite(self._best)
         length = self.prompt.shape[1]
-        goes_on = []
+        goes_on, starts, texts = [], [], []
         for i, (row, tokens) in enumerate(zip(self.rows, new)):
             start = length + self.counts[row]
             if self.criteria:
@@ -246,7 +246,8 @@ class Call:
             written = tokens[:kept]
             if self.criteria:
                 self.sequences[row, start + kept : start + len(tokens)] = self.pad
-            self.sequences[row, start : start + kept] = torch.tensor(written, device=self.sequences.device)
+            starts.append(start)
+            texts.append(written)
             self.counts[row] += kept
             self.stats.emitted[row] += [kept] if order is None else _per_forward(order[i][0][:kept], order[i][1])
             self._stream(written)
@@ -258,7 +259,15 @@ class Call:
                 self.trace.append(TraceStep(row, written, names, info=facts))
             if not done:
                 goes_on.append(i)
+        self._write(starts, texts)
         return self._retire(goes_on)
+
+    def _write(self, starts: list[int], texts: list[list[int]]) -> None:
+        # one write for all rows: in a large batch a write for each would cost more than the model
+        rows = [row for row, text in zip(self.rows, texts) for _ in text]
+        columns = [start + j for start, text in zip(starts, texts) for j in range(len(text))]
+        tokens = torch.tensor([token for text in texts for token in text], dtype=torch.long, device=self.sequences.device)
+        self.sequences[rows, columns] = tokens
 
     def _cut(self, row: int, new: list[int]) -> tuple[int, bool]:
         # how many of the new tokens count, and whether the row is finished with them
