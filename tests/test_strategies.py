@@ -450,6 +450,33 @@ def test_writing_orders_are_one_and_minus_one_at_the_extremes(model, words_of):
     assert found["all"] == {}  # everything in one pass has no order
 
 
+@dataclass
+class LastFirst(Unmasker):
+    "The last place first, which is a given token, then left to right; no other place may hold an end."
+
+    token: int = 0
+    end: int = 0
+
+    def propose(self, step):
+        step.warped[:, :-1, self.end] = -torch.inf
+        super().propose(step)
+        step.tokens[:, -1] = self.token
+
+    def select(self, step):
+        last = torch.arange(step.masked.shape[1]) == step.masked.shape[1] - 1
+        first = step.masked & (step.masked.cumsum(-1) == 1)
+        return torch.where((step.index == 0)[:, None], last, first)
+
+
+def test_the_end_of_a_text_has_no_place_in_its_order(model, words_of):
+    tokenizer, words = words_of
+    end = tokenizer.eos_token_id
+    ways = {"end": LastFirst(token=end, end=end), "word": LastFirst(token=20, end=end)}
+    found = writing_orders(model, tokenizer, lambda n: ways, lists(words, "copy", (3,), 2))
+    n = 16  # the last word comes before all others: n - 1 of the n (n - 1) / 2 pairs are out of order
+    assert found == {"end": {"list_copy": 1.0}, "word": {"list_copy": pytest.approx(1 - 2 * (n - 1) / (n * (n - 1) / 2))}}
+
+
 # the causal sister, the trained model, the whole
 
 

@@ -334,7 +334,10 @@ def writing_orders(
                 out = replace(decoder, trace=True).generate(model, **inputs, max_new_tokens=size, do_sample=False)
                 assert out.trace is not None
                 for row, example in enumerate(part):
-                    order = [t for step in out.trace.row(row) for t in step.info["pass"]][:-1]
+                    story = out.trace.row(row)
+                    order = [t for step in story for t in step.info["pass"]]
+                    if story[-1].tokens[-1] == tokenizer.eos_token_id:
+                        order.pop()
                     tau = order_agreement(order)[0] if len(order) > 1 else float("nan")
                     taus.setdefault(name, {}).setdefault(example.task, []).append(tau)
     return {name: {task: float(np.nanmean(v)) for task, v in by_task.items() if not np.isnan(v).all()} for name, by_task in taus.items()}
