@@ -59,6 +59,24 @@ def added(out):
     return [c.tolist() for c in out.continuations]
 
 
+# the choice itself
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 300, 4096])
+def test_the_best_token_is_the_first_of_the_largest(size, dtype):
+    rows = max(2, 2**17 // size)  # enough numbers to be searched by shelves
+    scores = (3 * torch.randn(rows, size, generator=torch.Generator().manual_seed(size))).round().to(dtype)  # full of ties
+    scores[0] = -torch.inf
+    scores[1, size // 2] = torch.nan
+    for part in (scores, scores[:1], scores[:, None]):
+        tokens, best = greedy(part)
+        assert tokens.equal(part.max(-1).indices)
+        assert best.nan_to_num(1e9).equal(part.amax(-1).nan_to_num(1e9))
+    tokens = greedy(scores[2:])[0]
+    assert all(row.tolist().index(max(row.tolist())) == int(token) for row, token in zip(scores[2:12], tokens))
+
+
 # greedy identity, every lossless method
 
 NEW = 20
