@@ -1,6 +1,7 @@
 """LocalLeap: its rule against a plain transcription, its limits, its rows, and the measurement of its two principles."""
 
 import json
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -384,6 +385,23 @@ def test_watching_changes_nothing(model, prompts, decoder):
         for tokens, final, places, holes in zip(log.tokens[mine], log.final[mine], log.place[mine], log.holes[mine]):
             assert [text[p] for p in places[holes].tolist()] == final[holes].tolist()
             assert (tokens == final)[holes].tolist() == [t == text[p] for t, p in zip(tokens[holes].tolist(), places[holes].tolist())]
+
+
+@dataclass
+class AllFromTheThird(LLaDA):
+    "Two passes as LLaDA, then everything, what is no hole, too."
+
+    def select(self, step):
+        return torch.where((step.index < 2)[:, None], super().select(step), True)
+
+
+def test_what_is_no_hole_is_not_taken(model, prompts):
+    log = watch(AllFromTheThird(), model, **prompts, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    for row in range(6):
+        mine = log.row == row
+        assert log.chosen[mine].sum(-1).tolist() == [1, 1, 6]
+        assert log.chosen[mine].sum(0).tolist() == [1] * 8
+        assert log.out.continuations[row].tolist() == [int(log.tokens[mine][log.chosen[mine][:, p], p]) for p in range(8)]
 
 
 def test_places_behind_the_end_are_no_holes(model, prompts):
