@@ -218,7 +218,7 @@ class Canvas:
         first = 0 if self.block.fresh or self.cache == "none" else int(asked[0])
         logits = self._forward(first, last, asked - first)
         self.block.fresh = False
-        logits = logits.to(torch.float32, copy=True)
+        logits = logits.to(torch.float32, copy=self.compiled)  # the model's own answer, which nobody else holds, may be written to
         logits[..., self.denoiser.mask_id] = -torch.inf
         return logits
 

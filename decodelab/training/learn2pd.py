@@ -225,7 +225,7 @@ class FilterRecipe:
     model: str = "tasks-mdm"  # masked model: zoo name, folder or hub id
     block_length: int = 32  # B
     depth: int = 2  # linear layers (positive)
-    prompts: int = 600  # prompts whose decoding is recorded
+    prompts: int = 2640  # prompts whose decoding is recorded; as many as in the paper
     new_tokens: int = 64  # N, a multiple of B
     cuts: bool = True  # learn also from canvases that end where the text does, as after a cut; the paper does not
     learn_from: str = ""  # learn only from tasks whose name begins so; the held-out prompts stay the same
