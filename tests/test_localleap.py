@@ -27,6 +27,7 @@ from decodelab.diffusion.localleap import (
     LocalLeap,
     PlacedExtras,
     agreement,
+    cautious,
     decay,
     delays,
     dilate,
@@ -615,6 +616,9 @@ def test_sweeps_hold_the_papers_setting_and_the_limits():
     assert {d.relaxed_threshold for n, d in found.items() if n.startswith("W = 1,")} == {0.5, 0.6, 0.7, 0.75, 0.8, 0.9}
     assert found["threshold 0.9"] == FastDLLM()
     assert [d.side for d in sides().values()] == ["near", "far"]
+    careful = cautious()
+    assert all(0.8 <= d.relaxed_threshold < d.threshold for n, d in careful.items() if n.startswith("kappa"))
+    assert all(n == f"threshold {d.threshold}" or n == f"kappa = {d.threshold}, tau = {d.relaxed_threshold}" for n, d in careful.items())
 
 
 def test_exercises_are_as_many_of_each_task():
@@ -627,6 +631,7 @@ def test_exercises_are_as_many_of_each_task():
 def test_the_experiment_on_a_small_scale(monkeypatch):
     monkeypatch.setattr(localleap, "EXERCISES", (CountdownTask(2), ListTask("copy", 2)))
     monkeypatch.setattr(localleap, "sweeps", lambda: {"W = 4, tau = 0.75": LocalLeap()})
+    monkeypatch.setattr(localleap, "cautious", lambda: {"threshold 0.95": FastDLLM(threshold=0.95)})
     try:
         found = to_plain(localleap.experiment(per_task=2, watched=2, prompts=2))
     except (FileNotFoundError, ValueError) as error:
@@ -636,7 +641,7 @@ def test_the_experiment_on_a_small_scale(monkeypatch):
     frame = pd.DataFrame(found["rivals"])
     assert frame.groupby("method").size().to_dict() == dict.fromkeys(rivals(), 4)
     assert list(table(frame).index) == list(rivals())
-    assert list(found["exercises"]) == ["one a pass", "W = 4, tau = 0.75", "band, near", "band, far"]
+    assert list(found["exercises"]) == ["one a pass", "W = 4, tau = 0.75", "threshold 0.95", "band, near", "band, far"]
     assert all(len(run[m]) == 4 for run in found["exercises"].values() for m in ("passes", "agreement", "score"))
     assert all(len(run["passes"]) == 2 for run in found["stories"].values())
     ours = frame[frame.method == "localleap"].sort_values("example")

@@ -26,7 +26,7 @@ from .watch import PassLog, watch
 # %% auto #0
 __all__ = ['EXERCISES', 'BANDS', 'GAMMAS', 'RADII', 'TAUS', 'exercises', 'encode', 'delays', 'Share', 'share', 'distance',
            'decay', 'principles', 'dilate', 'thresholds', 'LocalLeap', 'agreement', 'race', 'rivals', 'PlacedExtras',
-           'sides', 'sweeps', 'experiment']
+           'sides', 'sweeps', 'cautious', 'experiment']
 
 # %% ../../nbs/diffusion/localleap.ipynb #6ea013de
 EXERCISES: tuple[Task, ...] = (*(ListTask(operation, 6) for operation in LIST_PROMPTS), ArithmeticTask(), SudokuTask(), CountdownTask())
@@ -306,6 +306,13 @@ def sweeps(
     pairs = dict.fromkeys([(w, 0.75) for w in RADII] + [(w, t) for w in widths for t in TAUS])
     return found | {f"W = {w}, tau = {t}": LocalLeap(radius=w, relaxed_threshold=t) for w, t in pairs}
 
+
+def cautious() -> dict[str, Unmasker]:
+    "Settings that lose little: high thresholds, and LocalLeap between two high ones."
+    pairs = ((0.95, 0.8), (0.95, 0.9), (0.99, 0.8), (0.99, 0.9), (0.99, 0.95))
+    found: dict[str, Unmasker] = {f"threshold {g}": FastDLLM(threshold=g) for g in (0.95, 0.99)}
+    return found | {f"kappa = {k}, tau = {t}": LocalLeap(threshold=k, relaxed_threshold=t) for k, t in pairs}
+
 # %% ../../nbs/diffusion/localleap.ipynb #613670ea
 def experiment(
     per_task: int = 25,  # exercises of each task
@@ -327,7 +334,7 @@ def experiment(
         return principles(watch(LLaDA(32), model, **encode(tokenizer, texts, model), **settings))
 
     frame = frontier(model, tokenizer, rivals(), examples, max_new_tokens=32, batch_size=25, seed=lab.seed)
-    methods = {"one a pass": LLaDA(32)} | sweeps() | sides()
+    methods = {"one a pass": LLaDA(32)} | sweeps() | cautious() | sides()
     return {
         "principles": {
             "exercises": watched_passes(model, tokenizer, [e.prompt for e in exercises(watched)]),
