@@ -229,7 +229,8 @@ def test_generate_refuses(arguments, message):
 
 
 def test_ctrl_c_keeps_the_text():
-    running = process("generate", PROMPT, "--max-new-tokens", 1900)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  shells have what runs in the background ignore it
+    running = process("generate", PROMPT, "--max-new-tokens", 1900, preexec_fn=heard)
     seen = running.stdout.read(20)  # it has begun to write
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=120)
