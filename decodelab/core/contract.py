@@ -264,10 +264,10 @@ class Call:
 
     def _write(self, starts: list[int], texts: list[list[int]]) -> None:
         # one write for all rows: in a large batch a write for each would cost more than the model
-        rows = [row for row, text in zip(self.rows, texts) for _ in text]
-        columns = [start + j for start, text in zip(starts, texts) for j in range(len(text))]
-        tokens = torch.tensor([token for text in texts for token in text], dtype=torch.long, device=self.sequences.device)
-        self.sequences[rows, columns] = tokens
+        places = [(row, start + j, token) for row, start, text in zip(self.rows, starts, texts) for j, token in enumerate(text)]
+        if places:
+            rows, columns, tokens = torch.tensor(places, device=self.sequences.device).unbind(1)  # one copy to the device
+            self.sequences[rows, columns] = tokens
 
     def _cut(self, row: int, new: list[int]) -> tuple[int, bool]:
         # how many of the new tokens count, and whether the row is finished with them

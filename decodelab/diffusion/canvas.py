@@ -160,7 +160,6 @@ class Canvas:
         self.trimmed = False
         self.block = Block(0, 0, torch.empty(0, dtype=torch.long))
         self.slots: Slots | None = None
-        self.known: tuple[Any, dict[str, Any]] = (None, {})  # mask and positions of the last pass, and the shape that they are for
         if bool(((self.ids[:, : self.prompt] == denoiser.mask_id) & self.exists[:, : self.prompt]).any()):
             raise ValueError(f"a prompt holds the mask token {denoiser.mask_id}: it would be taken for a hole; leave it out")
 
@@ -246,7 +245,7 @@ class Canvas:
             return self._run_compiled(ids, valid, columns, keep)
         if self.cache == "none":  # what is not fed is not there
             ids, valid = ids[:, :last], None if valid is None else valid[:, :last]
-        arguments = self._arguments(ids, valid, columns, first)
+        arguments = denoiser.arguments(valid, columns, ids)
         if "logits_to_keep" in denoiser.accepts:
             arguments["logits_to_keep"] = keep
         if self.cache != "none":
@@ -259,14 +258,6 @@ class Canvas:
             arguments["use_cache"] = False
         out = model(input_ids=ids[:, first:last], return_dict=True, **arguments, **self.extra).logits
         return out if "logits_to_keep" in denoiser.accepts else out[:, keep]
-
-    def _arguments(self, ids: torch.Tensor, valid: torch.Tensor | None, columns: torch.Tensor, first: int) -> dict[str, Any]:
-        if valid is not None:
-            return self.denoiser.arguments(valid, columns, ids)
-        shape = (*ids.shape, first, len(columns))  # without padding and cuts nothing else matters, and it rarely changes
-        if self.known[0] != shape:
-            self.known = shape, self.denoiser.arguments(None, columns, ids)
-        return dict(self.known[1])
 
     def _run_compiled(self, ids: torch.Tensor, valid: torch.Tensor | None, columns: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         # shapes come in buckets: columns are filled up with one that nobody sees

@@ -26,27 +26,12 @@ from ..core.warp import draw, greedy, probabilities
 from .base import LLaDA, Unmasker
 from .fast_dllm import FastDLLM
 from .measure import frontier, table
-from .step import Step, top
+from .step import SCORES, Step, law_score, top
 
 # %% auto #0
-__all__ = ['SCORES', 'HARD', 'EASY', 'law_score', 'Watched', 'exercises', 'prompts_of', 'entropy', 'disagreement', 'drift',
-           'stratified_auc', 'History', 'Agreement', 'CCD', 'rivals', 'TrapDenoiser', 'measured', 'idle_runs', 'sweeps',
-           'plateaus', 'drift_aucs', 'experiment']
-
-# %% ../../nbs/diffusion/ccd.ipynb #0fee7367
-SCORES = ("entropy", "max_prob")
-
-
-def law_score(
-    p: torch.Tensor,  # laws, [..., vocab]
-    score: str = "entropy",  # one of `SCORES`
-) -> torch.Tensor:
-    "How sure a law is, higher is surer: minus its entropy in nats, or its largest probability, [...]."
-    if score == "max_prob":
-        return p.amax(-1)
-    return (
-        p.add(1e-10).log_().mul_(p).sum(-1)
-    )  # p log(p + 1e-10), as the family's entropy order has it, so that orders agree to the last bit
+__all__ = ['HARD', 'EASY', 'Watched', 'exercises', 'prompts_of', 'entropy', 'disagreement', 'drift', 'stratified_auc', 'History',
+           'Agreement', 'CCD', 'rivals', 'TrapDenoiser', 'measured', 'idle_runs', 'sweeps', 'plateaus', 'drift_aucs',
+           'experiment']
 
 # %% ../../nbs/diffusion/ccd.ipynb #8719120a
 @dataclass

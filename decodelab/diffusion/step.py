@@ -17,7 +17,7 @@ from ..core.warp import probabilities
 from .canvas import Canvas
 
 # %% auto #0
-__all__ = ['ORDERS', 'schedule', 'top', 'Step', 'order_score']
+__all__ = ['SCORES', 'ORDERS', 'schedule', 'top', 'Step', 'law_score', 'order_score']
 
 # %% ../../nbs/diffusion/step.ipynb #c3244415
 def schedule(
@@ -84,7 +84,7 @@ class Step:
         parts = [{n: getattr(self, n)[:, here] for n in ("masked", "scores", "warped", "basis")} for here in (near, far)]
         return replace(self, stop=stop, **parts[0], beyond=replace(self, start=stop, **parts[1]))
 
-    @property
+    @cached_property
     def quota(self) -> torch.Tensor:
         "k_i, places that the static schedule commits in this pass, [n]."
         return schedule(self.masks, self.steps, self.passes)
@@ -108,7 +108,16 @@ class Step:
         return torch.isin(self.tokens, self.ends)
 
 # %% ../../nbs/diffusion/step.ipynb #38484a43
+SCORES = ("entropy", "max_prob")
 ORDERS = ("low_confidence", "random", "margin", "entropy", "left_to_right")
+
+
+def law_score(
+    p: torch.Tensor,  # laws, [..., vocab]
+    score: str = "entropy",  # one of `SCORES`
+) -> torch.Tensor:
+    "How sure a law is, higher is surer: minus its entropy in nats (with 1e-10 in the logarithm, as in Dream), or its largest probability, [...]."
+    return p.amax(-1) if score == "max_prob" else p.add(1e-10).log_().mul_(p).sum(-1)
 
 
 def order_score(
@@ -120,11 +129,11 @@ def order_score(
         score = torch.rand(step.masked.shape, device=step.masked.device)
     elif remasking == "left_to_right":
         score = -torch.arange(step.masked.shape[1], device=step.masked.device).float().expand_as(step.masked)
-    elif remasking == "margin":
-        first, second = step.p.topk(2, dim=-1).values.unbind(-1)
-        score = first - second
-    elif remasking == "entropy":
-        score = (step.p * (step.p + 1e-10).log()).sum(-1)
+    elif remasking in ("margin", "entropy"):  # at the holes only: a softmax over the vocabulary is what costs time
+        p = probabilities(step.basis[step.masked])
+        score = p.new_full(step.masked.shape, -torch.inf)
+        score[step.masked] = law_score(p) if remasking == "entropy" else -p.topk(2, dim=-1).values.diff(dim=-1)[:, 0]
+        return score
     else:
         score = step.raw_confidence
     return score.masked_fill(~step.masked, -torch.inf)
