@@ -27,11 +27,11 @@ from .base import LLaDA, Unmasker
 from .fast_dllm import FastDLLM
 from .measure import frontier, table
 from .step import SCORES, Step, law_score, top
+from .watch import encode
 
 # %% auto #0
-__all__ = ['HARD', 'EASY', 'Watched', 'exercises', 'prompts_of', 'entropy', 'disagreement', 'drift', 'stratified_auc', 'History',
-           'Agreement', 'CCD', 'rivals', 'TrapDenoiser', 'measured', 'idle_runs', 'sweeps', 'plateaus', 'drift_aucs',
-           'experiment']
+__all__ = ['HARD', 'EASY', 'Watched', 'exercises', 'entropy', 'disagreement', 'drift', 'stratified_auc', 'History', 'Agreement',
+           'CCD', 'rivals', 'TrapDenoiser', 'measured', 'idle_runs', 'sweeps', 'plateaus', 'drift_aucs', 'experiment']
 
 # %% ../../nbs/diffusion/ccd.ipynb #8719120a
 @dataclass
@@ -60,16 +60,6 @@ def exercises(
 ) -> list[Example]:
     "Exercises of several tasks."
     return [example for task in tasks for example in task.examples(n, seed)]
-
-
-def prompts_of(
-    tokenizer: Any,  # tokenizer of the model
-    examples: Sequence[Example],  # exercises
-    device: Any = "cpu",  # where the model is
-) -> dict[str, torch.Tensor]:
-    "Their prompts, left-padded: input_ids and attention_mask."
-    inputs = tokenizer([e.prompt for e in examples], return_tensors="pt", padding=True, padding_side="left").to(device)
-    return {k: inputs[k] for k in ("input_ids", "attention_mask")}
 
 # %% ../../nbs/diffusion/ccd.ipynb #321bd21e
 def entropy(
@@ -434,7 +424,7 @@ def plateaus(
     max_new_tokens: int,  # places, more than the answers need
 ) -> dict[str, list[list[int]]]:
     "For the baseline and the adaptive variants: what each pass of each exercise has filled up to the end of the text."
-    inputs = prompts_of(tokenizer, examples, model.device)
+    inputs = encode(tokenizer, [e.prompt for e in examples], model)
     methods = {n: d for n, d in rivals().items() if n in ("baseline", "CCD-DS", "agreement, adaptive")}
     outputs = {n: d.generate(model, **inputs, max_new_tokens=max_new_tokens, do_sample=False) for n, d in methods.items()}
     return {n: out.stats.emitted for n, out in outputs.items() if out.stats}
@@ -481,6 +471,6 @@ def experiment(
     found["temperature"] = {str(t): measured(model, tokenizer, three, hard[::2], temperature=t, **sampled)["all"] for t in temperatures}
     found["plateaus"] = plateaus(model, tokenizer, every[:: max(1, len(every) // 16)], 2 * max_new_tokens)
     watched = Watched()
-    watched.generate(model, **prompts_of(tokenizer, hard[::3], model.device), max_new_tokens=max_new_tokens, do_sample=False)
+    watched.generate(model, **encode(tokenizer, [e.prompt for e in hard[::3]], model), max_new_tokens=max_new_tokens, do_sample=False)
     found["drift"] = drift_aucs(drift(watched))
     return found

@@ -22,7 +22,7 @@ from .base import LLaDA, Unmasker
 from .ideal import IdealDenoiser, Law
 from .measure import frontier, table
 from .step import Step, order_score, top
-from .watch import watch
+from .watch import encode, watch
 
 # %% auto #0
 __all__ = ['SOLVED', 'SOME', 'PAD', 'EOS', 'MASK', 'SEPARATOR', 'FILLER', 'EQUALS', 'FIRST_DIGIT', 'GAMMAS', 'exercises',
@@ -286,8 +286,7 @@ def experiment(
     model, tokenizer = lab.load("diffusion_tasks")
     every, few = exercises(SOLVED, examples, lab.seed), exercises(SOME, 2 * examples, lab.seed)
     texts = [e.prompt for e in exercises(SOLVED, watched, lab.seed + 1)]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
-    inputs = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+    inputs = encode(tokenizer, texts, model)
     settings: dict[str, Any] = {"max_new_tokens": places, "do_sample": False}
     plain = {"full": LLaDA(steps=places // 2), "semi-AR": LLaDA(places // 4, steps=places // 2)}
     seen = {n: watch(replace(d, early_stop=False), model, **inputs, **settings).lines() for n, d in plain.items()}

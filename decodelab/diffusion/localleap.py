@@ -21,12 +21,12 @@ from ..core.text_tasks import LIST_PROMPTS, ArithmeticTask, Example, ListTask, T
 from .base import LLaDA, Unmasker
 from .fast_dllm import EntropyBound, FastDLLM
 from .step import Step, top
-from .watch import PassLog, watch
+from .watch import PassLog, encode, watch
 
 # %% auto #0
-__all__ = ['EXERCISES', 'BANDS', 'GAMMAS', 'RADII', 'TAUS', 'exercises', 'encode', 'delays', 'Share', 'share', 'distance',
-           'decay', 'principles', 'dilate', 'thresholds', 'LocalLeap', 'agreement', 'race', 'rivals', 'PlacedExtras',
-           'sides', 'sweeps', 'cautious', 'experiment']
+__all__ = ['EXERCISES', 'BANDS', 'GAMMAS', 'RADII', 'TAUS', 'exercises', 'delays', 'Share', 'share', 'distance', 'decay',
+           'principles', 'dilate', 'thresholds', 'LocalLeap', 'agreement', 'race', 'rivals', 'PlacedExtras', 'sides',
+           'sweeps', 'cautious', 'experiment']
 
 # %% ../../nbs/diffusion/localleap.ipynb #6ea013de
 EXERCISES: tuple[Task, ...] = (*(ListTask(operation, 6) for operation in LIST_PROMPTS), ArithmeticTask(), SudokuTask(), CountdownTask())
@@ -38,16 +38,6 @@ def exercises(
 ) -> list[Example]:
     "`n` exercises of each task that `tasks-mdm` has learnt."
     return [example for task in EXERCISES for example in task.examples(n, seed)]
-
-
-def encode(
-    tokenizer: Any,  # tokenizer of the model
-    texts: Sequence[str],  # prompts
-    model: Any,  # model that will read them
-) -> dict[str, torch.Tensor]:
-    "Prompts as one left-padded batch: `input_ids` and `attention_mask`."
-    batch = tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 # %% ../../nbs/diffusion/localleap.ipynb #101cbf99
 def delays(

@@ -8,6 +8,7 @@ Docs: https://decodelab.github.io/decodelab/diffusion/watch.html.md"""
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from .base import Unmasker
 from .step import Step
 
 # %% auto #0
-__all__ = ['PassLog', 'watch']
+__all__ = ['PassLog', 'encode', 'watch']
 
 # %% ../../nbs/diffusion/watch.ipynb #704cced4
 @dataclass
@@ -54,6 +55,16 @@ class PassLog:
         facts = {"row": self.row[k], "pass": self.index[k], "place": self.place[k, j], "token": self.tokens[k, j]}
         facts |= {"confidence": self.confidence[k, j], "end": self.end[k, j], "committed": self.chosen[k, j]}
         return pd.DataFrame({name: values.cpu().numpy() for name, values in facts.items()})
+
+# %% ../../nbs/diffusion/watch.ipynb #a68f2808
+def encode(
+    tokenizer: Any,  # tokenizer of the model
+    texts: Sequence[str],  # prompts
+    model: Any,  # model that will read them
+) -> dict[str, torch.Tensor]:
+    "Prompts as one left-padded batch: `input_ids` and `attention_mask`."
+    batch = tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 # %% ../../nbs/diffusion/watch.ipynb #fcbbe5fe
 def watch(
