@@ -84,7 +84,7 @@ class Step:
         parts = [{n: getattr(self, n)[:, here] for n in ("masked", "scores", "warped", "basis")} for here in (near, far)]
         return replace(self, stop=stop, **parts[0], beyond=replace(self, start=stop, **parts[1]))
 
-    @cached_property
+    @property
     def quota(self) -> torch.Tensor:
         "k_i, places that the static schedule commits in this pass, [n]."
         return schedule(self.masks, self.steps, self.passes)
