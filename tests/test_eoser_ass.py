@@ -180,15 +180,6 @@ class Watched(EOSER):
         return super().gamma(s, steps)
 
 
-@dataclass
-class WatchedASS(ASS):
-    asked: list = field(default_factory=list, kw_only=True)
-
-    def gamma(self, s, steps):
-        self.asked.append((s.tolist(), steps))
-        return super().gamma(s, steps)
-
-
 @pytest.mark.parametrize(("fields", "S"), [({}, 16), ({"steps": 8}, 8), ({"block_length": 4}, 16), ({"block_length": 4, "steps": 8}, 8)])
 def test_the_step_number_counts_through_the_whole_text(fields, S, model, prompts):
     decoder = Watched(**fields, **WHOLE)
@@ -197,10 +188,12 @@ def test_the_step_number_counts_through_the_whole_text(fields, S, model, prompts
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
-def test_the_step_number_of_ascending_blocks_counts_through_the_whole_text(n, model, prompts):
-    decoder = WatchedASS(block_num=n, eoser=True, **WHOLE)
+def test_the_step_number_of_ascending_blocks_counts_through_the_whole_text(n, model, prompts, monkeypatch):
+    used = []
+    monkeypatch.setattr(eoser_ass, "eos_rejected", lambda step, gamma: used.append(gamma.tolist()) or eos_rejected(step, gamma))
+    decoder = ASS(block_num=n, eoser=True, **WHOLE)
     decode(decoder, model, prompts[0])
-    assert decoder.asked == [([s], 4) for s in range(4)]
+    assert used == [[pytest.approx(0.01 + 0.99 * (2 ** (s + 1) - 1) / 2**4)] for s in range(4)]
 
 
 def test_the_order_of_two_passes_by_hand():

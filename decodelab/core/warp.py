@@ -49,7 +49,7 @@ def greedy(
     scores: torch.Tensor,  # processed scores, [..., vocab]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Best token of each row, ties to the lowest index, and its score: two tensors [...]."
-    if scores.device.type != "cpu" or scores.numel() < 2**16:
+    if scores.device.type != "cpu" or scores.numel() < 2**15:
         best = scores.max(dim=-1)
         return best.indices, best.values
     size, shelf = scores.shape[-1], 128

@@ -67,31 +67,32 @@ class _Diary:
     "Which pass filled which hole, with what confidence; and handing finished blocks to the books."
 
     def __init__(self, call: Call, canvas: Canvas):
-        batch, room = len(call.prompt), call.budget
-        device = call.prompt.device
+        batch, device = len(call.prompt), call.prompt.device
         self.call, self.canvas = call, canvas
         self.passes = torch.zeros(batch, dtype=torch.long, device=device)  # passes of each row
-        self.when = torch.zeros(batch, room, dtype=torch.long, device=device)  # pass that filled each place
-        self.confidence = torch.zeros(batch, room, device=device) if call.trace is not None else None
+        self.when = torch.zeros_like(canvas.ids)  # pass that filled each column
+        self.confidence = torch.zeros(canvas.ids.shape, device=device) if call.trace is not None else None
         self.opened = self.passes.clone()  # passes of each row before the block
+        self.filled = 0  # holes that the last pass has filled
 
-    def note(self, step: Step, chosen: torch.Tensor) -> None:
-        "Remember what this pass has filled."
-        first = step.start - self.canvas.prompt
+    def write(self, step: Step, chosen: torch.Tensor) -> None:
+        "Fill the holes that this pass has chosen, and remember it."
         rows, places = chosen.nonzero().unbind(-1)
-        self.when[step.rows[rows], first + places] = step.index[rows]
+        texts, columns, self.filled = step.rows[rows], step.start + places, len(rows)
+        self.canvas.ids[texts, columns] = step.tokens[rows, places]
+        self.when[texts, columns] = step.index[rows]
         if self.confidence is not None:
-            self.confidence[step.rows[rows], first + places] = step.raw_confidence[rows, places]
-        self.passes[step.rows] += 1
+            self.confidence[texts, columns] = step.raw_confidence[rows, places]
+        self.passes[step.rows] = step.index + 1
 
     def commit(self, start: int, stop: int) -> None:
         "Hand the columns of a finished block to the books, row by row; rows that have ended leave them."
         call, canvas = self.call, self.canvas
-        rows, first, last = call.rows, start - canvas.prompt, min(stop, canvas.length) - canvas.prompt
+        rows, block = call.rows, (start - canvas.prompt, min(stop, canvas.length) - canvas.prompt)
         counts = canvas.exists[rows, start:stop].sum(-1).tolist()  # columns that exist in each row
         cut = (~canvas.exists[rows, start : stop + 1]).any(-1).tolist()  # in the block or right behind it: what follows would be ends
-        ids, filled = canvas.ids[rows, start:stop].tolist(), self.when[rows, first:last].tolist()
-        sure = filled if self.confidence is None else self.confidence[rows, first:last].tolist()
+        ids, filled = canvas.ids[rows, start:stop].tolist(), self.when[rows, start:stop].tolist()
+        sure = filled if self.confidence is None else self.confidence[rows, start:stop].tolist()
         passes, opened = self.passes[rows].tolist(), self.opened[rows].tolist()
         new, order, info = [], [], []
         for i, here in enumerate(counts):
@@ -100,7 +101,7 @@ class _Diary:
                 tokens, when, confidence = [*tokens, *call.eos[:1]], [*when, max(passes[i] - 1, 0)], [*confidence, 1.0]
             new.append(tokens)
             order.append(([w - opened[i] for w in when], passes[i] - opened[i]))
-            info.append({"pass": when, "confidence": confidence, "block": (first, last)})
+            info.append({"pass": when, "confidence": confidence, "block": block})
         roles = [["filled"] * len(tokens) for tokens in new]
         call.commit(new, roles, info if call.trace is not None else None, order)
         self.opened[rows] = self.passes[rows]
@@ -146,8 +147,8 @@ class Unmasker(Decoder):
     def propose(self, step: Step) -> None:
         "Set `step.tokens` and `step.raw_confidence`: the best token, or a draw, and its probability."
         step.tokens = draw(probabilities(step.warped)) if step.do_sample else greedy(step.warped)[0]
-        of_token = step.basis.gather(-1, step.tokens[..., None])[..., 0]
-        step.raw_confidence = (of_token - step.basis.logsumexp(-1)).exp()
+        # p(y) = 1 / sum_v exp(l_v - l_y)
+        step.raw_confidence = (step.basis - step.basis.gather(-1, step.tokens[..., None])).exp_().sum(-1).reciprocal_()
 
     def select(
         self,
@@ -169,7 +170,7 @@ class Unmasker(Decoder):
         call: Call,  # the call's books
         rows: int,  # rows that take part
     ) -> Any:
-        "What `step.memory` holds when a block is opened; an object with `select(keep)` follows the rows that go on."
+        "What `step.memory` holds when a block is opened; if it has a method `select(keep)`, it is told which rows go on."
         return None
 
     @property
@@ -226,11 +227,13 @@ class Unmasker(Decoder):
         masks, opened, idle = masked.sum(-1), diary.passes[block.rows], 0
         memory = self.remember(call, len(block.rows))
         while True:
-            going = masked.any(-1) & ~self._ended(canvas, call, masked)
+            going = masked.any(-1)
+            if self.early_stop and call.eos:
+                going &= ~self._ended(canvas, call, masked)
             if not bool(going.all()):
                 canvas.rest(going)
                 masked, masks, opened = masked[going], masks[going], opened[going]
-                if memory is not None:
+                if hasattr(memory, "select"):
                     memory.select(going)
             if not len(masked):
                 return
@@ -244,8 +247,8 @@ class Unmasker(Decoder):
             rest: dict[str, Any] = {"ends": call.ends, "do_sample": call.do_sample, "memory": memory}
             step = Step(canvas, block.rows, block.start, end, holes, scores, warped, basis, **plan, **rest)
             yield step.parted(block.stop)
-            before, masked = masked, self._holes(canvas)
-            idle = 0 if bool((before ^ masked).any()) else idle + 1
+            masked = self._holes(canvas)
+            idle = 0 if diary.filled else idle + 1
             if idle > steps + block.stop - block.start:
                 raise RuntimeError(
                     f"{type(self).__name__}.select has committed nothing for {idle} passes: it must fill a hole sooner or later"
@@ -255,13 +258,12 @@ class Unmasker(Decoder):
     def _holes(canvas: Canvas, stop: int | None = None) -> torch.Tensor:
         block = canvas.block
         columns = slice(block.start, stop or block.stop)
-        return (canvas.ids[block.rows, columns] == canvas.denoiser.mask_id) & canvas.exists[block.rows, columns]
+        holes = canvas.ids[block.rows, columns] == canvas.denoiser.mask_id
+        return holes if canvas.whole else holes & canvas.exists[block.rows, columns]
 
     def _ended(self, canvas: Canvas, call: Call, masked: torch.Tensor) -> torch.Tensor:
         # rows that hold an end with nothing missing before it
         block = canvas.block
-        if not self.early_stop or not call.eos:
-            return torch.zeros(len(masked), dtype=torch.bool, device=masked.device)
         ends = torch.isin(canvas.ids[block.rows, block.start : block.stop], call.ends)
         return (ends & (masked.cumsum(-1) == 0)).any(-1)
 
@@ -271,9 +273,7 @@ class Unmasker(Decoder):
         check_finite(best[step.masked])
 
     def _write(self, canvas: Canvas, diary: _Diary, step: Step, chosen: torch.Tensor) -> None:
-        block = canvas.ids[step.rows, step.start : step.stop]
-        canvas.ids[step.rows, step.start : step.stop] = torch.where(chosen, step.tokens, block)
-        diary.note(step, chosen)
+        diary.write(step, chosen)
         ends = self.stop(step, chosen)
         if ends is not None:
             canvas.cut(ends)

@@ -212,10 +212,12 @@ class Canvas:
         start, stop, shift = self.block.start, self.block.stop, int(self.denoiser.shift)
         last = min(stop, self.reach) if self.cache == "dual" and not self.block.fresh else self.reach
         whole = self.length if self.compiled else last  # one shape for all passes, where shapes are dear
-        wanted = torch.arange(start, max(stop, whole) if beyond and last > stop else stop, device=self.ids.device)
-        asked = (wanted - shift).clamp(0, last - 1)  # columns whose outputs are about the wanted places; cut-off places get any
-        first = 0 if self.block.fresh or self.cache == "none" else int(asked[0])
-        logits = self._forward(first, last, asked - first)
+        until = max(stop, whole) if beyond and last > stop else stop
+        first = 0 if self.block.fresh or self.cache == "none" else min(max(start - shift, 0), last - 1)
+        asked = torch.arange(
+            start - shift - first, until - shift - first, device=self.ids.device
+        )  # of what is fed: outputs about the places
+        logits = self._forward(first, last, asked.clamp_(0, last - first - 1))  # places that are cut off get any
         self.block.fresh = False
         logits = logits.to(torch.float32, copy=self.compiled)  # the model's own answer, which nobody else holds, may be written to
         logits[..., self.denoiser.mask_id] = -torch.inf

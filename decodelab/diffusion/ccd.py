@@ -156,8 +156,8 @@ class History:
             return torch.ones_like(places, dtype=torch.bool), p
         found = self.places[..., None] == places[:, None, None]  # [n, d, V of a record, V of this pass]
         # pbar = (p + sum of the recorded p) / (1 + records)
-        past = found.flatten(1, 2).transpose(1, 2).to(p.dtype) @ self.p.flatten(1, 2)
-        return found[:, : self.count].any(2).all(1), (p + past) / (1 + self.count)
+        share, weights = 1 / (1 + self.count), found.flatten(1, 2).transpose(1, 2).to(p.dtype)
+        return found[:, : self.count].any(2).all(1), torch.baddbmm(p, weights, self.p.flatten(1, 2), beta=share, alpha=share)
 
     def unchanged(
         self,
@@ -173,13 +173,13 @@ class History:
 
     def draw(
         self,
-        mean: torch.Tensor,  # averaged laws, [n, V, vocab]
+        mean: torch.Tensor,  # averaged laws, [holes, vocab]
     ) -> torch.Tensor:
-        "A token for each, [n, V]."
+        "A token for each, [holes]."
         if not self.warpers:
             return draw(mean)
-        warped: Any = self.warpers(None, mean.flatten(0, 1).log())  # type: ignore[arg-type]  # warpers look at nothing but the scores
-        return draw(probabilities(warped)).view(mean.shape[:2])
+        warped: Any = self.warpers(None, mean.log())  # type: ignore[arg-type]  # warpers look at nothing but the scores
+        return draw(probabilities(warped))
 
 # %% ../../nbs/diffusion/ccd.ipynb #d7381db4
 @dataclass
@@ -276,10 +276,8 @@ class CCD(Unmasker):
             tokens = draw(p if step.warped is step.basis else probabilities(step.warped[holes]))
         else:
             tokens = greedy(scores if step.warped is step.basis else step.warped[holes])[0]
-        step.tokens, step.raw_confidence = torch.zeros_like(holes, dtype=torch.long), torch.zeros_like(holes, dtype=p.dtype)
-        step.tokens[holes], step.raw_confidence[holes] = tokens, p.gather(-1, tokens[:, None])[:, 0]
-        step.memory.conf = torch.full_like(step.raw_confidence, -torch.inf)
-        step.memory.conf[holes] = law_score(p, self.conf)
+        step.tokens, step.raw_confidence = step.spread(tokens, 0), step.spread(p.gather(-1, tokens[:, None])[:, 0], 0)
+        step.memory.conf = step.spread(law_score(p, self.conf))
 
     def select(self, step: Step) -> torch.Tensor:
         return self._average(step, step.memory) if self.variant == "average" else self._agreement(step, step.memory)
@@ -288,26 +286,27 @@ class CCD(Unmasker):
         places = torch.argsort(memory.conf, dim=-1, descending=True, stable=True)[:, : self.V]
         p = probabilities(step.basis[torch.arange(len(places), device=places.device)[:, None], places])
         everywhere, mean = memory.compare(places, p)
-        consistent = everywhere & step.masked.gather(1, places)
+        consistent, quota = everywhere & step.masked.gather(1, places), step.quota
         if not self.adaptive:
-            settled = top(law_score(mean, self.rank).masked_fill(~consistent, -torch.inf), step.quota)
+            settled = top(law_score(mean, self.rank).masked_fill(~consistent, -torch.inf), quota)
         else:
             settled = consistent & (memory.unchanged(places, p) if self.eps is None else entropy(mean) <= self.eps)
         if self.token_from == "average":
             self._rewrite(step, places, settled, mean)
         chosen = torch.zeros_like(step.masked).scatter(1, places, settled)
-        # too few: the rest of the budget goes to the most confident of the others
-        chosen = chosen | top(memory.conf.masked_fill(chosen, -torch.inf), step.quota - settled.sum(-1))
+        missing = quota - settled.sum(-1)
+        if bool((missing > 0).any()):  # the rest of the budget goes to the most confident of the others
+            chosen |= top(memory.conf.masked_fill(chosen, -torch.inf), missing)
         memory.record(places, p)
         return chosen
 
     @staticmethod
     def _rewrite(step: Step, places: torch.Tensor, settled: torch.Tensor, mean: torch.Tensor) -> None:
         # tokens of the averaged laws, where they are written
-        tokens = step.memory.draw(mean) if step.do_sample else mean.argmax(-1)
-        sure = mean.gather(-1, tokens[..., None])[..., 0]
-        step.tokens = step.tokens.scatter(1, places, torch.where(settled, tokens, step.tokens.gather(1, places)))
-        step.raw_confidence = step.raw_confidence.scatter(1, places, torch.where(settled, sure, step.raw_confidence.gather(1, places)))
+        rows, k = settled.nonzero().unbind(-1)
+        p, places = mean[rows, k], places[rows, k]
+        step.tokens[rows, places] = tokens = step.memory.draw(p) if step.do_sample else greedy(p)[0]
+        step.raw_confidence[rows, places] = p.gather(-1, tokens[:, None])[:, 0]
 
     def _agreement(self, step: Step, memory: Agreement) -> torch.Tensor:
         memory.grow(step, self.warm_up, self.expand_ratio)  # before it grows, only the surest hole can agree: the usual rule

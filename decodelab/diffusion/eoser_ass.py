@@ -221,11 +221,14 @@ class ASS(LLaDA):
         "How many holes each pass fills."
         return ascending_steps(places)
 
+    def remember(self, call: Call, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # size and factor of each pass of the whole text, [S]
+        sizes = torch.tensor(self.sizes(call.budget), device=call.prompt.device)
+        return sizes, self.gamma(torch.arange(len(sizes), device=sizes.device), len(sizes))
+
     def select(self, step: Step) -> torch.Tensor:
-        sizes = self.sizes(step.canvas.length - step.canvas.prompt)
-        quota = torch.tensor(sizes, device=step.index.device)[step.index]
-        score = eos_rejected(step, self.gamma(step.index, len(sizes))) if self.eoser else order_score(step, self.remasking)
-        return top(score, quota)
+        sizes, gamma = (plan[step.index] for plan in step.memory)
+        return top(eos_rejected(step, gamma) if self.eoser else order_score(step, self.remasking), sizes)
 
 # %% ../../nbs/diffusion/eoser_ass.ipynb #5a97ce6e
 @dataclass

@@ -99,6 +99,14 @@ class Step:
         "Ids of the block before this pass commits anything, [n, block]."
         return self.canvas.ids[self.rows, self.start : self.stop]
 
+    def spread(
+        self,
+        values: torch.Tensor,  # a number for each hole, row by row, [holes]
+        rest: float = -torch.inf,  # the number of all other places
+    ) -> torch.Tensor:
+        "Numbers of the holes at their places, [n, block]."
+        return values.new_full(self.masked.shape, rest).masked_scatter_(self.masked, values)
+
     def best(self) -> torch.Tensor:
         "The most confident hole of each row, ties to the left, [n, block], bool."
         return top(self.confidence, torch.ones_like(self.passes))
@@ -131,9 +139,7 @@ def order_score(
         score = -torch.arange(step.masked.shape[1], device=step.masked.device).float().expand_as(step.masked)
     elif remasking in ("margin", "entropy"):  # at the holes only: a softmax over the vocabulary is what costs time
         p = probabilities(step.basis[step.masked])
-        score = p.new_full(step.masked.shape, -torch.inf)
-        score[step.masked] = law_score(p) if remasking == "entropy" else -p.topk(2, dim=-1).values.diff(dim=-1)[:, 0]
-        return score
+        return step.spread(law_score(p) if remasking == "entropy" else -p.topk(2, dim=-1).values.diff(dim=-1)[:, 0])
     else:
         score = step.raw_confidence
     return score.masked_fill(~step.masked, -torch.inf)
