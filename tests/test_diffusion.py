@@ -1,5 +1,6 @@
 """The loop of diffusion decoders, its canvas and its plainest policies, against plain transcriptions."""
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -337,6 +338,19 @@ def made_step(p, masked, tokens=None, **facts):
     step.tokens = p.argmax(-1) if tokens is None else tokens
     step.raw_confidence = p.gather(-1, step.tokens[..., None])[..., 0]
     return step
+
+
+def test_nearly_certain_proposals_keep_their_order():
+    # the best token leads by 15, 15.5, 16 at logits of 40: 1 - p is 3.1e-7, 1.9e-7, 1.1e-7, less than the rounding of the logits
+    scores = torch.full((1, 3, 8), -20.0)
+    scores[..., 5] = 40.0
+    scores[0, :, 2] = 40 - torch.tensor([15.0, 15.5, 16.0])
+    step = made_step(scores.softmax(-1), torch.ones(1, 3, dtype=torch.bool))
+    step.scores = step.warped = step.basis = scores
+    LLaDA().propose(step)
+    missing = (1 - step.raw_confidence[0].double()).tolist()
+    assert missing == pytest.approx([1 / (1 + math.exp(lead)) for lead in (15, 15.5, 16)], abs=6.1e-8)
+    assert missing[0] > missing[1] > missing[2] > 0 and step.tokens.tolist() == [[5, 5, 5]]
 
 
 @given(st.integers(0, 10**6), st.sampled_from(ORDERS))

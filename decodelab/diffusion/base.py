@@ -270,7 +270,7 @@ class Unmasker(Decoder):
     @staticmethod
     def _check(step: Step) -> None:
         best = step.warped.amax(-1) if step.do_sample else step.warped.gather(-1, step.tokens[..., None])[..., 0]
-        check_finite(best[step.masked])
+        check_finite(torch.where(step.masked, best, 0))
 
     def _write(self, canvas: Canvas, diary: _Diary, step: Step, chosen: torch.Tensor) -> None:
         diary.write(step, chosen)

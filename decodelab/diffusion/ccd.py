@@ -294,9 +294,9 @@ class CCD(Unmasker):
         if self.token_from == "average":
             self._rewrite(step, places, settled, mean)
         chosen = torch.zeros_like(step.masked).scatter(1, places, settled)
-        missing = quota - settled.sum(-1)
-        if bool((missing > 0).any()):  # the rest of the budget goes to the most confident of the others
-            chosen |= top(memory.conf.masked_fill(chosen, -torch.inf), missing)
+        count = settled.sum(-1)
+        if bool((count < quota).any()):  # the rest of the budget goes to the most confident of the others
+            chosen |= top(memory.conf.masked_fill(chosen, -torch.inf), quota - count)
         memory.record(places, p)
         return chosen
 
