@@ -1,6 +1,7 @@
 """The loop of diffusion decoders, its canvas and its plainest policies, against plain transcriptions."""
 
 import math
+import time
 from dataclasses import dataclass, replace
 
 import pytest
@@ -12,9 +13,11 @@ from transformers import BertConfig, BertForMaskedLM, LogitsProcessor, LogitsPro
 from transformers.modeling_outputs import MaskedLMOutput
 
 from decodelab.core.contract import decoders
+from decodelab.core.lab import Lab
 from decodelab.diffusion.base import LLaDA, Unmasker, with_generate
 from decodelab.diffusion.canvas import CACHES, Canvas, Denoiser, mask_token, shifts_logits
 from decodelab.diffusion.fast_dllm import Dream, EntropyBound, FastDLLM, factor_count
+from decodelab.diffusion.measure import loop_overheads
 from decodelab.diffusion.step import ORDERS, Step, order_score, schedule, top
 
 POLICIES = [m for m in decoders().values() if m.family == "diffusion"]
@@ -666,3 +669,17 @@ def test_steps_must_divide(llama, prompt):
         with pytest.raises(ValueError, match="cannot be dealt out evenly to 3 blocks"):
             decode(LLaDA(**fields), llama, prompt, n)
     assert decode(LLaDA(block_length=5), llama, prompt, 12).sequences.shape == (1, 19)
+
+
+def test_overhead_is_what_is_spent_outside_the_model():
+    model, tokenizer = Lab("test").load("diffusion_tasks")
+
+    @dataclass
+    class Slow(LLaDA):
+        def select(self, step):
+            time.sleep(0.2)
+            return super().select(step)
+
+    ready = {"plain": LLaDA(steps=2), "slow": Slow(steps=2)}
+    found = loop_overheads(model, tokenizer, ready, max_new_tokens=16, repeats=1, tasks=["list_copy"])
+    assert 1 < found["plain"] < 2 < found["slow"]

@@ -29,7 +29,7 @@ class DecodeStats:
     compilations: int = 0  # shapes compiled during the call
     compile_seconds: float = 0.0  # of `seconds`, first calls of new shapes
     emitted: list[list[int]] = field(default_factory=list)  # [row][forward]: tokens each emitting forward gave that row
-    seconds: float = 0.0  # wall-clock time of the whole call
+    seconds: float = 0.0  # wall-clock time inside the decoder, from its call to its result
     forward_seconds: float = 0.0  # of these, inside target forwards (on a GPU: time to launch them)
     draft_seconds: float = 0.0  # of these, inside forwards of a draft model
 

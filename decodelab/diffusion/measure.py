@@ -250,7 +250,7 @@ def loop_overheads(
     seed: int = 0,  # seed of the order
     tasks: Iterable[str] = tuple(COMPARED),  # names of `COMPARED`
 ) -> pd.Series:
-    "Seconds of calls over seconds inside their forwards for each method: one exercise of each task, batch 1, every place decoded."
+    "Seconds inside a decoder over seconds inside its forwards for each method: one exercise of each task, batch 1, every place decoded."
     prompts = [tokenizer(COMPARED[name].examples(1)[0].prompt, return_tensors="pt").to(model.device) for name in tasks]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": None}
     found: dict[str, list[float]] = {name: [] for name in methods}
