@@ -273,7 +273,7 @@ def test_sampling_scores_the_drawn_token_before_temperature(model, prompts):
     first = log.index == 0
     ids = torch.cat([prompts["input_ids"], torch.full((6, 8), model.config.mask_token_id)], 1)
     mask = torch.nn.functional.pad(prompts["attention_mask"], (0, 8), value=1)
-    p = Denoiser(model)(ids, mask)[:, -8:].softmax(-1)
+    p = Denoiser(model)(ids, mask)[:, -8:].double().softmax(-1)
     assert torch.allclose(log.confidence[first], p.gather(-1, log.tokens[first][..., None])[..., 0], atol=1e-4)
     assert not log.tokens[first].equal(p.argmax(-1))
 

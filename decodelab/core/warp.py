@@ -13,7 +13,7 @@ import torch
 from transformers import LogitsProcessorList
 
 # %% auto #0
-__all__ = ['process', 'probabilities', 'check_finite', 'greedy', 'draw']
+__all__ = ['process', 'probabilities', 'check_finite', 'greedy', 'confidence', 'draw']
 
 # %% ../../nbs/core/warp.ipynb #de8c047b
 def process(
@@ -61,6 +61,16 @@ def greedy(
     columns = columns.clamp_max(size - 1)
     near = scores.gather(-1, columns).max(dim=-1, keepdim=True)
     return columns.gather(-1, near.indices)[..., 0], near.values[..., 0]
+
+# %% ../../nbs/core/warp.ipynb #c0f1d3a2
+def confidence(
+    scores: torch.Tensor,  # processed scores, [..., vocab]
+    tokens: torch.Tensor,  # ids, [...]
+) -> torch.Tensor:
+    "Probability of each token, in float64 where the device has it, [...]; tells 1 - 1e-15 from 1."
+    tokens = tokens[..., None]
+    rest = (scores - scores.gather(-1, tokens)).exp_().scatter_(-1, tokens, 0.0).sum(-1)
+    return 1 / (1 + (rest if rest.device.type == "mps" else rest.double()))
 
 # %% ../../nbs/core/warp.ipynb #a4781f01
 def draw(

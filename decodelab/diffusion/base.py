@@ -18,7 +18,7 @@ from transformers.generation.logits_process import MinLengthLogitsProcessor, Min
 
 from ..core.contract import Call, Decoder, register
 from ..core.output import DecodeOutput
-from ..core.warp import check_finite, draw, greedy, probabilities, process
+from ..core.warp import check_finite, confidence, draw, greedy, probabilities, process
 from .canvas import CACHES, Canvas, Denoiser
 from .step import ORDERS, Step, order_score, top
 
@@ -82,7 +82,7 @@ class _Diary:
         self.canvas.ids[texts, columns] = step.tokens[rows, places]
         self.when[texts, columns] = step.index[rows]
         if self.confidence is not None:
-            self.confidence[texts, columns] = step.raw_confidence[rows, places]
+            self.confidence[texts, columns] = step.raw_confidence[rows, places].float()
         self.passes[step.rows] = step.index + 1
 
     def commit(self, start: int, stop: int) -> None:
@@ -147,8 +147,7 @@ class Unmasker(Decoder):
     def propose(self, step: Step) -> None:
         "Set `step.tokens` and `step.raw_confidence`: the best token, or a draw, and its probability."
         step.tokens = draw(probabilities(step.warped)) if step.do_sample else greedy(step.warped)[0]
-        # p(y) = 1 / sum_v exp(l_v - l_y)
-        step.raw_confidence = (step.basis - step.basis.gather(-1, step.tokens[..., None])).exp_().sum(-1).reciprocal_()
+        step.raw_confidence = confidence(step.basis, step.tokens)
 
     def select(
         self,

@@ -286,7 +286,7 @@ class Learn2PD(EndOfText, LLaDA):
         if self.tau >= 1:
             return torch.zeros_like(step.masked)
         here = step.canvas.exists[step.rows, step.start : step.stop]
-        q = self.filter.probability(torch.where(here, step.raw_confidence, 0.0))
+        q = self.filter.probability(torch.where(here, step.raw_confidence, 0.0).float())
         return step.masked & (q > self.tau)
 
     def select(self, step: Step) -> torch.Tensor:

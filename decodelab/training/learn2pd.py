@@ -71,7 +71,7 @@ class Recorder(InHindsight):
         there = step.canvas.exists[step.rows, step.start : step.stop]
         right = (step.tokens == self.ahead(step)) & there
         block = torch.full_like(step.rows, (step.start - step.canvas.prompt) // (step.stop - step.start))
-        c = torch.where(there, step.raw_confidence, 0.0)
+        c = torch.where(there, step.raw_confidence, 0.0).float()
         self.lines.append((c, right, step.masked, there, step.rows, block, step.passes - int(self.cut and block[0] == 0)))
         return super().select(step)
 
