@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..core.warp import probabilities
+from ..core.warp import confidence, probabilities
 from .canvas import Canvas
 
 # %% auto #0
@@ -137,9 +137,13 @@ def order_score(
         score = torch.rand(step.masked.shape, device=step.masked.device)
     elif remasking == "left_to_right":
         score = -torch.arange(step.masked.shape[1], device=step.masked.device).float().expand_as(step.masked)
-    elif remasking in ("margin", "entropy"):  # at the holes only: a softmax over the vocabulary is what costs time
-        p = probabilities(step.basis[step.masked])
-        return step.spread(law_score(p) if remasking == "entropy" else -p.topk(2, dim=-1).values.diff(dim=-1)[:, 0])
+    elif remasking == "entropy":  # at the holes only: a softmax over the vocabulary is what costs time
+        return step.spread(law_score(probabilities(step.basis[step.masked])))
+    elif remasking == "margin":  # p_1 - p_2 = p_1 (1 - exp(l_2 - l_1))
+        scores = step.basis[step.masked]
+        first = scores.topk(2, dim=-1)
+        sure = confidence(scores, first.indices[:, 0])
+        return step.spread(-sure * first.values.diff(dim=-1)[:, 0].to(sure).expm1())
     else:
         score = step.raw_confidence
     return score.masked_fill(~step.masked, -torch.inf)
