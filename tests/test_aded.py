@@ -478,7 +478,13 @@ def test_most_visited(R, pair, iterations, depth, ktop):
     assume(pair in R)
     table = table_of(R)
     root = search(table, pair, iterations, depth)
-    assert most_visited(table, pair, root, ktop) == reference_paths(R, pair, unfold(root)[0], ktop)
+    visits, _, children = unfold(root)
+    assert most_visited(table, pair, root, ktop) == reference_paths(R, pair, all_nodes(visits, children), ktop)
+
+
+def all_nodes(visits, children):
+    "Visits of every node of a search, also of those that were never visited."
+    return {(*path, w): visits.get((*path, w), 0) for path, below in children.items() for w in below}
 
 
 def reference_paths(R, pair, visits, ktop, branching=None):
@@ -503,8 +509,9 @@ def test_most_visited_by_hand():
     root.below[0].visits = [5]
     assert most_visited(table, (1, 2), root) == [[3, 5], [3, 5, 6], [4]]
     assert most_visited(table, (1, 2), root, 3) == [[3, 5], [3, 5, 6]]
-    root.visits = [5, 0]  # what was never visited spells nothing
-    assert most_visited(table, (1, 2), root) == [[3, 5], [3, 5, 6]]
+    root.visits = [5, 0]  # unvisited nodes fill up what the visited ones leave
+    assert most_visited(table, (1, 2), root) == [[3, 5], [3, 5, 6], [4]]
+    assert most_visited(table, (1, 2), root, 3) == [[3, 5], [3, 5, 6]]
     assert most_visited(table, (1, 2), root, 1) == []
 
 
@@ -686,8 +693,8 @@ def reference_guess(R, text, longest, *, branching, maker, nodes, budget, depth,
     pair = tuple(text[-2:])
     if len(pair) == 2 and pair in R and longest > 0:
         if maker == "mcts":
-            visits, _, _ = reference_search(R, pair, depth=depth, branching=branching, **fields)
-            paths = reference_paths(R, pair, visits, ktop, branching)
+            visits, _, children = reference_search(R, pair, depth=depth, branching=branching, **fields)
+            paths = reference_paths(R, pair, all_nodes(visits, children), ktop, branching)
         else:
             shown = {state: {w: row[w] for w in heaviest(row, branching)} for state, row in R.items()}
             values, place = all_paths(shown, pair, depth), {(): -1}
@@ -1144,10 +1151,10 @@ def test_tokens_the_model_does_not_have(llama, toy):
         ({"cap": 0.0}, "cap and c2 above 0, .* cap 0.0"),
         ({"c1": -1.0}, "eta and c1 must be at least 0, .* c1 -1.0"),
         ({"c2": 0.0}, "cap and c2 above 0, .* c2 0.0"),
-        ({"score": "paper"}, "score must be one of intended, official, got 'paper'"),
-        ({"budget": "nodes"}, "budget must be one of trie, official, got 'nodes'"),
-        ({"maker": "beam"}, "maker must be one of mcts, best_first, got 'beam'"),
-        ({"start_from": "warm"}, "start_from must be one of hot, cold, got 'warm'"),
+        ({"score": "paper"}, "score must be one of 'intended', 'official', got 'paper'"),
+        ({"budget": "nodes"}, "budget must be one of 'trie', 'official', got 'nodes'"),
+        ({"maker": "beam"}, "maker must be one of 'mcts', 'best_first', got 'beam'"),
+        ({"start_from": "warm"}, "start_from must be one of 'hot', 'cold', got 'warm'"),
     ],
 )
 def test_bad_fields(fields, message):

@@ -291,11 +291,11 @@ def test_rows_stop_where_they_would_alone(llama, drafter):
 class Withdraws(SpecDecPP):
     "BROKEN: takes the third candidate back after having seen that the drafter gave it little."
 
-    def _submit(self, call, tokens, parents, laws):
+    def _submitted(self, tokens, parents, laws):
         if laws is not None and parents.shape[1] > 3:
             given = laws[:, 2].gather(1, tokens[:, 3:4])[:, 0]
             parents[:, 3][given < 0.15] = -1
-        return super()._submit(call, tokens, parents, laws)
+        return super()._submitted(tokens, parents, laws)
 
 
 def test_the_sampled_law():

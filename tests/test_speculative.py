@@ -354,7 +354,7 @@ def test_drafters_are_checked(llama):
     [
         (lambda: DraftModel(None, gamma=-1), "gamma must be at least 0, got -1"),
         (lambda: PromptLookup(w_max=0), "w_max and k must be at least 1, got 0 and 10"),
-        (lambda: NGram(gamma=0), "n and gamma must be at least 1, got 2 and 0"),
+        (lambda: NGram(gamma=0), "gamma must be at least 1, got 0"),
         (lambda: TypicalAcceptance(epsilon=2), "epsilon and delta must lie in"),
     ],
 )

@@ -8,6 +8,7 @@ Docs: https://decodelab.github.io/decodelab/core/capability.html.md"""
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,6 +145,8 @@ class Abilities:
 _PLAIN = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}  # keys and values, which can be masked and forgotten
 _KNOWN: WeakKeyDictionary[Any, dict[Any, Abilities]] = WeakKeyDictionary()
 _LOCK = threading.RLock()
+_CHOICE = re.compile(r"keep_window|index_(topk|local)")
+_REACH = re.compile(rf"{_CHOICE.pattern}|window_(size|len)|local_att")
 
 
 def abilities(
@@ -171,6 +174,10 @@ def _structural_error(model: Any, accepts: frozenset[str], states: set[type]) ->
         return "reads a learnt prompt (prompt or prefix tuning) whose positions a draft tree does not know"
     if "position_ids" not in accepts or "past_key_values" not in accepts:
         return "takes no position_ids" if "past_key_values" in accepts else "keeps no KV cache"
+    rules = _REACH if local_layers(model) is None else _CHOICE  # windows that transformers knows of are masked
+    for name, value in vars(text_config(model)).items():  # others are longer than a trial could reach
+        if rules.search(name) and isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return f"chooses by a rule of its own what a token sees ({name})"
     if getattr(model, "_is_stateful", False) or states or not model._supports_default_dynamic_cache():
         names = ", ".join(sorted(kind.__name__ for kind in states))
         return f"keeps a state that cannot be rolled back{f' ({names})' if names else ''}"

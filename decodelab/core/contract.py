@@ -111,7 +111,8 @@ class Decoder:
             if name not in known:
                 raise TypeError(f"{cls.__name__} has no hyper-parameter {name!r}; it has: {', '.join(known)}")
             if not fits(value, known[name]):
-                raise TypeError(f"{cls.__name__}: {name} must be {type_words(known[name])}, got {value!r}")
+                error = ValueError if typing.get_origin(known[name]) is Literal else TypeError
+                raise error(f"{cls.__name__}: {name} must be {type_words(known[name])}, got {value!r}")
         return super().__new__(cls)
 
     # what a family or a paper supplies

@@ -68,12 +68,10 @@ class StepSession:
         self.kwargs = dict(model_kwargs)
         further = further_arguments(self.kwargs)
         self.cache: Any = self.kwargs.get("past_key_values")
-        self.fast = (
-            abilities(model).standard
-            and _grows(self.cache, self.kwargs.get("use_cache"))
-            and not any(map(holds_tensor, further.values()))
-        )
         self.further = further
+        # whether steps may be fed directly; what the prefill returns must not speak against it
+        self.fast = abilities(model).standard and _grows(self.cache, self.kwargs.get("use_cache"))
+        self.fast &= self.kwargs.get("position_ids") is not None and not any(map(holds_tensor, further.values()))
         self.mask: torch.Tensor | None = self.kwargs.get("attention_mask")
         self.output: Any = None  # the model's last output
         self._position: torch.Tensor  # next position of each row, [rows, 1]
@@ -98,16 +96,12 @@ class StepSession:
         "Feed the part of the prompts that the cache does not hold yet; logits of the last position, [batch, 1, vocab]."
         done = 0 if self.cache is None else self.cache.get_seq_length()
         check_cached(done, ids.shape[1])
-        if not self.fast:
-            self._ids = ids
-            length = None if self.cache is None else ids.shape[1] - done
-            return self._own_step(next_sequence_length=length, is_first_iteration=True)
-        positions = self.kwargs.get("position_ids")
-        if positions is None:
-            real = torch.ones_like(ids) if self.mask is None else self.mask
-            positions = (real.cumsum(-1) - 1).clamp_min(0)
-        self._position = positions[:, -1:] + 1
-        return self._fast_step(ids[:, done:], positions[:, done:])
+        self._ids, length = ids, None if self.cache is None else ids.shape[1] - done
+        logits = self._own_step(next_sequence_length=length, is_first_iteration=True)
+        self.fast &= self.output.get("past_key_values") is self.cache
+        if self.fast:
+            self._position = self.kwargs["position_ids"][:, -1:] + 1
+        return logits
 
     def feed(
         self,

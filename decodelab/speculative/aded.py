@@ -231,10 +231,9 @@ def most_visited(
     found, level = [], [(root, list[int]())]
     for node, path in level:  # breadth first: among equals, parents and heavier successors stand in front
         for token, visits, below in zip(node.row.tokens, node.visits, node.below):
-            if visits:
-                found.append((visits, [*path, token]))
-                if below is not None:
-                    level.append((below, found[-1][1]))
+            found.append((visits, [*path, token]))  # unvisited nodes too: where fewer are visited, they fill up
+            if below is not None:
+                level.append((below, found[-1][1]))
     found.sort(key=lambda entry: -entry[0])
     paths: dict[tuple[int, ...], None] = {}
     for _, path in found[: ktop - 1]:
@@ -299,10 +298,6 @@ def _check(decoder: ADED) -> None:
         raise ValueError(
             f"eta and c1 must be at least 0, cap and c2 above 0, got eta {decoder.eta}, c1 {decoder.c1}, cap {decoder.cap}, c2 {decoder.c2}"
         )
-    choices = {"score": "intended official", "budget": "trie official", "maker": "mcts best_first", "start_from": "hot cold"}
-    for name, known in choices.items():
-        if getattr(decoder, name) not in known.split():
-            raise ValueError(f"{name} must be one of {known.replace(' ', ', ')}, got {getattr(decoder, name)!r}")
 
 
 @register(

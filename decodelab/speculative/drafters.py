@@ -283,10 +283,10 @@ class TextDrafter(SpeculativeDecoder):
 
     def memory(
         self,
-        call: Call,  # the call
+        vocabulary: int,  # tokens of the model
     ) -> Any:
         "What a row remembers; has `extend(tokens)`."
-        raise NotImplementedError(f"{type(self).__name__} must define memory(call)")
+        raise NotImplementedError(f"{type(self).__name__} must define memory(vocabulary)")
 
     def follow(self, memory: Any) -> list[int]:
         "Guesses for what follows."
@@ -295,7 +295,8 @@ class TextDrafter(SpeculativeDecoder):
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
         real = torch.ones_like(call.prompt) if call.mask is None else call.mask
         with LEARNING:
-            call.state = _Texts([self.memory(call) for _ in call.rows])
+            vocabulary = call.model.get_input_embeddings().num_embeddings
+            call.state = _Texts([self.memory(vocabulary) for _ in call.rows])
             for memory, ids, mask in zip(call.state.rows, call.prompt, real.bool()):
                 memory.extend(ids[mask].tolist())
 
@@ -345,7 +346,7 @@ class PromptLookup(TextDrafter):
         if self.w_max < 1 or self.k < 1:
             raise ValueError(f"w_max and k must be at least 1, got {self.w_max} and {self.k}")
 
-    def memory(self, call: Call) -> _Index:
+    def memory(self, vocabulary: int) -> _Index:
         return _Index(self.w_max)
 
     def follow(self, memory: _Index) -> list[int]:
@@ -401,9 +402,8 @@ class NGram(TextDrafter):
             self.reset()
         super().start(call, prompt_logits)
 
-    def memory(self, call: Call) -> _Table:
-        successors = self.learnt.setdefault(call.model.get_input_embeddings().num_embeddings, {})
-        return _Table(successors, self.n, self.capacity)
+    def memory(self, vocabulary: int) -> _Table:
+        return _Table(self.learnt.setdefault(vocabulary, {}), self.n, self.capacity)
 
     def follow(self, memory: _Table) -> list[int]:
         text = list(memory.last)

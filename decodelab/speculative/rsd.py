@@ -160,7 +160,7 @@ class RSDC(TreeOfDraws):
     b: Sequence[int] = (2, 1, 1)  # children of each node, level by level (each at least 1); () is plain decoding
 
     def __post_init__(self) -> None:
-        if isinstance(self.b, int) or not all(isinstance(n, int) and n >= 1 for n in self.b):
+        if not all(n >= 1 for n in self.b):
             raise ValueError(f"b must list whole numbers of at least 1, one a level, such as (2, 1, 1); got {self.b!r}")
 
     @property
@@ -235,8 +235,6 @@ class IIDChains(TreeOfDraws):
     def __post_init__(self) -> None:
         if self.K < 1 or self.L < 0:
             raise ValueError(f"K must be at least 1 and L at least 0, got {self.K} and {self.L}")
-        if self.test not in ("kseq", "recursive"):
-            raise ValueError(f"test must be kseq or recursive, got {self.test!r}")
 
     @property
     def levels(self) -> int:
