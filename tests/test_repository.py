@@ -265,6 +265,13 @@ def test_demo_imports_only_what_the_package_requires():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git here")
+def test_what_make_leaves_is_ignored():
+    made = [".gitattributes", ".gitconfig", ".venv/x", "_site/x", "_proc/x", "dist/x", "runs/x", "demo.html", "nbs/.last_checked"]
+    listed = subprocess.run(["git", "check-ignore", *made], cwd=ROOT, capture_output=True, text=True)
+    assert listed.stdout.split() == made
+
+
 # what an environment variable names is used, or the check fails
 
 
