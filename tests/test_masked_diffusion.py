@@ -272,7 +272,7 @@ def test_a_text_shorter_than_a_window_is_refused():
         ({"data": "books"}, "data must be 'tasks' or 'tales'"),
         ({"data": "tales", "causal": True}, "trained by `train_language_model`"),
         ({"steps": 0}, "must be positive"),
-        ({"block": 1}, "block at least 2"),
+        ({"block": 1}, "block must be at least 2, got 1"),
     ],
 )
 def test_impossible_recipes_are_refused(settings, message):

@@ -88,8 +88,9 @@ def names(run):
 def whole(tmp_path_factory):
     "An uninterrupted run of eight steps, with its checkpoints of steps 4 and 8."
     out = tmp_path_factory.mktemp("whole") / "model"
-    os.environ["WANDB_MODE"] = "disabled"
-    figures = train(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        figures = train(out)
     assert names(out / "run") == ["checkpoint-4", "checkpoint-8"]
     return out, figures
 
@@ -260,10 +261,11 @@ CASES = {
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, pair):
     "Each of them, uninterrupted."
-    os.environ["WANDB_MODE"] = "disabled"
-    os.environ["DECODELAB_DATA"] = str(tmp_path_factory.mktemp("no-data"))
     outs = {name: tmp_path_factory.mktemp("finished") / name for name in CASES}
-    return {name: (out, CASES[name](out, pair)) for name, out in outs.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.setenv("DECODELAB_DATA", str(tmp_path_factory.mktemp("no-data")))
+        return {name: (out, CASES[name](out, pair)) for name, out in outs.items()}
 
 
 def counted(patch, trainer):
@@ -298,6 +300,10 @@ def test_a_finished_run_is_not_trained_again_also_where_an_epoch_is_not_over(nam
     assert steps == []
     assert weights(tmp_path) == weights(out)
     assert again == figures == strict_json(tmp_path / "training.json")
+    for file in ("model.safetensors", "training.json"):  # killed while the result was written
+        cut(tmp_path / file)
+    assert CASES[name](tmp_path, pair) == strict_json(tmp_path / "training.json") == figures
+    assert weights(tmp_path) == weights(out)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -974,7 +980,12 @@ def test_the_command_says_what_is_kept_after_ctrl_c(as_json, interrupted, books,
         done.stderr.split()
     )
     if as_json:
-        assert json.loads(done.stdout) == {"interrupted": True, "step": 3, "planned_steps": 8, "curve": []}
+        found = json.loads(done.stdout)
+        (point,) = found.pop("curve")
+        assert found == {"interrupted": True, "step": 3, "planned_steps": 8}
+        assert point["step"] == 3 and 0 < point["loss"] < 10
+    else:
+        assert "loss" in done.stdout and "held-out loss" in done.stdout
 
 
 def test_the_command_shows_the_curve_so_far(interrupted, books, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from ..core.zoo import safetensors_header
 __all__ = ['checkpoint_fault', 'step_of', 'checkpoints', 'newest_whole_checkpoint', 'fingerprint', 'tokenizer_fingerprint',
            'keep_tensors', 'kept_tensors', 'write_training', 'run_progress', 'shown']
 
-# %% ../../nbs/training/checkpoints.ipynb #2e9fef09
+# %% ../../nbs/training/checkpoints.ipynb #e88162e6
 _PARTS = {
     "weights": ("*.safetensors", "pytorch_model*"),
     "optimizer state": ("optimizer*",),
@@ -43,7 +43,7 @@ def _weights_fault(checkpoint: Path) -> str:
     for file in sorted(checkpoint.glob("*.safetensors")):
         try:
             safetensors_header(file)
-        except ValueError:
+        except (FileNotFoundError, ValueError):
             return f"{file.name} is cut short"
     index = checkpoint / "model.safetensors.index.json"
     try:
@@ -65,7 +65,7 @@ def checkpoint_fault(
         return f"{cut[0]} is cut short"
     try:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    except (ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError):
         return "trainer_state.json is cut short"
     best = f"checkpoint-{state.best_global_step or state.global_step}"
     if not any((checkpoint.parent / best).glob("*.safetensors")):

@@ -32,7 +32,7 @@ from .checkpoints import checkpoint_fault, checkpoints, newest_whole_checkpoint,
 # %% auto #0
 __all__ = ['FREE', 'check_recipe', 'wandb_report', 'training_arguments', 'RunTrainer', 'TrainingRun']
 
-# %% ../../nbs/training/runs.ipynb #1a6c5c09
+# %% ../../nbs/training/runs.ipynb #ef7e018a
 _KINDS: dict[str, tuple[Any, str]] = {
     "int": (numbers.Integral, "a whole number"),
     "float": (numbers.Real, "a number"),
@@ -42,17 +42,15 @@ _KINDS: dict[str, tuple[Any, str]] = {
 
 
 def check_recipe(
-    recipe: Any,  # a dataclass of numbers, switches and texts
+    recipe: Any,  # a dataclass whose fields are of type int, float, bool or str
     *positive: str,  # fields that must be at least 1; those that every recipe has are among them anyway
 ) -> None:
     "Raise `ValueError` when a field has a value of another type, or one with which no run is possible."
     for field in fields(recipe):
         value, (kind, words) = getattr(recipe, field.name), _KINDS[getattr(field.type, "__name__", str(field.type))]
-        if (
-            not isinstance(value, kind)
-            or (isinstance(value, bool) and kind is not bool)
-            or (kind is numbers.Real and not math.isfinite(value))
-        ):
+        # a switch is a number to Python
+        fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        if not fits or (kind is numbers.Real and not math.isfinite(value)):
             raise ValueError(f"{field.name} must be {words}, got {value!r}")
     named = [n for n in ("steps", "batch_size", "save_every", "eval_every", *positive) if hasattr(recipe, n)]
     if any(getattr(recipe, n) < 1 for n in named):
@@ -177,11 +175,11 @@ class RunTrainer(Trainer):
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(str(checkpoint.parent / f"checkpoint-{best or step_of(checkpoint)}"))
 
-# %% ../../nbs/training/runs.ipynb #2c061331
+# %% ../../nbs/training/runs.ipynb #ac45ffd8
 FREE = ("name", "steps", "save_every", "eval_every", "compile")  # settings that a run may change while it goes on
 _SHAPING = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "lr_scheduler_type"),
-    *("lr_scheduler_kwargs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed"),
+    *("lr_scheduler_kwargs", "train_batch_size", "world_size", "gradient_accumulation_steps", "seed", "data_seed"),
 )
 
 
@@ -259,7 +257,7 @@ class _Interrupt(TrainerCallback):
         if self.asked:
             control.should_save = control.should_training_stop = True
 
-# %% ../../nbs/training/runs.ipynb #1a140dc3
+# %% ../../nbs/training/runs.ipynb #6163377d
 class TrainingRun(TrainerCallback):
     "The folder of one run, as a context: one process at a time, one recipe, resumed from its newest whole checkpoint."
 
@@ -310,9 +308,9 @@ class TrainingRun(TrainerCallback):
         start = {"from_step": done, "to_step": done, "planned_steps": planned, "seconds": 0}
         self.segments.append(start | provenance(seed=self.recipe.seed))
         self._write()
-        trainer.add_callback(self)
         with _Interrupt() as interrupt:
             trainer.add_callback(interrupt)
+            trainer.add_callback(self)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if interrupt.asked:
             raise KeyboardInterrupt
