@@ -399,10 +399,11 @@ def _train_stopped(run: Path, as_json: bool) -> None:
         say(f"stopped: the checkpoint of step {kept['step']} of {kept['planned_steps']} is in {run}; the same command goes on from there")
     if as_json:
         emit_json({"interrupted": True} | (kept or {"step": 0, "planned_steps": None, "curve": []}))
-    elif kept and kept["curve"]:
-        show_table(
-            [{"step": point["step"], "loss": point.get("loss"), "held-out loss": point.get("eval_loss")} for point in kept["curve"][-8:]]
-        )
+    elif kept:
+        rows: dict[int, dict[str, Any]] = {}
+        for point in kept["curve"]:
+            rows.setdefault(point["step"], {}).update(point)
+        show_table([{"step": n, "loss": row.get("loss"), "held-out loss": row.get("eval_loss")} for n, row in rows.items()][-8:])
 
 
 def _train_language_model(plan: Any, folder: Path, tokenizer: str = "") -> dict[str, Any]:
