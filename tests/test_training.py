@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainerState
 from typer.testing import CliRunner
 
 from decodelab.cli import app
-from decodelab.core.zoo import load
+from decodelab.core.zoo import load, model_card, zoo_path
 from decodelab.training import checkpoints as kept
 from decodelab.training import language_model, learn2pd, masked_diffusion, runs, specdec_pp
 from decodelab.training.checkpoints import checkpoint_fault, fingerprint, keep_tensors, kept_tensors, newest_whole_checkpoint
@@ -443,8 +443,6 @@ def test_more_steps_go_on_and_name_both_plans(copy):
     assert again == figures
     shorter = train(copy, replace(MINI, steps=6))  # asked for less again: the record does not change
     assert shorter == figures
-    from decodelab.core.zoo import model_card
-
     assert "planned for 8 steps, from step 8 on for 12" in model_card(copy)
 
 
@@ -885,6 +883,25 @@ def test_cards_show_figures_that_are_none(finished, tmp_path):
         (tmp_path / "training.json").write_text(json.dumps(figures))
         text = card(tmp_path)
         assert "correlation: -\n" in text if name == "head" else " | - | " in text
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("tales", model_card),
+        ("tasks-mdm", masked_diffusion.denoiser_card),
+        ("tales-specdec-pp", specdec_pp.head_card),
+        ("tasks-learn2pd", learn2pd.filter_card),
+    ],
+)
+def test_cards_of_the_zoo_can_be_written_again(name, card, tmp_path):
+    try:
+        stored = zoo_path(name) / "training.json"
+    except ValueError as error:
+        pytest.skip(str(error))
+    figures = json.loads(stored.read_text()) | {"remarks": ["It was stopped twice."]}
+    (tmp_path / "training.json").write_text(json.dumps(figures))
+    assert "It was stopped twice." in card(tmp_path)
 
 
 @pytest.mark.parametrize("bar", [True, False])

@@ -400,7 +400,13 @@ def filter_card(
         "Data and licence": f"What the oracle sees while it decodes prompts of the task mixture: {counts} prompts, split by prompt; "
         f"{figures['records']['train']:,} records to learn from. The prompts are made by the lab's own code. Weights: apache-2.0.",
         "Recipe": "| setting | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in recipe.items()),
-        "Training": f"{figures['steps']:,} steps on all records; the weights of step {figures['kept_step']:,} were kept.\n\n| step | loss on validation prompts |\n|---:|---:|\n"
+        "Training": "\n\n".join(
+            [
+                f"{recipe['steps']:,} steps on all records; the weights of step {figures['kept_step']:,} were kept.",
+                *figures.get("remarks", ()),
+            ]
+        )
+        + "\n\n| step | loss on validation prompts |\n|---:|---:|\n"
         + "\n".join(f"| {p['step']:,} | {float(p['eval_loss']):.4f} |" for p in points),
         "On held-out prompts": "| places | cross entropy | area under ROC | wrong among taken, tau 0.96 |\n|---|---:|---:|---:|\n"
         + "\n".join(quality),

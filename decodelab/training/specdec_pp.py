@@ -357,7 +357,7 @@ def head_card(
         "Data and licence": f"{figures['texts']:,} {data}; {figures['labelled_positions']:,} labelled positions. "
         "Books: public domain (Project Gutenberg). Weights: apache-2.0.",
         "Recipe": "| setting | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in recipe.items()),
-        "Training": "\n\n".join([f"{figures['steps'] * recipe['batch_size']:,} texts seen.", *figures.get("remarks", ())])
+        "Training": "\n\n".join([f"{recipe['steps'] * recipe['batch_size']:,} texts seen.", *figures.get("remarks", ())])
         + "\n\n| step | held-out loss |\n|---:|---:|\n"
         + "\n".join(f"| {p['step']:,} | {float(p['eval_loss']):.4f} |" for p in curve),
         "On held-out prompts": "\n".join(f"- {k.replace('_', ' ')}: {shown(v, ',.4g')}" for k, v in held.items() if k != "calibration"),
