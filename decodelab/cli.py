@@ -345,16 +345,17 @@ def _recipes() -> dict[str, tuple[Any, Callable[..., dict[str, Any]]]]:
 
 
 def _recipe(name: str, settings: Mapping[str, Any]) -> tuple[Any, Callable[..., dict[str, Any]]]:
-    from dataclasses import replace
+    from dataclasses import fields, replace
 
     recipes = _recipes()
     if name not in recipes:
         raise ValueError(f"unknown recipe {name!r}: use one of {', '.join(recipes)}")
     recipe, train = recipes[name]
-    try:
-        return replace(recipe, **settings), train
-    except TypeError as error:
-        raise ValueError(f"recipe {name} has no such setting: {error}") from error
+    known = [f.name for f in fields(recipe)]
+    unknown = [n for n in settings if n not in known]
+    if unknown:
+        raise ValueError(f"recipe {name} has no such setting: {', '.join(unknown)}; it has {', '.join(known)}")
+    return replace(recipe, **settings), train
 
 
 @app.command("train")
@@ -379,12 +380,30 @@ def _train(
     try:
         figures = train(plan, folder, **({"tokenizer": tokenizer} if tokenizer else {}))
     except KeyboardInterrupt:
-        say(f"stopped: checkpoints are in {folder / 'run'}; the same command goes on from the last one")
+        _train_stopped(folder / "run", as_json)
         raise
     if as_json:
         emit_json(figures)
     else:
         show_table([{k: v for k, v in figures.items() if isinstance(v, (int, float))}], f"{recipe} in {folder}")
+
+
+def _train_stopped(run: Path, as_json: bool) -> None:
+    # what a stopped run has reached
+    from decodelab.training.checkpoints import run_progress
+
+    kept = run_progress(run)
+    if kept is None:
+        say("stopped before the first checkpoint: the same command begins again")
+    else:
+        say(f"stopped: the checkpoint of step {kept['step']} of {kept['planned_steps']} is in {run}; the same command goes on from there")
+    if as_json:
+        emit_json({"interrupted": True} | (kept or {"step": 0, "planned_steps": None, "curve": []}))
+    elif kept:
+        rows: dict[int, dict[str, Any]] = {}
+        for point in kept["curve"]:
+            rows.setdefault(point["step"], {}).update(point)
+        show_table([{"step": n, "loss": row.get("loss"), "held-out loss": row.get("eval_loss")} for n, row in rows.items()][-8:])
 
 
 def _train_language_model(plan: Any, folder: Path, tokenizer: str = "") -> dict[str, Any]:
@@ -429,7 +448,13 @@ def _tokenizer(name: str) -> Any:
 
     from decodelab.core.zoo import zoo_path
 
-    return AutoTokenizer.from_pretrained(name if Path(name).is_dir() else zoo_path(name), trust_remote_code=False)
+    place = Path(name) if Path(name).is_dir() else zoo_path(name)
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{place} holds no tokenizer that transformers can read: save one there with `tokenizer.save_pretrained`"
+        ) from error
 
 # %% ../nbs/cli.ipynb #9d731aee
 @app.command("lab")
