@@ -183,6 +183,11 @@ NOT_BUILT: dict[str, str] = {
     "musicgen_melody": "writes several audio codebooks at once, not one text",
 }
 
+# Architectures on which transformers' own generate fails, and why.
+NO_REFERENCE: dict[str, str] = {
+    "blt": "",
+}
+
 _PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types", "block_types", "attn_layers")
 
 

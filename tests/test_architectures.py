@@ -10,23 +10,29 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 import torch
-from architectures import FIRST, NOT_BUILT, PAD, VOCAB, architectures, build
+import transformers
+from architectures import FIRST, NO_REFERENCE, NOT_BUILT, PAD, VOCAB, architectures, build, names, small_config
+from transformers import DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from decodelab import NGram, PromptLookup, TokenRecycling
 from decodelab.sampling.base import Autoregressive, ContrastiveSearch
 from decodelab.speculative.drafters import DraftModel
+from decodelab.speculative.rsd import RSDC, RSDS, IIDChains
 
 NEW = 24
 SINGLES, ROWS = (12, 9, 20), (20, 7, 3)  # lengths of the prompts alone, of the rows of the batch; windows are 16 long
@@ -231,6 +237,400 @@ def sweep(only: list[str] | None = None, decoders: list[str] | None = None, say:
     return totals
 
 
+# The sweep as tests: a dozen architectures at every change, all of them nightly.
+
+QUICK = frozenset(
+    (
+        "llama",
+        "gpt2",
+        "gpt_neo",
+        "gemma3_text",
+        "llama4_text",
+        "mistral",
+        "mamba",
+        "lfm2",
+        "jamba",
+        "falcon:alibi",
+        "bloom",
+        "rwkv",
+        "qwen3_next",
+    )
+)
+# Token-by-token decoding is exact wherever transformers' generate works. Excused, with the reason:
+EXCUSED: dict[str, str] = {}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _marked(chosen: Iterable[str]) -> list[Any]:
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in chosen]
+
+
+@pytest.mark.parametrize("name", _marked(architectures()))
+def test_every_architecture_is_exact_or_refused(name):
+    if name in NO_REFERENCE:
+        with pytest.raises(Exception, match="."):  # should it work one day, the entry goes
+            reference(name)
+        return
+    ref = reference(name)
+    bad = []
+    for decoder in DECODERS:
+        for situation in ("single", "batch"):
+            outcome = run(name, ref, decoder, situation)
+            refused = decoder == "Autoregressive" and outcome.kind == "refused" and name not in EXCUSED
+            if refused or outcome.kind not in GOOD:
+                bad.append(f"{decoder}, {situation}: {outcome.kind}: {outcome.detail} {outcome.where}")
+    assert not bad, "\n".join([name, *bad])
+
+
+def test_no_architecture_is_left_out():
+    reached = {*NOT_BUILT, *(name.partition(":")[0] for name in architectures())}
+    reached |= {other for name in reached if name in names() for other in names()[name]}
+    assert reached == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert set(architectures()) >= QUICK
+    assert {*EXCUSED, *NO_REFERENCE} <= set(architectures())
+
+
+@pytest.mark.parametrize(
+    ("name", "open_windows"),
+    [
+        ("mistral", {"sliding_window": None}),
+        ("gemma3_text", {"sliding_window": 512}),
+        ("llama4_text", {"attention_chunk_size": 512}),
+        ("gpt_neo", {"window_size": 512}),
+        ("recurrent_gemma", {"attention_window_size": 512}),
+        ("modernbert-decoder", {"local_attention": 1024, "sliding_window": 512}),
+    ],
+)
+def test_windows_of_the_tiny_models_cut(name, open_windows):
+    # the same weights with wide windows write another text: a decoder that forgets the window would be found out
+    prompt = _random_prompt(20, 20)
+    assert _text(build(name), prompt) != _text(build(name, **open_windows), prompt)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "jamba", "bamba", "falcon_h1", "qwen3_next", "granitemoehybrid", "recurrent_gemma", "zamba2"])
+def test_hybrids_mix_attention_and_states(name):
+    cache = DynamicCache(config=build(name).config)
+    kinds = {type(layer).__name__ for layer in cache.layers}
+    assert any("Linear" in kind for kind in kinds) and any("Linear" not in kind or "And" in kind for kind in kinds), kinds
+
+
+class _Broken(Autoregressive):
+    "Plain decoding with a fault: negative controls of the sweep."
+
+    fault: ClassVar[Callable[[int], int | None]]
+
+    def pick(self, call: Any, scores: torch.Tensor) -> Any:
+        tokens, roles, notes = super().pick(call, scores)
+        made = int(call.history().shape[1] - call.prompt.shape[1])
+        return (tokens if made != 3 else type(self).fault(tokens)), roles, notes
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (lambda tokens: tokens % (VOCAB - FIRST) + FIRST, "wrong"),
+        (lambda tokens: ContrastiveSearch(k=0), "late"),  # a ValueError of ours, but after tokens were made
+        (lambda tokens: torch.zeros(3).view(7), "crash"),
+        (lambda tokens: int("seven"), "crash"),  # a ValueError of somebody else's
+        (lambda tokens: tokens, "exact"),
+    ],
+)
+def test_sweep_finds_broken_decoders(fault, kind, monkeypatch):
+    broken = type("Broken", (_Broken,), {"fault": staticmethod(fault)})
+    monkeypatch.setitem(DECODERS, "Broken", lambda model, draft: broken())
+    ref = reference("llama")
+    assert [run("llama", ref, "Broken", situation).kind for situation in ("single", "batch")] == [kind, kind]
+
+
+# Wrapped models, precisions, devices and caches that users bring.
+
+ENGINES = (Autoregressive, PromptLookup)  # token by token, and several tokens a forward
+LOSSLESS = (*ENGINES, TokenRecycling)
+
+
+def _prompts(*lengths: int) -> dict[str, torch.Tensor]:
+    width = max(lengths)
+    ids = torch.cat([torch.nn.functional.pad(_random_prompt(n, n), (width - n, 0), value=PAD) for n in lengths])
+    return {"input_ids": ids, "attention_mask": torch.stack([torch.arange(width) >= width - n for n in lengths]).long()}
+
+
+GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD}
+
+
+def _exact_or_refused(expected: torch.Tensor, decode: Callable[[], Any], names: str) -> None:
+    "The call gives the expected tokens, or one sentence that matches `names`."
+    try:
+        got = decode()
+    except Exception as error:
+        outcome = _failure(error)
+        assert outcome.kind == "refused", f"{outcome.detail} {outcome.where}"
+        assert re.search(names, outcome.detail, re.IGNORECASE), outcome.detail
+        return
+    assert torch.equal(got.sequences, expected)
+
+
+@torch.no_grad()
+def _trained(config: Any, name: str = "llama", seed: int = 0) -> Any:
+    # adapter weights as after a training that moved them
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build(name, seed), config(peft)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.normal_(0.0, 1.0, generator=generator)
+    return model
+
+
+def _lora(peft: Any) -> Any:
+    return peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+
+
+PROMPT_LEARNING = {
+    "prompt": lambda peft: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "prefix": lambda peft: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "p-tuning": lambda peft: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16),
+}
+
+
+@pytest.mark.parametrize("decoder", LOSSLESS)
+@pytest.mark.parametrize("lengths", [(12,), (12, 7, 3)])
+def test_peft_lora_is_exact(decoder, lengths):
+    model, inputs = _trained(_lora), _prompts(*lengths)
+    expected = model.generate(**inputs, **GREEDY)
+    assert not torch.equal(expected, build("llama").generate(**inputs, **GREEDY))
+    assert torch.equal(model.generate(**inputs, **GREEDY, custom_generate=decoder()).sequences, expected)
+    assert torch.equal(decoder().generate(model, **inputs, **GREEDY).sequences, expected)
+
+
+@pytest.mark.parametrize("decoder", ENGINES)
+@pytest.mark.parametrize("method", PROMPT_LEARNING)
+@pytest.mark.parametrize("lengths", [(12,), (12, 7, 3)])
+def test_peft_learnt_prompt_is_not_dropped(decoder, method, lengths):
+    model, inputs = _trained(PROMPT_LEARNING[method]), _prompts(*lengths)
+    expected = model.generate(**inputs, **GREEDY)
+    assert not torch.equal(expected, build("llama").generate(**inputs, **GREEDY))
+    words = "prompt|prefix|peft|virtual"
+    _exact_or_refused(expected, lambda: model.generate(**inputs, **GREEDY, custom_generate=decoder()), words)
+    _exact_or_refused(expected, lambda: decoder().generate(model, **inputs, **GREEDY), words)
+
+
+def _bfloat16_ties(model: Any, prompt: torch.Tensor, expected: torch.Tensor, got: torch.Tensor) -> bool:
+    "Whether two texts part only where the logits, rounded to bfloat16, are a tie."
+    if torch.equal(expected, got):
+        return True
+    place = int((expected != got).int().argmax())
+    ids = torch.cat([prompt, expected[:place]])[None]
+    with torch.no_grad():
+        logits = model(ids).logits[0, -1].float()
+    ulp = float(logits.abs().max()) * torch.finfo(torch.bfloat16).eps
+    return abs(float(logits[expected[place]] - logits[got[place]])) <= 4 * ulp
+
+
+@pytest.mark.parametrize("decoder", LOSSLESS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_autocast_in_bfloat16(decoder, name):
+    model = build(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        for length in (12, 9, 20):
+            inputs = _prompts(length)
+            expected = model.generate(**inputs, **GREEDY)[0, length:]
+            got = model.generate(**inputs, **GREEDY, custom_generate=decoder()).sequences[0, length:]
+            assert _bfloat16_ties(model, inputs["input_ids"][0], expected, got)
+
+
+@pytest.mark.parametrize("decoder", ENGINES)
+def test_offloaded_model_works_or_is_refused_by_name(decoder):
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = build("llama"), _prompts(12)
+    expected = model.generate(**inputs, **GREEDY)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+    _exact_or_refused(expected, lambda: model.generate(**inputs, **GREEDY, custom_generate=decoder()), "offload")
+
+
+@pytest.mark.parametrize("decoder", [DraftModel, RSDC, RSDS, IIDChains])
+@pytest.mark.parametrize("lengths", [(12,), (12, 7, 3)])
+def test_drafter_with_lora(decoder, lengths):
+    _drafts_exactly(decoder(drafter=_trained(_lora, seed=1)), lengths)
+
+
+@pytest.mark.parametrize("decoder", [DraftModel, RSDC, RSDS, IIDChains])
+def test_compiled_drafter(decoder):
+    drafter = torch.compile(build("llama", seed=1), backend="eager")
+    with torch.compiler.set_stance("force_eager"):  # what counts is the wrapper
+        _drafts_exactly(decoder(drafter=drafter), (12, 7, 3))
+
+
+def _drafts_exactly(decoder: Any, lengths: tuple[int, ...]) -> None:
+    model, inputs = build("llama"), _prompts(*lengths)
+    expected = model.generate(**inputs, **GREEDY)
+    out = model.generate(**inputs, **GREEDY, custom_generate=decoder)
+    assert torch.equal(out.sequences, expected)
+    assert out.stats.draft_forwards > 0
+
+
+@dataclass
+class _Chat:
+    "A conversation of several turns over one cache that starts with the first tokens; rows of the batch end at different lengths."
+
+    model: Any
+    eos: int
+    cache: Any = field(init=False)
+    sequences: torch.Tensor = field(init=False)
+    mask: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        inputs = _prompts(*CHAT)
+        self.sequences, self.mask = inputs["input_ids"], inputs["attention_mask"]
+        self.cache = _prefilled(self.model, inputs, 6)
+
+    def turn(self, number: int, **more: Any) -> torch.Tensor:
+        "The model's answer to what the users say next."
+        if number:
+            said = torch.cat([_random_prompt(4, 100 * number + row) for row in range(len(self.sequences))])
+            self.sequences, self.mask = torch.cat([self.sequences, said], 1), torch.cat([self.mask, torch.ones_like(said)], 1)
+        start = self.sequences.shape[1]
+        asked = {"attention_mask": self.mask, "past_key_values": self.cache, "eos_token_id": self.eos}
+        out = self.model.generate(self.sequences, **asked, **{**GREEDY, "max_new_tokens": 12}, **more)
+        self.sequences = out if isinstance(out, torch.Tensor) else out.sequences
+        answer = self.sequences[:, start:]
+        ended = (answer == self.eos).long().cumsum(-1) - (answer == self.eos).long()  # what stands behind EOS does not count
+        self.mask = torch.cat([self.mask, (ended == 0).long()], 1)
+        return answer
+
+
+CHAT = (12, 9, 7)
+
+
+@torch.no_grad()
+def _prefilled(model: Any, inputs: dict[str, torch.Tensor], length: int) -> Any:
+    cache, part = DynamicCache(config=model.config), {k: v[:, :length] for k, v in inputs.items()}
+    model(**part, position_ids=(part["attention_mask"].cumsum(-1) - 1).clamp_min(0), past_key_values=cache)
+    return cache
+
+
+def _eos_of_chat(model: Any) -> int:
+    eos = _early_end([_text(model, _random_prompt(n, n))[:12] for n in CHAT])
+    assert eos is not None
+    return eos
+
+
+@pytest.mark.parametrize("decoder", ENGINES)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_own_cache_over_three_turns(decoder, name):
+    model = build(name)
+    theirs, ours = (_Chat(model, _eos_of_chat(model)) for _ in range(2))
+    for number in range(3):
+        expected = theirs.turn(number)
+        assert torch.equal(ours.turn(number, custom_generate=decoder()), expected), f"turn {number + 1}"
+        if not number:
+            assert len(set((expected != PAD).sum(-1).tolist())) > 1  # rows did end at different lengths
+
+
+def test_own_cache_with_windows_over_three_turns():
+    model = build("mistral")
+    theirs, ours = (_Chat(model, _eos_of_chat(model)) for _ in range(2))
+    for number in range(3):
+        assert torch.equal(ours.turn(number, custom_generate=Autoregressive()), theirs.turn(number)), f"turn {number + 1}"
+
+
+@pytest.mark.parametrize("decoder", ENGINES)
+@pytest.mark.parametrize("lengths", [(12,), CHAT])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_own_cache_that_holds_a_part_of_the_prompt(decoder, lengths, name):
+    model, inputs = build(name), _prompts(*lengths)
+    expected = model.generate(**inputs, **GREEDY)
+    cache = _prefilled(model, inputs, 6)
+    _exact_or_refused(
+        expected, lambda: model.generate(**inputs, **GREEDY, past_key_values=cache, custom_generate=decoder()), "cache|window"
+    )
+
+
+@pytest.mark.parametrize("decoder", ENGINES)
+@pytest.mark.parametrize("kind", ["offloaded", "static", "offloaded_static", "quantized"])
+def test_cache_implementation_is_honoured_or_refused(decoder, kind):
+    model, inputs = build("llama"), _prompts(12)
+    asked = {**GREEDY, "cache_implementation": kind, "return_dict_in_generate": True}
+    try:
+        theirs = model.generate(**inputs, **asked)
+    except Exception as error:  # needs a GPU, or a package that is not here: nor may we give another cache in its place
+        with pytest.raises((type(error), ValueError)):
+            model.generate(**inputs, **asked, custom_generate=decoder())
+        return
+    try:
+        ours = model.generate(**inputs, **asked, custom_generate=decoder())
+    except Exception as error:
+        outcome = _failure(error)
+        assert outcome.kind == "refused" and re.search("cache", outcome.detail), f"{outcome.detail} {outcome.where}"
+        return
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert type(ours.past_key_values) is type(theirs.past_key_values)
+    assert getattr(ours.past_key_values, "offloading", False) == getattr(theirs.past_key_values, "offloading", False)
+
+
+@pytest.mark.parametrize("decoder", ENGINES)
+def test_input_embeddings_are_exact_or_refused_by_name(decoder):
+    model, inputs = build("llama"), _prompts(12)
+    embeddings = model.get_input_embeddings()(_random_prompt(12, 99)).detach()
+    asked = {"inputs_embeds": embeddings, "attention_mask": inputs["attention_mask"], **GREEDY}
+    expected = model.generate(**asked)
+    _exact_or_refused(expected, lambda: model.generate(**asked, custom_generate=decoder()), "inputs_embeds")
+    both = {**asked, "input_ids": inputs["input_ids"]}
+    expected = model.generate(**both)
+    _exact_or_refused(expected, lambda: model.generate(**both, custom_generate=decoder()), "inputs_embeds")
+
+
+def _llava() -> tuple[Any, dict[str, torch.Tensor]]:
+    "A tiny model of images and text, and a prompt that holds an image of four patches."
+    torch.manual_seed(0)
+    image = VOCAB - 1
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **vision, "initializer_range": 0.3},
+        text_config=small_config("llama"),
+        image_token_id=image,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    ids = _random_prompt(12, 3) % (image - FIRST) + FIRST - FIRST
+    ids[ids < FIRST] = FIRST
+    ids[0, 2:6] = image
+    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": 3 * pixels}
+
+
+@pytest.mark.parametrize("decoder", ENGINES)
+def test_images_with_text_are_exact_or_refused_by_name(decoder):
+    model, inputs = _llava()
+    expected = model.generate(**inputs, **GREEDY)
+    other = model.generate(**{**inputs, "pixel_values": -inputs["pixel_values"]}, **GREEDY)
+    assert not torch.equal(expected, other)  # the image matters
+    _exact_or_refused(expected, lambda: model.generate(**inputs, **GREEDY, custom_generate=decoder()), "pixel_values")
+
+
+@pytest.mark.parametrize("decoder", ENGINES)
+def test_image_for_a_text_model_is_refused_by_name(decoder):
+    pixels = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(ValueError, match="pixel_values"):
+        decoder().generate(build("llama"), **_prompts(12), pixel_values=pixels, **GREEDY)
+
+
 def main() -> None:
     "The table on the terminal."
     parser = argparse.ArgumentParser(description=__doc__)
@@ -239,8 +639,6 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    import transformers
-
     transformers.logging.set_verbosity_error()
     sweep(*(x.split(",") if x else None for x in (asked.only, asked.decoders)), say=lambda line: print(line, flush=True))
 
