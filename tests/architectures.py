@@ -87,7 +87,11 @@ OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": {"attention_type": "original_full"},
     "bigbird_pegasus": {"attention_type": "original_full"},
-    "blt": {"vocab_size": 260, "encoder_hash_byte_group_vocab": 64, "local_attention_window_len": WINDOW, "num_hidden_layers": LAYERS},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "local_attention_window_len": WINDOW,
+        "num_hidden_layers": LAYERS,  # `generate` asks for it
+    },
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {key: {**_ROPE, "mrope_section": [2, 1, 1]} for key in ("sliding_attention", "full_attention")},
@@ -145,6 +149,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "roc_bert": {"pronunciation_vocab_size": 32, "pronunciation_embed_dim": 16, "shape_vocab_size": 32, "shape_embed_dim": 16},
     "smollm3": {"no_rope_layers": [1, 0]},
+    "xlm": {"mask_token_id": 3},
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "n_mamba_heads": 2}
@@ -181,11 +186,6 @@ NOT_BUILT: dict[str, str] = {
     "gemma4_unified_assistant": "a draft head that reads the KV cache of its target: no decoder by itself",
     "musicgen": "writes several audio codebooks at once, not one text",
     "musicgen_melody": "writes several audio codebooks at once, not one text",
-}
-
-# Architectures on which transformers' own generate fails, and why.
-NO_REFERENCE: dict[str, str] = {
-    "blt": "",
 }
 
 _PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types", "block_types", "attn_layers")
