@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 VOCAB, PAD, FIRST = 160, 0, 5  # size of the vocabulary, padding id, first ordinary id
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDE, LAYERS, CONTEXT = 32, 4, 2, 8, 64, 2, 256
-WINDOW, CHUNK, EXPERTS = 16, 16, 4  # sliding window, attention chunk, experts of a layer
+WINDOW, CHUNK, EXPERTS = 24, 24, 4  # sliding window and attention chunk, which a trial of a few tokens does not reach; experts of a layer
 TOP = 8  # keys that sparse attention looks at, length of its blocks
 SPREAD = 0.3  # standard deviation of the weights: logits far from flat
 
@@ -58,6 +58,8 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_head_dim", "rotary_dim", "d_rel"), HEAD_DIM),
     "index_n_heads": 2,
     "index_topk": TOP,
+    "index_block_size": TOP,
+    "index_topk_blocks": 2,
     # states of recurrent and convolution layers
     **dict.fromkeys(("state_size", "ssm_state_size", "mamba_d_state"), 8),
     **dict.fromkeys(("conv_kernel", "mamba_d_conv", "conv1d_width", "linear_conv_kernel_dim", "short_conv_kernel_size"), 4),
@@ -66,7 +68,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), HEAD_DIM),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 8),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), HEAD_DIM),
-    **dict.fromkeys(("mamba_chunk_size", "chunk_size", "block_size", "index_block_size"), CHUNK),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size", "block_size", "log_scaling_n_floor"), 16),
     # special tokens: nothing ends a text by itself
     **dict.fromkeys(("eos_token_id", "forced_eos_token_id")),
     "pad_token_id": PAD,
@@ -127,6 +129,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "mellum": {"layer_types": ["sliding_attention", "full_attention"]},
     "laguna": {"layer_types": ["sliding_attention", "full_attention"]},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -161,12 +164,20 @@ OWN: dict[str, dict[str, Any]] = {
 
 # Settings of an architecture that change what a decoder can do with it: "architecture:setting".
 VARIANTS: dict[str, dict[str, Any]] = {
+    "doge:window": {"keep_window_size": WINDOW},
     "falcon:alibi": {"alibi": True, "multi_query": False},
     "falcon:new": {"new_decoder_architecture": True, "num_kv_heads": KV_HEADS},
     "gpt_neo:global": {"attention_types": [[["global"], LAYERS]]},
     "gpt_bigcode:heads": {"multi_query": False},
     "llama:dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}, "max_position_embeddings": 24},
     "llama4_text:rope": {"no_rope_layers": [1, 1]},
+    "ministral3:scaled": {
+        "rope_parameters": {
+            **transformers.Ministral3Config().rope_parameters,
+            "original_max_position_embeddings": 16,
+            "max_position_embeddings": CONTEXT,
+        }
+    },
     "mistral:full": {"sliding_window": None},
     "mixtral:window": {"sliding_window": WINDOW},
     "mpt:cache": {"use_cache": True},

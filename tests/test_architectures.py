@@ -35,7 +35,7 @@ from decodelab.speculative.drafters import DraftModel
 from decodelab.speculative.rsd import RSDC, RSDS, IIDChains
 
 NEW = 24
-SINGLES, ROWS = (12, 9, 20), (20, 7, 3)  # lengths of the prompts alone, of the rows of the batch; windows are 16 long
+SINGLES, ROWS = (12, 9, 30), (30, 7, 3)  # lengths of the prompts alone, of the rows of the batch; windows are 24 long
 TIE = 1e-4  # a gap of logits below which either token is right
 
 # Decoder -> how to make it for a model; the drafter is another tiny model of the same architecture.
