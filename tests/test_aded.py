@@ -831,13 +831,13 @@ def test_every_draft(name, toy):
 class WithoutThePendingToken(ADED):
     "Guesses behind the pair before the last."
 
-    def guess(self, text, longest):
+    def guess(self, text, longest, table=None):
         tokens, parents = super().guess(text[:-1] or text, longest)
         return [text[-1], *tokens[1:]], parents
 
 
 class SwappedPair(ADED):
-    def guess(self, text, longest):
+    def guess(self, text, longest, table=None):
         tokens, parents = super().guess([*text[:-2], *text[:-3:-1]], longest)
         return [text[-1], *tokens[1:]], parents
 
@@ -845,31 +845,31 @@ class SwappedPair(ADED):
 class LearnsLate(ADED):
     "Learns behind the draft, not before it."
 
-    def learn(self, text):
+    def learn(self, text, table=None):
         self.texts = [*getattr(self, "texts", []), text]
 
     def draft(self, call, roots):
         draft = super().draft(call, roots)
         for text in self.texts:
-            super().learn(text)
+            super().learn(text, call.state.table)
         self.texts = []
         return draft
 
 
 class LearnsWithoutThePendingToken(ADED):
-    def learn(self, text):
-        super().learn(text[:-1])
+    def learn(self, text, table=None):
+        super().learn(text[:-1], table)
 
 
 class ShorterWindow(ADED):
-    def learn(self, text):
-        super().learn(text[-self.window + 1 :])
+    def learn(self, text, table=None):
+        super().learn(text[-self.window + 1 :], table)
 
 
 class LearnsPadding(ADED):
     def start(self, call, prompt_logits):
         super().start(call, prompt_logits)
-        self._first = [0] * len(self._first)
+        call.state.first = [0] * len(call.state.first)
 
 
 class LearnsTheFirstRow(ADED):
@@ -877,24 +877,24 @@ class LearnsTheFirstRow(ADED):
         self.done = False
         return super().draft(call, roots)
 
-    def learn(self, text):
+    def learn(self, text, table=None):
         if not self.done:
-            super().learn(text)
+            super().learn(text, table)
         self.done = True
 
 
 class OneNodeMore(ADED):
-    def guess(self, text, longest):
+    def guess(self, text, longest, table=None):
         self.nodes += 1
-        found = super().guess(text, longest)
+        found = super().guess(text, longest, table)
         self.nodes -= 1
         return found
 
 
 class AlwaysCold(ADED):
     def start(self, call, prompt_logits):
-        super().start(call, prompt_logits)
         self.reset()
+        super().start(call, prompt_logits)
 
 
 class NeverPruned(ADED):
@@ -905,15 +905,15 @@ class NeverPruned(ADED):
 
 
 class TeachesTheCorpus(ADED):
-    def learn(self, text):
-        super().learn(text)
+    def learn(self, text, table=None):
+        super().learn(text, table)
         self.corpus.adapt(text, self.eta, self.cap)
 
 
 class BeyondTheLimit(ADED):
     "Guesses that no call could take."
 
-    def guess(self, text, longest):
+    def guess(self, text, longest, table=None):
         return super().guess(text, longest + 1)
 
 
@@ -941,9 +941,9 @@ def test_broken_decoders_are_rejected(cls, toy):
 
 def test_a_step_touches_at_most_window_minus_two_entries(llama):
     class Watched(ADED):
-        def learn(self, text):
+        def learn(self, text, table=None):
             before = copy.deepcopy(self.table.weights)
-            super().learn(text)
+            super().learn(text, table)
             self.touched = [*getattr(self, "touched", []), len(entries(self.table.weights) - entries(before))]
 
     def entries(weights):
@@ -970,7 +970,7 @@ def test_rows_that_guess_less_are_filled_up(llama):
     assert draft.tokens.tolist() == [[6, 7, 8, 9], [4, 0, 0, 0], [7, 9, 0, 0]]
     assert draft.tree.parents.tolist() == [[-1, 0, 0, 1], [-1] * 4, [-1, 0, -1, -1]]
     assert [draft.guesses(row) for row in range(3)] == [[[1, 2], [3], [], []], [[], [], [], []], [[1], [], [], []]]
-    assert draft.size == 4
+    assert sum(draft.lengths) == 4
 
 
 # limits

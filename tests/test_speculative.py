@@ -205,10 +205,10 @@ class Siblings(ModelDrafter):
         return RecursiveRejection(self.replacement)
 
     def draft(self, call, roots):
-        raw = raw_root = self.ahead.open(roots)
+        raw = raw_root = call.state.open(roots)
         first = torch.softmax(processed_scores(call, raw, roots[:, None][:, :0]), -1)
         tokens = first.multinomial(self.width, replacement=self.replacement)
-        raw = self.ahead.grow(tokens, [0] * self.width)
+        raw = call.state.grow(tokens, [0] * self.width)
         second = torch.stack([torch.softmax(processed_scores(call, raw[:, i], tokens[:, i : i + 1]), -1) for i in range(self.width)], 1)
         below = draw(second)
         tree = Tree([-1, *[0] * self.width, *range(1, self.width + 1)])
