@@ -167,8 +167,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "doge:window": {"keep_window_size": WINDOW},
     "falcon:alibi": {"alibi": True, "multi_query": False},
     "falcon:new": {"new_decoder_architecture": True, "num_kv_heads": KV_HEADS},
+    "gemma2:eager": {"attn_implementation": "eager"},
+    "gpt2:eager": {"attn_implementation": "eager"},
     "gpt_neo:global": {"attention_types": [[["global"], LAYERS]]},
     "gpt_bigcode:heads": {"multi_query": False},
+    "llama:eager": {"attn_implementation": "eager"},
     "llama:dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}, "max_position_embeddings": 24},
     "llama4_text:rope": {"no_rope_layers": [1, 1]},
     "ministral3:scaled": {

@@ -366,16 +366,17 @@ def _prompts(*lengths: int) -> dict[str, torch.Tensor]:
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD}
 
 
-def _exact_or_refused(expected: torch.Tensor, decode: Callable[[], Any], names: str) -> None:
-    "The call gives the expected tokens, or one sentence that matches `names`."
+def _exact_or_refused(expected: torch.Tensor, decode: Callable[[], Any], names: str) -> bool:
+    "The call gives the expected tokens (True), or one sentence that matches `names`."
     try:
         got = decode()
     except Exception as error:
         outcome = _failure(error)
         assert outcome.kind == "refused", f"{outcome.detail} {outcome.where}"
         assert re.search(names, outcome.detail, re.IGNORECASE), outcome.detail
-        return
+        return False
     assert torch.equal(got.sequences, expected)
+    return True
 
 
 @torch.no_grad()
@@ -559,22 +560,24 @@ def test_own_cache_that_holds_a_part_of_the_prompt(decoder, lengths, name):
 @pytest.mark.parametrize("kind", ["offloaded", "static", "offloaded_static", "quantized"])
 def test_cache_implementation_is_honoured_or_refused(decoder, kind):
     model, inputs = build("llama"), _prompts(12)
-    asked = {**GREEDY, "cache_implementation": kind, "return_dict_in_generate": True}
+    asked = {**GREEDY, "cache_implementation": kind}
+    seen: set[tuple[type, bool]] = set()  # caches that forwards were given
+
+    def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        seen.add((type(cache), getattr(cache, "offloading", False)))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        theirs = model.generate(**inputs, **asked)
+        expected = model.generate(**inputs, **asked)
     except Exception as error:  # needs a GPU, or a package that is not here: nor may we give another cache in its place
         with pytest.raises((type(error), ValueError)):
             model.generate(**inputs, **asked, custom_generate=decoder())
         return
-    try:
-        ours = model.generate(**inputs, **asked, custom_generate=decoder())
-    except Exception as error:
-        outcome = _failure(error)
-        assert outcome.kind == "refused" and re.search("cache", outcome.detail), f"{outcome.detail} {outcome.where}"
-        return
-    assert torch.equal(ours.sequences, theirs.sequences)
-    assert type(ours.past_key_values) is type(theirs.past_key_values)
-    assert getattr(ours.past_key_values, "offloading", False) == getattr(theirs.past_key_values, "offloading", False)
+    theirs = set(seen)
+    seen.clear()
+    decoded = _exact_or_refused(expected, lambda: model.generate(**inputs, **asked, custom_generate=decoder()), "cache")
+    assert theirs <= seen or not decoded
 
 
 @pytest.mark.parametrize("decoder", ENGINES)
@@ -623,7 +626,7 @@ def test_images_with_text_are_exact_or_refused_by_name(decoder):
     expected = model.generate(**inputs, **GREEDY)
     other = model.generate(**{**inputs, "pixel_values": -inputs["pixel_values"]}, **GREEDY)
     assert not torch.equal(expected, other)  # the image matters
-    _exact_or_refused(expected, lambda: model.generate(**inputs, **GREEDY, custom_generate=decoder()), "pixel_values")
+    _exact_or_refused(expected, lambda: model.generate(**inputs, **GREEDY, custom_generate=decoder()), "pixel_values|image")
 
 
 @pytest.mark.parametrize("decoder", ENGINES)
