@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from .tree import Tree
 
 # %% auto #0
 __all__ = ['Local', 'TRIAL', 'executed', 'forward_arguments', 'text_config', 'context_length', 'local_layers', 'trial_tokens',
-           'path_logits', 'agree', 'Abilities', 'abilities', 'require_tree', 'evaluating']
+           'path_logits', 'agree', 'Abilities', 'abilities', 'rope_change', 'require_tree', 'evaluating']
 
 # %% ../../nbs/core/capability.ipynb #7134c704
 def executed(
@@ -169,12 +170,34 @@ def abilities(
         return known[key]
 
 
+def _masks_windows(model: Any, kinds: set[str]) -> bool:
+    # whether the code of the model makes the masks of its windows and chunks
+    makers = {"window": "create_sliding_window_causal_mask", "chunk": "create_chunked_causal_mask"}
+    code = {type(module).__module__ for module in model.modules()}
+    return all(any(hasattr(sys.modules.get(name), makers[kind]) for name in code) for kind in kinds)
+
+
+def rope_change(
+    model: Any,  # causal language model
+) -> int | None:
+    "Positions after which the rotary embedding is another one (LongRoPE); None when it never changes."
+    config = text_config(model)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))] if isinstance(rope, dict) else []
+    found = [part for part in kinds if part.get("rope_type") == "longrope"]
+    places = [part.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) for part in found]
+    return min((int(place) for place in places if place), default=None)
+
+
 def _structural_error(model: Any, accepts: frozenset[str], states: set[type]) -> str | None:
     if "peft" in type(getattr(model.prepare_inputs_for_generation, "__self__", None)).__module__ or hasattr(model, "active_peft_config"):
         return "reads a learnt prompt (prompt or prefix tuning) whose positions a draft tree does not know"
     if "position_ids" not in accepts or "past_key_values" not in accepts:
         return "takes no position_ids" if "past_key_values" in accepts else "keeps no KV cache"
-    rules = _REACH if local_layers(model) is None else _CHOICE  # windows that transformers knows of are masked
+    local = local_layers(model)
+    if local is not None and not _masks_windows(model, {entry[0] for entry in local.values() if entry}):
+        return "has a cache that forgets what its mask still shows"
+    rules = _REACH if local is None else _CHOICE  # windows that transformers knows of are masked
     for name, value in vars(text_config(model)).items():  # others are longer than a trial could reach
         if rules.search(name) and isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return f"chooses by a rule of its own what a token sees ({name})"

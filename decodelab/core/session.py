@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .capability import TRIAL, abilities, agree, context_length, executed, forward_arguments, path_logits, require_tree
+from .capability import TRIAL, abilities, agree, context_length, executed, forward_arguments, path_logits, require_tree, rope_change
 from .capability import trial_tokens
 from .output import DecodeStats
 from .slots import CompiledForward, Slots, bucket, padded_size
@@ -89,7 +89,7 @@ class Session:
         self.positions: torch.Tensor | int = 0  # next position id: an int while all rows agree, else [batch]
         self.limit, self.local = context_length(model), found.local
         self.output: Any = None  # the model's last output
-        self.compiled, self.room = compiled, room
+        self.compiled, self.room, self.name = compiled, room, name
         self._compiled: CompiledForward | None = None
         self._kept: list[list[int]] = []  # of each row, the slots of its tokens, in order
         self._free: list[list[int]] = []  # of each row, slots to write to, the next one last
@@ -134,9 +134,19 @@ class Session:
             positions = (self.valid.long().cumsum(-1) - 1).clamp_min(0)[:, done:]
         else:
             positions = torch.arange(done, ids.shape[1], device=ids.device).expand(len(ids), -1)
+        self._check_rope(ids.shape[1])
         logits = self._forward(ids[:, done:], self.valid, positions, keep, **more)
         self._move_in(ids)
         return logits
+
+    def _check_rope(self, length: int) -> None:
+        # tokens on both sides of the change cannot stand in one forward pass; a draft reaches a little beyond the text
+        change = rope_change(self.model) if self.room and not self.name else None
+        if change is not None and length <= change < length + self.room + 32:
+            raise ValueError(
+                f"the rotary embedding of {type(self.model).__name__} changes after {change} positions, within this text: "
+                f"set max_new_tokens <= {max(0, change - length - 32)}, or use a token-by-token decoder such as Autoregressive"
+            )
 
     def resume(
         self,
