@@ -40,7 +40,7 @@ def to_plain(
     if isinstance(value, (list, tuple, set, frozenset)):
         return [to_plain(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
     if isinstance(value, float) and type(value) is float:
-        return value if math.isfinite(value) else str(value)
+        return value if math.isfinite(value) else None if math.isnan(value) else str(value)
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, Path):
