@@ -81,9 +81,7 @@ def _prompt_ids(prompt: Any) -> torch.Tensor:
     return torch.atleast_2d(ids)
 
 
-def _row(
-    place: tuple[str, int, int], seconds: float, cpu: float, out: Any, prompt: Any, eos_ids: set[int], pad_id: int | None
-) -> BenchRow:
+def _row(place: tuple[str, int, int], seconds: float, cpu: float, out: Any, prompt: Any, eos_ids: set[int], pad_id: int | None) -> BenchRow:
     sequences = out if isinstance(out, torch.Tensor) else getattr(out, "sequences", None)
     if sequences is None:
         raise ValueError(f"method {place[0]!r} returned {type(out).__name__}: return token ids [1, length] or an output with `sequences`")

@@ -154,9 +154,9 @@ def check_model_folder(
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: it is not a Hugging Face model folder")
-    for file in _JSON_FILES:
-        if (folder / file).is_file():
-            _read_json(folder / file)
+    for name in _JSON_FILES:
+        if (folder / name).is_file():
+            _read_json(folder / name)
     files = _weights(folder)
     index = folder / "model.safetensors.index.json"
     shards = set(_read_json(index)["weight_map"].values()) if index.is_file() else set()
