@@ -271,9 +271,13 @@ def _experiment(
     result = import_module(place.name).experiment(**given)
     if not isinstance(result, dict):
         raise ValueError(f"the experiment of {name} returned {type(result).__name__}: it must return a dictionary")
-    if as_json:  # first shown, then kept: a full disk must not take hours of work with it
-        emit_json(result)
-    path = store_result(f"{name}-full", result, allow_dirty=allow_dirty)
+    stored = False
+    try:
+        path = store_result(f"{name}-full", result, allow_dirty=allow_dirty)
+        stored = True
+    finally:  # a full disk must not take hours of work with it
+        if as_json or not stored:
+            emit_json(result)
     say(f"written: {path}" if path else "not written: results are switched off, or there is no checkout here")
 
 # %% ../nbs/cli.ipynb #674567b0

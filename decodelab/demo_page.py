@@ -77,7 +77,7 @@ class DemoTable:
         cells |= {} if asked else {"rep-4": row.rep_4}
         cells |= {f"ms/{'answer' if asked else 'tok'}": row.ms_per_token, "CPU ms": row.cpu_ms_per_token}
         cells |= {"CPU ratio": row.cpu_ratio, "CPU 95 %": _interval(row.cpu_low, row.cpu_high)}
-        cells |= {} if row.identical is None else {"= greedy": f"{row.identical:.0%}"}
+        cells |= {} if row.identical is None else {"= greedy": "" if row.identical != row.identical else f"{row.identical:.0%}"}
         cells |= {} if asked else {"lossless": row.lossless}
         return cells
 

@@ -57,6 +57,7 @@ def waiting(
     return Console(stderr=True, force_jupyter=False).status(text)
 
 # %% ../nbs/shell.ipynb #7ac3e8f4
+_NO_EDGE = 1000  # columns of a file or a pipe
 _LONG, _WRAPPED, _GAP = 30, 18, 3  # a text column from the first width on is wrapped, down to the second; space between columns
 
 
@@ -90,17 +91,21 @@ def show_table(
 ) -> None:
     "Write a result as a table to standard output; columns that a terminal has no width for are named on standard error."
     console = Console(markup=False, highlight=False, force_jupyter=False)
-    width = console.width if console.is_terminal or os.environ.get("COLUMNS", "").isdecimal() else 1000
+    if not console.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
+        console.width = _NO_EDGE
+    width = console.width
     names = list(rows[0]) if rows else []
     needed = [_needed(rows, name) for name in names]
     shown = _fitting(needed, width) if names else 0
-    table = Table(title=title or None, title_justify="left", header_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(header_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name, least in zip(names[:shown], needed):
         justify: Any = "right" if all(_numeric(row[name]) for row in rows) else "left"
         table.add_column(name, justify=justify, overflow="fold", min_width=min(least, width))
     for row in rows:
         table.add_row(*(_cell(row[name]) for name in names[:shown]))
-    console.print(table, width=width)
+    if title:
+        console.print(title)
+    console.print(table)
     if names[shown:]:
         say(f"left out, as {width} columns are too few: {', '.join(names[shown:])} (a wider window or --json shows them)")
 
