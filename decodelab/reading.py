@@ -274,14 +274,23 @@ def _kind(annotation: ast.expr | None) -> Any:
         return object
 
 
-def _field_kinds(path: Path, cls: str) -> dict[str, Any]:
-    # annotated fields of a class and of its bases, wherever those are defined; what __init__ does not take is left out
+def _find_class(path: Path, name: str) -> tuple[Path, ast.ClassDef] | None:
+    # where a module of ours has a class from: itself, or a module that it imports
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls)
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return path, node
+        if isinstance(node, ast.ImportFrom) and node.level and name in [alias.name for alias in node.names]:
+            return _find_class(path.parents[node.level - 1].joinpath(*(node.module or "").split(".")).with_suffix(".py"), name)
+    return None
+
+
+def _field_kinds(path: Path, node: ast.ClassDef) -> dict[str, Any]:
+    # annotated fields of a class and of its bases, wherever those are defined; what __init__ does not take is left out
     kinds: dict[str, Any] = {}
     for base in node.bases:
-        if isinstance(base, ast.Name) and (place := _defined_in(path, tree, base.id)):
-            kinds |= _field_kinds(place, base.id)
+        if isinstance(base, ast.Name) and (found := _find_class(path, base.id)):
+            kinds |= _field_kinds(*found)
     for item in node.body:
         if (
             isinstance(item, ast.AnnAssign)
@@ -294,15 +303,6 @@ def _field_kinds(path: Path, cls: str) -> dict[str, Any]:
                 kinds[item.target.id] = _kind(item.annotation)
     return kinds
 
-
-def _defined_in(path: Path, tree: ast.Module, name: str) -> Path | None:
-    if any(isinstance(n, ast.ClassDef) and n.name == name for n in tree.body):
-        return path
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.level and name in [a.name for a in node.names]:
-            return path.parents[node.level - 1].joinpath(*(node.module or "").split(".")).with_suffix(".py")
-    return None
-
 # %% ../nbs/reading.ipynb #0ea7c4d3
 def decoder_kinds(
     name: str,  # name in the registry
@@ -312,7 +312,7 @@ def decoder_kinds(
     path = decoder_files()[name]
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and any(ast.unparse(mark).startswith(f"register({name!r}") for mark in node.decorator_list):
-            return _field_kinds(path, node.name)
+            return _field_kinds(path, node)
     raise ValueError(f"no class of {path.name} is registered as {name!r}: write @register({name!r}, ...) above it")
 
 
