@@ -47,12 +47,12 @@ def _check_kind(lm: Any, role: str, model: str) -> None:
 _FIGURES = ("new_tokens", "target_forwards", "draft_forwards", "tokens_per_forward", "seconds")
 
 
-def _stats(outputs: list[Any]) -> dict[str, Any]:
+def _total(stats: list[Any]) -> dict[str, Any]:
     # of all batches together; tokens per forward are counted by row
-    if len(outputs) == 1:
-        return {name: getattr(outputs[0].stats, name) for name in _FIGURES}
-    total = {name: sum(getattr(out.stats, name) for out in outputs) for name in _FIGURES}
-    steps = sum(len(row) for out in outputs for row in out.stats.emitted)
+    if len(stats) == 1:
+        return {name: getattr(stats[0], name) for name in _FIGURES}
+    total = {name: sum(getattr(one, name) for one in stats) for name in _FIGURES}
+    steps = sum(len(row) for one in stats for row in one.emitted)
     return total | {"tokens_per_forward": total["new_tokens"] / steps if steps else 0.0}
 
 
@@ -77,27 +77,27 @@ def _one(
     except KeyboardInterrupt:
         _show(facts | {"text": keeper.text, "interrupted": True}, keeper, as_json)
         raise
-    _show(facts | _answers(out, tokenizer)[0] | {"stats": _stats([out]), "interrupted": False}, keeper, as_json)
+    _show(facts | _answers(out, tokenizer)[0] | {"stats": _total([out.stats]), "interrupted": False}, keeper, as_json)
     return out
 
 
 def _many(batches: Iterable[Any], tokenizer: Any, texts: list[str], facts: dict[str, Any], as_json: bool) -> None:
     results: list[dict[str, Any]] = []
-    outputs: list[Any] = []
+    stats: list[Any] = []
     try:
         for out in batches:
-            outputs.append(out)
+            stats.append(out.stats)
             for answer in _answers(out, tokenizer):
                 results.append({"prompt": texts[len(results)], **answer})
                 if not as_json:
                     typer.echo(f"[{len(results)}] {results[-1]['prompt']}\n{answer['text']}\n")
     finally:
         if as_json and results:
-            emit_json(facts | {"interrupted": len(results) < len(texts), "results": results, "stats": _stats(outputs)})
+            emit_json(facts | {"interrupted": len(results) < len(texts), "results": results, "stats": _total(stats)})
         if len(results) < len(texts):
             say(f"ended after {len(results)} of {len(texts)} prompts")
     if not as_json:
-        figures = _stats(outputs)
+        figures = _total(stats)
         say(f"{figures['new_tokens']} new tokens, {figures['tokens_per_forward']:.2f} tokens per forward, {figures['seconds']:.3f} s")
 
 # %% ../nbs/cli_generate.ipynb #f6b20d95
@@ -127,8 +127,10 @@ def generate(
     if draft:
         check_drafter(method)
         check_model(draft, "draft")
-    if trace and prompts:
+    if prompts and trace:
         raise ValueError("--trace shows a single prompt: give it as text in place of --prompts")
+    if batch_size > 1 and not prompts:
+        raise ValueError("--batch-size says how many prompts of a file are decoded together: give the file with --prompts")
     if trace:
         check_place(trace)
     model = check_model(model, role)

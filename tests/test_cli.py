@@ -444,6 +444,7 @@ def test_generate_from_standard_input_and_trace(tmp_path):
         ([PROMPT * 300], "shorten it"),
         ([PROMPT, "--prompts", "p.txt"], "give a text to continue (- reads it from standard input), or a file of them"),
         (["--prompts", "p.txt", "--trace", "t.html"], "--trace shows a single prompt"),
+        ([PROMPT, "--batch-size", 2], "--batch-size says how many prompts of a file are decoded together"),
         ([PROMPT, "--top-p", 2], "--top-p is a probability above 0 and at most 1, got 2"),
         ([PROMPT, "--top-p", 0], "--top-p is a probability above 0"),
         ([PROMPT, "--top-k", -1], "--top-k must be 0 (keep all tokens) or more, got -1"),

@@ -212,6 +212,14 @@ def test_whole_models_of_other_shapes_are_not_refused(folder, kind):
     assert all(torch.equal(p, model.state_dict()[n]) for n, p in loaded.state_dict().items() if n in model.state_dict())
 
 
+def test_other_kinds_of_models_are_named_in_one_line(folder):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    T5ForConditionalGeneration(T5Config(vocab_size=3, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"mini is a t5 model, which transformers has no causal language model of: choose another model$"):
+        zoo.load(folder)
+
+
 def test_files_in_another_encoding_or_place(folder):
     with pytest.raises(ValueError, match=r"config\.json is a file: give the folder of the model, .*mini$"):
         zoo.load(folder / "config.json")

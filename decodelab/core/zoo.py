@@ -240,8 +240,14 @@ def _fitting_class(place: str | Path, pin: dict[str, str]) -> Any:
     # a model is called masked by the class that its configuration names
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    kinds = AutoConfig.from_pretrained(place, trust_remote_code=False, **pin).architectures or [""]
-    return AutoModelForMaskedLM if kinds[0].endswith("ForMaskedLM") else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(place, trust_remote_code=False, **pin)
+    fitting = AutoModelForMaskedLM if (config.architectures or [""])[0].endswith("ForMaskedLM") else AutoModelForCausalLM
+    if type(config) not in fitting._model_mapping:
+        kind = "masked" if fitting is AutoModelForMaskedLM else "causal"
+        raise ValueError(
+            f"{place} is a {config.model_type} model, which transformers has no {kind} language model of: choose another model"
+        )
+    return fitting
 
 
 def _numberless(key: str) -> str:
