@@ -42,7 +42,8 @@ def _own_cache(cache: Any) -> DynamicCache:
 
 
 def _checked_arguments(further: dict[str, Any]) -> dict[str, Any]:
-    tensors = [name for name, value in further.items() if name != "token_type_ids" and holds_tensor(value)]
+    told = {"mm_encoder_outputs": "the prompt's images or sounds (mm_encoder_outputs, made of pixel_values and the like)"}
+    tensors = [told.get(name, name) for name, value in further.items() if name != "token_type_ids" and holds_tensor(value)]
     if tensors:
         raise ValueError(
             f"{', '.join(tensors)} cannot be given to a draft tree: leave {'them' if len(tensors) > 1 else 'it'} out, "
