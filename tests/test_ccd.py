@@ -24,7 +24,6 @@ from decodelab.diffusion.ccd import (
     Agreement,
     History,
     TrapDenoiser,
-    Watched,
     disagreement,
     drift,
     drift_aucs,
@@ -34,6 +33,7 @@ from decodelab.diffusion.ccd import (
     law_score,
     rivals,
     stratified_auc,
+    watch_laws,
 )
 from decodelab.diffusion.ideal import IdealDenoiser, Law
 from decodelab.diffusion.step import Step
@@ -47,7 +47,7 @@ class Wandering(PreTrainedModel, GenerationMixin):
     config_class = PreTrainedConfig
 
     def __init__(self, noise=1.0, sharpness=2.0, eos=None, seed=0):
-        config = {"vocab_size": VOCAB, "num_hidden_layers": 0, "mask_token_id": MASK, "eos_token_id": eos, "pad_token_id": 1}
+        config = {"vocab_size": VOCAB, "num_hidden_layers": 0, "mask_token_id": MASK, "eos_token_id": eos, "pad_token_id": 1, "is_causal": False}
         super().__init__(PreTrainedConfig(**config, max_position_embeddings=512))
         generator = torch.Generator().manual_seed(seed)
         self.base = sharpness * torch.randn(64, VOCAB, generator=generator)
@@ -480,7 +480,7 @@ class TwoPlaces(PreTrainedModel, GenerationMixin):
     config_class = PreTrainedConfig
 
     def __init__(self, past, now):
-        config = {"vocab_size": 5, "num_hidden_layers": 0, "mask_token_id": 2, "eos_token_id": None, "max_position_embeddings": 9}
+        config = {"vocab_size": 5, "num_hidden_layers": 0, "mask_token_id": 2, "eos_token_id": None, "max_position_embeddings": 9, "is_causal": False}
         super().__init__(PreTrainedConfig(**config))
         self.laws, self.embed = (past, now), torch.nn.Embedding(5, 1).requires_grad_(False)
 
@@ -664,8 +664,7 @@ def test_idle_runs_are_runs_of_passes_without_useful_tokens():
 
 def test_drift_is_what_the_definition_says(prompts):
     model, d, new = Wandering(0.6), 2, 9
-    watched = Watched()
-    watched.generate(model, **prompts, max_new_tokens=new, do_sample=False)
+    watched = watch_laws(model, **prompts, max_new_tokens=new, do_sample=False)
     lines = drift(watched, d).set_index(["pass", "row", "place"])
     laws, holes = [p.tolist() for p in watched.laws], [h.tolist() for h in watched.holes]
     cases = [(t, r, i) for t in range(d, new) for r in range(4) for i in range(new) if holes[t][r][i]]

@@ -654,7 +654,7 @@ def test_a_policy_that_fills_nothing_is_found_out(llama, prompt):
         (lambda: LLaDA(block_length=0), "block_length must be positive or None, got 0"),
         (lambda: LLaDA(steps=-1), "steps must be positive or None, got -1"),
         (lambda: LLaDA(cache="all"), "unknown cache 'all': use one of none, prefix, dual"),
-        (lambda: LLaDA(cfg_scale=-0.5), "cfg_scale must not be negative"),
+        (lambda: LLaDA(cfg_scale=-0.5), "cfg_scale must be finite and not negative"),
         (lambda: LLaDA(score_from="x"), "unknown score_from 'x'"),
         (lambda: LLaDA(remasking="x"), "unknown remasking 'x'"),
         (lambda: Dream(alg="x"), "unknown alg 'x'"),

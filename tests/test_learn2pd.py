@@ -55,9 +55,8 @@ class Scripted(PreTrainedModel, GenerationMixin):
     config_class = PreTrainedConfig
 
     def __init__(self, script, vocab=20):
-        super().__init__(
-            PreTrainedConfig(vocab_size=vocab, num_hidden_layers=0, mask_token_id=2, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None)
-        )
+        ids = {"mask_token_id": 2, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
+        super().__init__(PreTrainedConfig(vocab_size=vocab, num_hidden_layers=0, is_causal=False, **ids))
         self.embed, self.script, self.calls = torch.nn.Embedding(vocab, 1), script, []
 
     def get_input_embeddings(self):

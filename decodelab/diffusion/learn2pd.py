@@ -41,14 +41,6 @@ class _Before:
         self.tokens = None if self.tokens is None else self.tokens[keep]
 
 
-class _Witness(LLaDA):
-    "The static decoder, which remembers its canvas."
-
-    def select(self, step: Step) -> torch.Tensor:
-        self.canvas = step.canvas
-        return super().select(step)
-
-
 @dataclass
 class InHindsight(LLaDA):
     "The oracle: whatever already agrees with the final text is filled at once; it has to be told the final text (`prepare`)."
@@ -66,13 +58,25 @@ class InHindsight(LLaDA):
     ) -> torch.Tensor:
         "Learn y*, the static decoder's text with all that stands behind its end; returns it, [batch, N]."
         if final is None:
-            witness = _Witness(**{f.name: getattr(self, f.name) for f in fields(LLaDA) if f.init})
-            witness.early_stop = witness.trace = False
             settings = {"attention_mask": attention_mask, "max_new_tokens": max_new_tokens, "do_sample": False} | settings
-            witness.generate(model, input_ids, **settings)
-            final = witness.canvas.ids[:, input_ids.shape[1] :]
+            final = self._static(model, input_ids, settings)
         self._prompt, self.final = input_ids, final
         return final
+
+    def _static(self, model: Any, input_ids: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+        # the static decoder's canvas behind the prompt; a call does not return what stands behind an end
+        seen: list[torch.Tensor] = []
+
+        class Witness(LLaDA):
+            "The static decoder, which shows its canvas."
+
+            def select(self, step: Step) -> torch.Tensor:
+                seen[:] = [step.canvas.ids]
+                return super().select(step)
+
+        witness = Witness(**{f.name: getattr(self, f.name) for f in fields(LLaDA) if f.init} | {"early_stop": False, "trace": False})
+        witness.generate(model, input_ids, **settings)
+        return seen[0][:, input_ids.shape[1] :]
 
     def check(self, call: Call) -> None:
         super().check(call)
