@@ -196,7 +196,7 @@ class Unmasker(Decoder):
 
     def check(self, call: Call) -> None:
         cache = call.cache
-        if cache is not None and (cache.get_seq_length() or type(cache).__name__ != "DynamicCache"):
+        if cache is not None and (cache.is_initialized or type(cache).__name__ != "DynamicCache"):
             raise ValueError(
                 "a diffusion decoder reads the whole text at every pass; a passed cache cannot be rolled back: "
                 "leave out cache_implementation and past_key_values"
@@ -317,15 +317,18 @@ def with_generate(
     model: Any,  # a model that may have no `generate`
 ) -> Any:
     "The model itself, or the same weights seen through a class that has transformers' `generate`; the model is not changed."
+    kind = type(model)
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise ValueError(f"{kind.__name__} reads {model.main_input_name}, not input_ids: use a model of texts of any length")
     if callable(getattr(model, "generate", None)):
         return model
-    kind = type(model)
     more = {"can_generate": classmethod(lambda cls: True), "_prepare_cache_for_generation": lambda *args, **kwargs: None}
     able: Any = type(kind.__name__, (kind, GenerationMixin), more)
     view = object.__new__(able)
     view.__dict__ = dict(model.__dict__)
     if view.__dict__.get("generation_config") is None:
         view.generation_config = GenerationConfig.from_model_config(model.config)
+        view.generation_config.use_cache = True  # it has no cache whatever its config says, and nobody has asked for none
     return view
 
 # %% ../../nbs/diffusion/base.ipynb #03a3ccd5

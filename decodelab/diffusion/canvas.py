@@ -91,7 +91,7 @@ class Denoiser:
         shift_logits: bool | None = None,  # whether logits stand one place too far left; the config's word when None
     ):
         self.model, self.mask_id, self.shift = model, mask_token(model, mask_token_id), shifts_logits(model, shift_logits)
-        self.decoder_only = _heads(type(model))[1]  # type: ignore[arg-type]
+        self.masked_head, self.decoder_only = _heads(type(model))  # type: ignore[arg-type]
         self.four_d = self.decoder_only or getattr(model.config, "model_type", "") == "Dream"
         self.accepts = forward_arguments(type(model))  # type: ignore[arg-type]
         self.dtype = model.dtype if self.four_d else torch.float32
@@ -108,9 +108,8 @@ class Denoiser:
         found: dict[str, Any] = {}
         if self.four_d:
             found["attention_mask"] = both_ways(exists, len(columns), self.dtype).expand(len(like), -1, -1, -1)
-        elif valid is not None:
-            found["attention_mask"] = valid.long()
-        # a whole text keeps the model's own positions, unless these would skip a padding token that stands in the text
+        elif valid is not None or self.masked_head:  # some heads take a padding token that stands in a whole text for padding
+            found["attention_mask"] = exists.expand(len(like), -1).long()
         if "position_ids" in self.accepts and (self.four_d or self.first or valid is not None):
             places = (exists.long().cumsum(-1) - 1).clamp_min(0)[:, columns] + self.first
             found["position_ids"] = places.expand(len(like), -1)
@@ -205,7 +204,11 @@ def check_model(
         )
     holds = _HOLDS.setdefault(model, set()) if denoiser.decoder_only else set()
     if (denoiser.decoder_only or bidirectional) and "sees ahead" not in holds:
-        if not sees_ahead(denoiser):
+        try:
+            ahead = sees_ahead(denoiser)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ValueError(f"{name} cannot be shown all positions at once: use a model that looks both ways") from error
+        if not ahead:
             raise ValueError(f"{name} looks only to the left, whatever mask it is given: use a model that looks both ways")
         holds.add("sees ahead")
     limit = context_length(model)
