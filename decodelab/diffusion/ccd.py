@@ -272,9 +272,9 @@ class CCD(Unmasker):
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(known)}")
         if self.V < 1 or self.d < 0:
             raise ValueError(f"V must be positive and d not negative, got {self.V} and {self.d}")
-        if self.warm_up < 0 or self.expand_ratio < 0:
+        if self.warm_up < 0 or not self.expand_ratio >= 0:
             raise ValueError(f"warm_up and expand_ratio must not be negative, got {self.warm_up} and {self.expand_ratio}")
-        if self.eps is not None and (self.eps < 0 or not self.adaptive or self.variant != "average"):
+        if self.eps is not None and (not self.eps >= 0 or not self.adaptive or self.variant != "average"):
             raise ValueError(f"eps must not be negative and needs adaptive=True and variant='average', got eps={self.eps}")
         if self.adaptive and self.eps is None and self.variant == "average" and not self.d:
             raise ValueError("with d=0 there is no earlier pass to compare best tokens with: set eps, or d of at least 1")

@@ -174,6 +174,8 @@ def threshold_filter(
     steepness: float = 1000.0,  # slope of the logit (positive)
 ) -> ConfidenceFilter:
     "A filter that is a threshold on each place's own confidence: z = steepness (c - threshold) + logit(tau)."
+    if not 0 < tau < 1 or not steepness > 0:
+        raise ValueError(f"tau must lie between 0 and 1 and steepness be positive, got {tau} and {steepness}")
     made = ConfidenceFilter(FilterConfig(block_length)).eval()
     eye = torch.eye(block_length)
     for layer, weight, bias in zip(made.layers, (eye, steepness * eye), (0.0, torch.tensor(tau).logit() - steepness * threshold)):
@@ -272,6 +274,10 @@ class Learn2PD(EndOfText, LLaDA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tau != self.tau:
+            raise ValueError(f"tau must be a number, got {self.tau}")
+        if isinstance(self.filter, type) or not (self.filter is None or hasattr(self.filter, "probability")):
+            raise ValueError(f"filter must be a ConfidenceFilter, as from `load_filter`, got {self.filter!r}")
         if self.filter is None and self.tau < 1:
             raise ValueError("a filter is needed: train one (`decodelab train tasks-learn2pd`), `load_filter` it, or set tau=1")
 
