@@ -47,7 +47,7 @@ def small_model(kind="llama", attention="sdpa", vocab=VOCAB, hidden=32, context=
         )
     with torch.no_grad():
         model.get_output_embeddings().weight[[PAD, EOS]] = 0.0  # logit 0: never the best of many
-    model.config.mask_token_id = PAD  # for diffusion decoders, which read it as a masked language model
+    model.config.mask_token_id, model.config.shift_logits = PAD, False  # for diffusion decoders: a masked language model, not shifted
     return model.eval()
 
 

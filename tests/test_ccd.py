@@ -24,7 +24,6 @@ from decodelab.diffusion.ccd import (
     Agreement,
     History,
     TrapDenoiser,
-    Watched,
     disagreement,
     drift,
     drift_aucs,
@@ -34,6 +33,7 @@ from decodelab.diffusion.ccd import (
     law_score,
     rivals,
     stratified_auc,
+    watch_laws,
 )
 from decodelab.diffusion.ideal import IdealDenoiser, Law
 from decodelab.diffusion.step import Step
@@ -47,7 +47,14 @@ class Wandering(PreTrainedModel, GenerationMixin):
     config_class = PreTrainedConfig
 
     def __init__(self, noise=1.0, sharpness=2.0, eos=None, seed=0):
-        config = {"vocab_size": VOCAB, "num_hidden_layers": 0, "mask_token_id": MASK, "eos_token_id": eos, "pad_token_id": 1}
+        config = {
+            "vocab_size": VOCAB,
+            "num_hidden_layers": 0,
+            "mask_token_id": MASK,
+            "eos_token_id": eos,
+            "pad_token_id": 1,
+            "is_causal": False,
+        }
         super().__init__(PreTrainedConfig(**config, max_position_embeddings=512))
         generator = torch.Generator().manual_seed(seed)
         self.base = sharpness * torch.randn(64, VOCAB, generator=generator)
@@ -329,6 +336,22 @@ def test_entropy_and_largest_probability_rank_differently_even_without_history()
     assert found == {"entropy": [[True, False]], "max_prob": [[False, True]]}
 
 
+@pytest.mark.parametrize("score", ["max_prob", "entropy"])
+@pytest.mark.parametrize("d", [0, 2])
+def test_nearly_certain_laws_are_told_apart(score, d):
+    # the best token leads by 16, 18, 20: 1 - p is 1.1e-7, 1.5e-8, 2.1e-9; float32 rounds the last two to 1
+    scores = torch.zeros(1, 3, 2)
+    scores[0, :, 1] = torch.tensor([16.0, 18.0, 20.0])
+    memory = History(d)
+    for taken in (2, 1, 0):
+        masked = torch.arange(3)[None] <= taken
+        facts = dict.fromkeys(("scores", "warped", "basis"), scores)
+        step = step_of(scores.softmax(-1), masked, memory=memory, **facts)
+        chosen = filled(CCD(V=3, d=d, conf=score, rank=score), step)
+        assert chosen.nonzero().tolist() == [[0, taken]]
+        assert step.memory.conf[0, : taken + 1].argsort(descending=True).tolist() == list(range(taken, -1, -1))
+
+
 @pytest.mark.parametrize("d", [1, 3])
 def test_a_buffer_of_one_is_the_baseline(d, prompts):
     # the only hole remembered is the one that is filled: from the second pass on no record holds the champion
@@ -480,7 +503,14 @@ class TwoPlaces(PreTrainedModel, GenerationMixin):
     config_class = PreTrainedConfig
 
     def __init__(self, past, now):
-        config = {"vocab_size": 5, "num_hidden_layers": 0, "mask_token_id": 2, "eos_token_id": None, "max_position_embeddings": 9}
+        config = {
+            "vocab_size": 5,
+            "num_hidden_layers": 0,
+            "mask_token_id": 2,
+            "eos_token_id": None,
+            "max_position_embeddings": 9,
+            "is_causal": False,
+        }
         super().__init__(PreTrainedConfig(**config))
         self.laws, self.embed = (past, now), torch.nn.Embedding(5, 1).requires_grad_(False)
 
@@ -664,8 +694,7 @@ def test_idle_runs_are_runs_of_passes_without_useful_tokens():
 
 def test_drift_is_what_the_definition_says(prompts):
     model, d, new = Wandering(0.6), 2, 9
-    watched = Watched()
-    watched.generate(model, **prompts, max_new_tokens=new, do_sample=False)
+    watched = watch_laws(model, **prompts, max_new_tokens=new, do_sample=False)
     lines = drift(watched, d).set_index(["pass", "row", "place"])
     laws, holes = [p.tolist() for p in watched.laws], [h.tolist() for h in watched.holes]
     cases = [(t, r, i) for t in range(d, new) for r in range(4) for i in range(new) if holes[t][r][i]]
@@ -680,6 +709,13 @@ def test_drift_is_what_the_definition_says(prompts):
         assert line["entropy"] == pytest.approx(h(past[-1]), abs=1e-4)
         assert line["mean_entropy"] == pytest.approx(sum(map(h, past)) / (d + 1), abs=1e-4)
         assert line["disagreement"] == pytest.approx(h(mean) - sum(map(h, past)) / (d + 1), abs=1e-4)
+
+
+def test_watching_leaves_nothing_behind_from_one_call_to_the_next(prompts):
+    model = Wandering(0.6)
+    first, second = (watch_laws(model, **prompts, max_new_tokens=new, do_sample=False) for new in (9, 5))
+    assert [len(first.laws), len(second.laws)] == [len(first.holes), len(second.holes)] == [9, 5]
+    assert [w.out.sequences.shape[1] - prompts["input_ids"].shape[1] for w in (first, second)] == [9, 5]
 
 
 def test_drift_aucs_have_errors_and_see_a_planted_effect():
@@ -733,6 +769,8 @@ def test_the_full_experiment_runs_at_a_tiny_size(monkeypatch, tokenizer):
         ({"d": -1}, "V must be positive and d not negative, got 4 and -1"),
         ({"warm_up": -1}, "warm_up and expand_ratio must not be negative, got -1 and 4.0"),
         ({"expand_ratio": -0.5}, "warm_up and expand_ratio must not be negative"),
+        ({"expand_ratio": math.nan}, "warm_up and expand_ratio must not be negative"),
+        ({"eps": math.nan, "adaptive": True}, "eps must not be negative"),
         ({"eps": 0.1}, "eps must not be negative and needs adaptive=True"),
         ({"eps": -0.1, "adaptive": True}, "eps must not be negative"),
         ({"eps": 0.1, "adaptive": True, "variant": "agreement"}, "needs adaptive=True and variant='average'"),

@@ -2,6 +2,7 @@
 
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
@@ -17,8 +18,9 @@ from decodelab.core.lab import Lab
 from decodelab.diffusion.base import LLaDA, Unmasker, with_generate
 from decodelab.diffusion.canvas import CACHES, Canvas, Denoiser, mask_token, shifts_logits
 from decodelab.diffusion.fast_dllm import Dream, EntropyBound, FastDLLM, factor_count
+from decodelab.diffusion.ideal import IdealDenoiser, Law
 from decodelab.diffusion.measure import loop_overheads
-from decodelab.diffusion.step import ORDERS, Step, order_score, schedule, top
+from decodelab.diffusion.step import ORDERS, Step, law_score, order_score, schedule, top
 
 POLICIES = [m for m in decoders().values() if m.family == "diffusion"]
 every_policy = pytest.mark.parametrize("method", POLICIES, ids=lambda m: m.name)
@@ -427,6 +429,66 @@ def test_dream_may_draw_places():
     assert torch.allclose(chosen.double().mean(0), expected.double(), atol=0.02)
 
 
+def answers(rows, decoder, law, **settings):
+    "What a decoder writes on an ideal denoiser of a law, [rows, m]."
+    model = IdealDenoiser(law)
+    torch.manual_seed(0)
+    return decoder.generate(model, model.start.expand(rows, -1), max_new_tokens=law.length, eos_token_id=None, **settings)
+
+
+def test_dream_filters_by_top_p_before_top_k():
+    law = Law(torch.arange(4)[:, None], torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    rows, filters = 4000, {"top_p": 0.5, "top_k": 2}
+    # top-p keeps two of the four, and top-k both; the other way round top-p finds 0.4 / 0.7 > 0.5 and keeps one
+    calls = [
+        (Dream(alg="entropy"), filters),
+        (Dream(alg="entropy", **filters), {"top_k": 0}),
+        (Dream(alg="entropy", top_p=0.5), {"top_k": 2}),
+    ]
+    for decoder, settings in calls:
+        drawn = answers(rows, decoder, law, do_sample=True, **settings).sequences[:, -1]
+        share = float((drawn == 0).double().mean())
+        assert set(drawn.tolist()) == {0, 1}
+        assert abs(share - 4 / 7) < 4 * (4 / 7 * 3 / 7 / rows) ** 0.5
+    drawn = answers(rows, Dream(alg="entropy", top_p=1.0, top_k=0), law, do_sample=True, **filters).sequences[:, -1]
+    assert set(drawn.tolist()) == {0, 1, 2, 3}  # the fields come before the call's
+    assert set(answers(400, LLaDA(), law, do_sample=True, **filters).sequences[:, -1].tolist()) == {0}  # transformers' order
+
+
+def test_dreams_filters_shape_the_entropy_without_sampling():
+    flat = [0.55] + [0.05 + 0.001 * i for i in range(-4, 5)]  # 1.68 nats, the other 0.96; of the best two: 0.29 and 0.69
+    narrow = [0.45, 0.44, 0.11]
+    strings = torch.cartesian_prod(torch.arange(10), torch.arange(10, 13))
+    law = Law(strings, torch.tensor([a * b for a in flat for b in narrow]))
+    for filters, first in (({}, 1), ({"top_p": 0.5}, 0), ({"top_k": 2}, 0), ({"top_p": 1.0, "top_k": 0}, 1)):
+        out = answers(1, Dream(alg="entropy", eps=0.0, trace=True, **filters), law, do_sample=False)
+        assert out.continuations[0].tolist() == [0, 10]
+        assert out.trace[0].info["pass"].index(0) == first
+
+
+def test_without_ends_the_other_tokens_share_their_probability():
+    p = torch.tensor([[[0.01, EOS_SHARE := 0.45, 0.5, 0.04], [0.3, 0.4, 0.2, 0.1]]])
+    assert EOS == 1 and EOS_SHARE < 0.5
+    step = made_step(p, torch.ones(1, 2, dtype=torch.bool))
+    LLaDA(suppress_eos_confidence=True).propose(step)
+    assert step.tokens.tolist() == [[2, EOS]]  # an end may still be proposed
+    assert step.raw_confidence[0].tolist() == pytest.approx([0.5 / 0.55, 0.0], abs=1e-6)
+    LLaDA().propose(step)
+    assert step.raw_confidence[0].tolist() == pytest.approx([0.5, 0.4], abs=1e-6)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([2, 5, 50]), st.floats(0, 40))
+def test_how_sure_a_law_is_has_all_digits(seed, vocab, lead):
+    scores = torch.randn(vocab, generator=torch.Generator().manual_seed(seed))
+    scores[seed % vocab] += lead
+    p, exact = scores.softmax(-1), scores.double().softmax(-1)
+    best = int(exact.argmax())
+    left = float(exact.sum() - exact[best]) if lead < 15 else float(torch.cat([exact[:best], exact[best + 1 :]]).sum())
+    assert 1 - float(law_score(p, "max_prob")) == pytest.approx(left, rel=1e-5, abs=3e-16)
+    minus = math.log1p(1e-10 - left) * (1 - left) + sum(q * math.log(q + 1e-10) for i, q in enumerate(exact.tolist()) if i != best)
+    assert float(law_score(p)) == pytest.approx(minus, rel=1e-4, abs=1e-12)
+
+
 # the loop
 
 
@@ -488,6 +550,27 @@ def test_rows_are_independent(method, llama, batch):
         alone = decode(decoder, llama, ids[mask.bool()][None], 16, eos_token_id=end)
         assert new_ids(together)[row] == new_ids(alone)[0]
         assert together.stats.emitted[row] == alone.stats.emitted[0]
+
+
+@pytest.fixture(scope="module")
+def other():
+    "A model of another vocabulary."
+    return small_model(vocab=61, seed=8)
+
+
+@every_policy
+def test_two_threads_on_one_decoder_write_what_one_writes_after_the_other(method, llama, other):
+    decoder = method.example(llama)
+    before = {name: repr(value) for name, value in vars(decoder).items()}
+    work = [(m, left_pad(random_prompts(2, (1, 9), vocab=61, seed=seed))) for seed in range(4) for m in (llama, other)]
+
+    def write(job):
+        return [row for size in (8, 12) for row in new_ids(decode(decoder, *job, size, eos_token_id=EOS))]
+
+    one_by_one = [write(job) for job in work]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(write, work)) == one_by_one
+    assert {name: repr(value) for name, value in vars(decoder).items()} == before
 
 
 @every_policy
@@ -641,6 +724,20 @@ class Idle(Unmasker):
         return torch.zeros_like(step.masked)
 
 
+@dataclass
+class Remasks(Unmasker):
+    "Fills positions with the mask, pass after pass."
+
+    def select(self, step):
+        step.tokens = torch.full_like(step.tokens, MASK)
+        return step.masked
+
+
+def test_the_loop_counts_what_is_left_not_what_was_chosen(llama, batch):
+    with pytest.raises(RuntimeError, match="Remasks.select has committed nothing for"):
+        decode(Remasks(), llama, batch, 6)
+
+
 def test_a_policy_that_fills_nothing_is_found_out(llama, prompt):
     with pytest.raises(RuntimeError, match="Idle.select has committed nothing for"):
         decode(Idle(), llama, prompt)
@@ -654,12 +751,22 @@ def test_a_policy_that_fills_nothing_is_found_out(llama, prompt):
         (lambda: LLaDA(block_length=0), "block_length must be positive or None, got 0"),
         (lambda: LLaDA(steps=-1), "steps must be positive or None, got -1"),
         (lambda: LLaDA(cache="all"), "unknown cache 'all': use one of none, prefix, dual"),
-        (lambda: LLaDA(cfg_scale=-0.5), "cfg_scale must not be negative"),
+        (lambda: LLaDA(cfg_scale=-0.5), "cfg_scale must be finite and not negative"),
         (lambda: LLaDA(score_from="x"), "unknown score_from 'x'"),
         (lambda: LLaDA(remasking="x"), "unknown remasking 'x'"),
         (lambda: Dream(alg="x"), "unknown alg 'x'"),
         (lambda: Dream(eps=1.0), r"eps must lie in \[0, 1\)"),
         (lambda: Dream(alg_temp=-1.0), "alg_temp not be negative"),
+        (lambda: Dream(alg_temp=math.nan), "alg_temp not be negative"),
+        (lambda: Dream(top_p=0.0), r"top_p must lie in \(0, 1\] and top_k not be negative, got 0.0 and None"),
+        (lambda: Dream(top_p=math.nan), "top_p must lie in"),
+        (lambda: Dream(top_k=-1), "top_k not be negative"),
+        (lambda: LLaDA(cfg_scale=math.nan), "cfg_scale must be finite"),
+        (lambda: LLaDA(cfg_scale=math.inf), "cfg_scale must be finite"),
+        (lambda: LLaDA(suppress_eos_confidence=True, remasking="margin"), "which remasking='margin' does not order by"),
+        (lambda: EntropyBound(entropy_bound=math.nan), "entropy_bound must not be negative"),
+        (lambda: FastDLLM(threshold=math.nan), "threshold and factor must be numbers"),
+        (lambda: FastDLLM(factor=math.nan), "threshold and factor must be numbers"),
         (lambda: EntropyBound(entropy_bound=-1.0), "entropy_bound must not be negative"),
     ],
 )

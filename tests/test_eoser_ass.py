@@ -306,10 +306,18 @@ def test_a_factor_below_one_is_not(model, prompts):
     assert canvases(LLaDA(**WHOLE), model, batch)[0] != canvases(EOSER(**WHOLE), model, batch)[0]
 
 
-def test_a_factor_of_zero_is_the_switch_of_llada(model, prompts):
+class Zeroed(LLaDA):
+    "The confidence of proposed ends is 0, that of all others what it was."
+
+    def propose(self, step):
+        super().propose(step)
+        step.raw_confidence = step.raw_confidence.masked_fill(step.proposes_end(), 0.0)
+
+
+def test_a_factor_of_zero_commits_ends_last(model, prompts):
     batch = left_pad(prompts)
     for steps in (None, 4):
-        last = canvases(LLaDA(steps=steps, suppress_eos_confidence=True, **WHOLE), model, batch)[0]
+        last = canvases(Zeroed(steps=steps, **WHOLE), model, batch)[0]
         assert canvases(EOSER(steps=steps, gamma_min=0, gamma_max=0, **WHOLE), model, batch)[0] == last
 
 

@@ -55,9 +55,8 @@ class Scripted(PreTrainedModel, GenerationMixin):
     config_class = PreTrainedConfig
 
     def __init__(self, script, vocab=20):
-        super().__init__(
-            PreTrainedConfig(vocab_size=vocab, num_hidden_layers=0, mask_token_id=2, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None)
-        )
+        ids = {"mask_token_id": 2, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
+        super().__init__(PreTrainedConfig(vocab_size=vocab, num_hidden_layers=0, is_causal=False, **ids))
         self.embed, self.script, self.calls = torch.nn.Embedding(vocab, 1), script, []
 
     def get_input_embeddings(self):
@@ -335,9 +334,54 @@ def test_filter_sees_the_model_at_places_that_are_filled(model):
     assert x[first:] == continuations(out)[0]
 
 
+@pytest.mark.parametrize("tau", [0.3, 0.5])
+def test_sampling_at_a_temperature_near_zero_takes_greedys_steps(tau, model):
+    decoder, seen = Learn2PD(block_length=B, filter=random_filter(), tau=tau), 0
+    for prompt in PROMPTS:
+        greedy = decoder.generate(model, prompt, max_new_tokens=20, do_sample=False)
+        torch.manual_seed(0)
+        drawn = decoder.generate(model, prompt, max_new_tokens=20, do_sample=True, temperature=1e-4, top_k=0)
+        assert continuations(drawn) == continuations(greedy)
+        assert drawn.stats.emitted == greedy.stats.emitted
+        seen += len(greedy.stats.emitted[0]) < 20
+    assert seen > 3  # the filter takes part
+
+
+def test_sampled_proposals_stand_at_masked_positions_only(model):
+    "At visible positions the filter sees the model's largest probability, whatever the temperature."
+    seen = []
+
+    class Spy(ConfidenceFilter):
+        def forward(self, c):
+            seen.append(c[0].tolist())
+            return torch.full_like(c, -9.0)
+
+    class Watched(Learn2PD):
+        def select(self, step):
+            best = step.scores.double().softmax(-1).amax(-1)
+            visible.append(torch.where(step.masked, -1, best)[0].tolist())
+            return super().select(step)
+
+    visible = []
+    torch.manual_seed(0)
+    decoder = Watched(block_length=B, filter=Spy(FilterConfig(B)))
+    decoder.generate(model, PROMPTS[0], max_new_tokens=B, do_sample=True, temperature=2.0, top_k=0)
+    pairs = [(c, best) for row, rest in zip(seen, visible) for c, best in zip(row, rest) if best >= 0]
+    assert len(pairs) == sum(range(B))
+    assert [c for c, _ in pairs] == pytest.approx([best for _, best in pairs], abs=1e-6)
+
+
 def test_errors_say_what_to_do(model, tmp_path):
     with pytest.raises(ValueError, match="a filter is needed: train one"):
         Learn2PD()
+    with pytest.raises(ValueError, match="tau must be a number, got nan"):
+        Learn2PD(tau=math.nan)
+    for wrong in (ConfidenceFilter, "tasks-learn2pd", random_filter().state_dict()):
+        with pytest.raises(ValueError, match="filter must be a ConfidenceFilter, as from `load_filter`, got"):
+            Learn2PD(filter=wrong)
+    for tau, steepness in ((1.0, 1.0), (math.nan, 1.0), (0.9, 0.0)):
+        with pytest.raises(ValueError, match="tau must lie between 0 and 1 and steepness be positive"):
+            threshold_filter(tau=tau, steepness=steepness)
     with pytest.raises(ValueError, match="unknown eotp 'early': use 'committed', 'predicted' or None"):
         Learn2PD(tau=1.0, eotp="early")
     with pytest.raises(ValueError, match="blocks of at most 8 places, not 16: set block_length=8"):

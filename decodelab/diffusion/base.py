@@ -7,7 +7,7 @@ Docs: https://decodelab.github.io/decodelab/diffusion/base.html.md"""
 # %% ../../nbs/diffusion/base.ipynb #ad7e808a
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,22 +19,28 @@ from transformers.generation.logits_process import MinLengthLogitsProcessor, Min
 from ..core.contract import Call, Decoder, register
 from ..core.output import DecodeOutput
 from ..core.warp import check_finite, confidence, draw, greedy, probabilities, process
-from .canvas import CACHES, Canvas, Denoiser
+from .canvas import CACHES, Canvas, Denoiser, check_model
 from .step import ORDERS, Step, order_score, top
 
 # %% auto #0
-__all__ = ['Unmasker', 'with_generate', 'LLaDA']
+__all__ = ['is_warper', 'Unmasker', 'with_generate', 'LLaDA']
 
 # %% ../../nbs/diffusion/base.ipynb #e465de83
+def is_warper(
+    processor: Any,  # a logits processor
+) -> bool:
+    "Whether it looks at nothing but the scores: temperature, top-k, top-p and the like."
+    return type(processor).__name__.endswith("Warper")
+
+
 class _Law:
     "The user's logits processors, sorted by what they are for: shaping the law, drawing from it, keeping a text from ending too early."
 
-    def __init__(self, call: Call):
-        every = list(call.processors or [])
-        warps = [p for p in every if type(p).__name__.endswith("Warper")]
-        early = [p for p in every if isinstance(p, (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor))]
-        self.shape = LogitsProcessorList(p for p in every if p not in warps and p not in early) or None
-        self.warp = LogitsProcessorList(warps) or None
+    def __init__(self, call: Call, warpers: Sequence[Any]):
+        others = [p for p in call.processors or [] if not is_warper(p)]
+        early = [p for p in others if isinstance(p, (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor))]
+        self.shape = LogitsProcessorList(p for p in others if p not in early) or None
+        self.warp = LogitsProcessorList(warpers) or None
         length = call.prompt.shape[1]
         floors = [p.min_length if isinstance(p, MinLengthLogitsProcessor) else length + p.min_new_tokens for p in early]
         self.floor = max(floors, default=0)  # first column that may hold an end
@@ -73,12 +79,11 @@ class _Diary:
         self.when = torch.zeros_like(canvas.ids)  # pass that filled each column
         self.confidence = torch.zeros(canvas.ids.shape, device=device) if call.trace is not None else None
         self.opened = self.passes.clone()  # passes of each row before the block
-        self.filled = 0  # holes that the last pass has filled
 
     def write(self, step: Step, chosen: torch.Tensor) -> None:
         "Fill the holes that this pass has chosen, and remember it."
         rows, places = chosen.nonzero().unbind(-1)
-        texts, columns, self.filled = step.rows[rows], step.start + places, len(rows)
+        texts, columns = step.rows[rows], step.start + places
         self.canvas.ids[texts, columns] = step.tokens[rows, places]
         self.when[texts, columns] = step.index[rows]
         if self.confidence is not None:
@@ -130,6 +135,7 @@ class Unmasker(Decoder):
     early_stop: bool = field(default=True, kw_only=True)  # a row leaves once its text up to an end of sequence is complete
     mask_token_id: int | None = field(default=None, kw_only=True)  # id of the mask; the config's when None
     shift_logits: bool | None = field(default=None, kw_only=True)  # logits stand one place too far left; the config's word when None
+    bidirectional: bool = field(default=False, kw_only=True)  # the model looks both ways, though neither its class nor its config says so
 
     def __post_init__(self) -> None:
         for name in ("block_length", "steps"):
@@ -139,14 +145,16 @@ class Unmasker(Decoder):
             raise ValueError(f"unknown cache {self.cache!r}: use one of {', '.join(CACHES)}")
         if self.score_from not in ("raw", "sampled"):
             raise ValueError(f"unknown score_from {self.score_from!r}: use 'raw' or 'sampled'")
-        if self.cfg_scale < 0:
-            raise ValueError(f"cfg_scale must not be negative, got {self.cfg_scale}")
+        if not 0 <= self.cfg_scale < float("inf"):
+            raise ValueError(f"cfg_scale must be finite and not negative, got {self.cfg_scale}")
 
     # what a paper supplies
 
     def propose(self, step: Step) -> None:
-        "Set `step.tokens` and `step.raw_confidence`: the best token, or a draw, and its probability."
-        step.tokens = draw(probabilities(step.warped)) if step.do_sample else greedy(step.warped)[0]
+        "Set `step.tokens` and `step.raw_confidence`: the best token, or at masked positions a draw, and its probability."
+        step.tokens = greedy(step.warped)[0]
+        if step.do_sample:
+            step.tokens = torch.where(step.masked, draw(probabilities(step.warped)), step.tokens)
         step.raw_confidence = confidence(step.basis, step.tokens)
 
     def select(
@@ -172,6 +180,13 @@ class Unmasker(Decoder):
         "What `step.memory` holds when a block is opened; if it has a method `select(keep)`, it is told which rows go on."
         return None
 
+    def warpers(
+        self,
+        call: Call,  # the call
+    ) -> list[Any]:
+        "What shapes the law that tokens are drawn from, in order: the call's temperature, top-k, top-p, ..."
+        return [p for p in call.processors or () if is_warper(p)]
+
     @property
     def looks_beyond(self) -> bool:
         "Whether `step.beyond` is wanted, the places behind the block."
@@ -181,7 +196,7 @@ class Unmasker(Decoder):
 
     def check(self, call: Call) -> None:
         cache = call.cache
-        if cache is not None and (cache.get_seq_length() or type(cache).__name__ != "DynamicCache"):
+        if cache is not None and (cache.is_initialized or type(cache).__name__ != "DynamicCache"):
             raise ValueError(
                 "a diffusion decoder reads the whole text at every pass; a passed cache cannot be rolled back: "
                 "leave out cache_implementation and past_key_values"
@@ -199,10 +214,10 @@ class Unmasker(Decoder):
 
     def decode(self, call: Call) -> None:
         denoiser = Denoiser(call.model, self.mask_token_id, self.shift_logits)
-        extra = {k: v for k, v in call.extra.items() if k in denoiser.accepts}
-        settings = {"cache": self.cache, "cfg_scale": self.cfg_scale, "stats": call.stats, "compiled": call.compile, **extra}
-        canvas = Canvas(denoiser, call.prompt, call.budget, call.mask, **settings)  # 1.
-        law, diary, blocks = _Law(call), _Diary(call, canvas), self._plan(call.budget)
+        settings: dict[str, Any] = {"cache": self.cache, "cfg_scale": self.cfg_scale, "stats": call.stats, "compiled": call.compile}
+        canvas = Canvas(denoiser, call.prompt, call.budget, call.mask, **settings, **self._extra(call, denoiser))  # 1.
+        check_model(denoiser, canvas.ids, None if canvas.whole else canvas.exists, self.bidirectional)
+        law, diary, blocks = _Law(call, self.warpers(call)), _Diary(call, canvas), self._plan(call.budget)
         bounds = [(canvas.prompt + a, canvas.prompt + b) for a, b in blocks]
         for start, stop in bounds:  # 2.
             if not call.running:
@@ -218,12 +233,22 @@ class Unmasker(Decoder):
         if not self.early_stop:
             diary.commit(canvas.prompt, canvas.prompt + call.budget)
 
+    @staticmethod
+    def _extra(call: Call, denoiser: Denoiser) -> dict[str, Any]:
+        # further forward arguments; one that has a value for each token of the prompt has none for the masked positions
+        extra = {k: v for k, v in call.extra.items() if k in denoiser.accepts}
+        shaped = [k for k, v in extra.items() if isinstance(v, torch.Tensor) and v.shape[:2] == call.prompt.shape]
+        if any(k != "token_type_ids" or bool(extra[k].any()) for k in shaped):
+            raise ValueError(f"{', '.join(shaped)} says nothing about the masked positions behind the prompt: leave it out")
+        return {k: v for k, v in extra.items() if k not in shaped}
+
     def _passes(self, call: Call, canvas: Canvas, law: _Law, diary: _Diary, blocks: int) -> Iterator[Step]:
         block = canvas.block
         planned = self.steps or call.budget
         steps = max(1, planned // blocks) if self.steps else block.stop - block.start
         masked = self._holes(canvas)
         masks, opened, idle = masked.sum(-1), diary.passes[block.rows], 0
+        left = int(masks.sum())
         memory = self.remember(call, len(block.rows))
         while True:
             going = masked.any(-1)
@@ -246,8 +271,9 @@ class Unmasker(Decoder):
             rest: dict[str, Any] = {"ends": call.ends, "do_sample": call.do_sample, "memory": memory}
             step = Step(canvas, block.rows, block.start, end, holes, scores, warped, basis, **plan, **rest)
             yield step.parted(block.stop)
-            masked = self._holes(canvas)
-            idle = 0 if diary.filled else idle + 1
+            masked, before = self._holes(canvas), left
+            left = int(masked.sum())
+            idle = 0 if left < before else idle + 1  # counted on the canvas itself: each pass that is not idle brings the end nearer
             if idle > steps + block.stop - block.start:
                 raise RuntimeError(
                     f"{type(self).__name__}.select has committed nothing for {idle} passes: it must fill a hole sooner or later"
@@ -291,15 +317,18 @@ def with_generate(
     model: Any,  # a model that may have no `generate`
 ) -> Any:
     "The model itself, or the same weights seen through a class that has transformers' `generate`; the model is not changed."
+    kind = type(model)
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise ValueError(f"{kind.__name__} reads {model.main_input_name}, not input_ids: use a model of texts of any length")
     if callable(getattr(model, "generate", None)):
         return model
-    kind = type(model)
     more = {"can_generate": classmethod(lambda cls: True), "_prepare_cache_for_generation": lambda *args, **kwargs: None}
     able: Any = type(kind.__name__, (kind, GenerationMixin), more)
     view = object.__new__(able)
     view.__dict__ = dict(model.__dict__)
     if view.__dict__.get("generation_config") is None:
         view.generation_config = GenerationConfig.from_model_config(model.config)
+        view.generation_config.use_cache = True  # it has no cache whatever its config says, and nobody has asked for none
     return view
 
 # %% ../../nbs/diffusion/base.ipynb #03a3ccd5
@@ -318,20 +347,25 @@ class LLaDA(Unmasker):
 
     remasking: str = field(default="low_confidence", kw_only=True)  # order: one of `ORDERS`
     suppress_eos_logits: bool = field(default=False, kw_only=True)  # never propose an end of sequence
-    suppress_eos_confidence: bool = field(default=False, kw_only=True)  # commit proposed ends last
+    suppress_eos_confidence: bool = field(default=False, kw_only=True)  # commit proposed ends last; other tokens' confidence leaves ends out
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.remasking not in ORDERS:
             raise ValueError(f"unknown remasking {self.remasking!r}: use one of {', '.join(ORDERS)}")
+        if self.suppress_eos_confidence and self.remasking != "low_confidence":
+            raise ValueError(
+                f"suppress_eos_confidence changes confidences, which remasking={self.remasking!r} does not order by: use 'low_confidence'"
+            )
 
     def propose(self, step: Step) -> None:
         if self.suppress_eos_logits:
             for scores in {id(s): s for s in (step.scores, step.warped)}.values():
                 scores[..., step.ends] = -torch.inf
         super().propose(step)
-        if self.suppress_eos_confidence:
-            step.raw_confidence = step.raw_confidence.masked_fill(step.proposes_end(), 0.0)
+        if self.suppress_eos_confidence:  # ends leave the law after the proposal: the other tokens share what was theirs
+            others = confidence(step.basis.index_fill(-1, step.ends, -torch.inf), step.tokens)
+            step.raw_confidence = others.masked_fill(step.proposes_end(), 0.0)
 
     def select(self, step: Step) -> torch.Tensor:
         return top(order_score(step, self.remasking), step.quota)

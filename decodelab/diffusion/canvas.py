@@ -11,18 +11,26 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..core.output import DecodeStats
-from ..core.session import forward_arguments
+from ..core.session import context_length, forward_arguments
 from ..core.slots import CompiledForward, Slots, bucket, padded_size
 
 # %% auto #0
-__all__ = ['CACHES', 'mask_token', 'shifts_logits', 'both_ways', 'Denoiser', 'Block', 'Canvas']
+__all__ = ['CACHES', 'mask_token', 'shifts_logits', 'both_ways', 'Denoiser', 'looks_both_ways', 'sees_ahead', 'ignores_padding',
+           'check_model', 'Block', 'Canvas']
 
 # %% ../../nbs/diffusion/canvas.ipynb #8087dfbf
+def _vocabulary(model: Any) -> int:
+    # not every table of embeddings is an `nn.Embedding` (I-BERT)
+    table = model.get_input_embeddings()
+    return table.num_embeddings if hasattr(table, "num_embeddings") else len(table.weight)
+
+
 def mask_token(
     model: Any,  # masked language model
     given: int | None = None,  # id to use instead of the config's
@@ -33,7 +41,7 @@ def mask_token(
         raise ValueError(
             f"the config of {type(model).__name__} names no mask token: set model.config.mask_token_id, or pass mask_token_id to the decoder"
         )
-    size = model.get_input_embeddings().num_embeddings
+    size = _vocabulary(model)
     if not 0 <= found < size:
         raise ValueError(f"mask_token_id {found} is outside the model's vocabulary of {size}")
     return int(found)
@@ -50,10 +58,18 @@ def shifts_logits(
 
 # %% ../../nbs/diffusion/canvas.ipynb #18d08650
 @lru_cache(maxsize=64)
-def _looks_left(model_class: Any) -> bool:
-    # a decoder-only class of transformers (or one derived from it) draws a causal triangle unless told otherwise
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    return any(c.__name__ in causal for c in model_class.__mro__)
+def _heads(model_class: Any) -> tuple[bool, bool]:
+    # whether a class of transformers, or one derived from it, has a masked-LM head; and whether it is decoder-only
+    names = {c.__name__ for c in model_class.__mro__}
+    masked = not names.isdisjoint(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+    return masked, not masked and not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
+
+def _first_position(model: Any) -> int:
+    # RoBERTa and its kin keep the first rows of their table of positions for padding
+    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
+    padding = next((m.padding_idx for m in tables if getattr(m, "padding_idx", None) is not None), -1)
+    return padding + 1
 
 
 def both_ways(
@@ -75,10 +91,11 @@ class Denoiser:
         shift_logits: bool | None = None,  # whether logits stand one place too far left; the config's word when None
     ):
         self.model, self.mask_id, self.shift = model, mask_token(model, mask_token_id), shifts_logits(model, shift_logits)
-        self.decoder_only = _looks_left(type(model))  # type: ignore[arg-type]
+        self.masked_head, self.decoder_only = _heads(type(model))  # type: ignore[arg-type]
         self.four_d = self.decoder_only or getattr(model.config, "model_type", "") == "Dream"
         self.accepts = forward_arguments(type(model))  # type: ignore[arg-type]
         self.dtype = model.dtype if self.four_d else torch.float32
+        self.first = 0 if self.four_d or "position_ids" not in self.accepts else _first_position(model)  # number of a row's first position
 
     def arguments(
         self,
@@ -87,12 +104,16 @@ class Denoiser:
         like: torch.Tensor,  # whole canvas, [batch, length]
     ) -> dict[str, Any]:
         "Mask and positions in the form that the model wants."
-        if not self.four_d:
-            return {} if valid is None else {"attention_mask": valid.long()}
         exists = torch.ones_like(like[:1], dtype=torch.bool) if valid is None else valid
-        places = (exists.long().cumsum(-1) - 1).clamp_min(0)[:, columns].expand(len(like), -1)
-        mask = both_ways(exists, len(columns), self.dtype).expand(len(like), -1, -1, -1)
-        return {"attention_mask": mask} | ({"position_ids": places} if "position_ids" in self.accepts else {})
+        found: dict[str, Any] = {}
+        if self.four_d:
+            found["attention_mask"] = both_ways(exists, len(columns), self.dtype).expand(len(like), -1, -1, -1)
+        elif valid is not None or self.masked_head:  # some heads take a padding token that stands in a whole text for padding
+            found["attention_mask"] = exists.expand(len(like), -1).long()
+        if "position_ids" in self.accepts and (self.four_d or self.first or valid is not None):
+            places = (exists.long().cumsum(-1) - 1).clamp_min(0)[:, columns] + self.first
+            found["position_ids"] = places.expand(len(like), -1)
+        return found
 
     def align(
         self,
@@ -105,15 +126,100 @@ class Denoiser:
         logits[..., self.mask_id] = -torch.inf
         return logits
 
+    def raw(
+        self,
+        ids: torch.Tensor,  # texts with holes, [batch, length]
+        valid: torch.Tensor | None = None,  # columns that exist, [batch, length], bool; None when all do
+    ) -> torch.Tensor:
+        "The model's own logits of every place, [batch, length, vocab]."
+        arguments = self.arguments(valid, torch.arange(ids.shape[1], device=ids.device), ids)
+        return self.model(input_ids=ids, return_dict=True, **arguments).logits
+
     def __call__(
         self,
         ids: torch.Tensor,  # texts with holes, [batch, length]
         attention_mask: torch.Tensor | None = None,  # 0 on padding, [batch, length]
     ) -> torch.Tensor:
         "Logits of every place."
-        valid = None if attention_mask is None else attention_mask.bool()
-        arguments = self.arguments(valid, torch.arange(ids.shape[1], device=ids.device), ids)
-        return self.align(self.model(input_ids=ids, return_dict=True, **arguments).logits)
+        return self.align(self.raw(ids, None if attention_mask is None else attention_mask.bool()))
+
+# %% ../../nbs/diffusion/canvas.ipynb #a7c40b96
+_BIDIRECTIONAL = ("llada", "Dream")  # model types whose own code looks both ways
+_HOLDS: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()  # decoder-only model -> what has been tried on it and holds
+
+
+def looks_both_ways(
+    model: Any,  # any language model
+) -> bool:
+    "Whether class or config says that every position of the model sees every other."
+    config, causal = model.config, getattr(model.config, "is_causal", None)
+    if causal is not None:
+        return not causal
+    if hasattr(config, "shift_logits") or getattr(config, "model_type", "") in _BIDIRECTIONAL:
+        return True
+    return _heads(type(model))[0] and not getattr(config, "is_decoder", False) and not getattr(config, "causal", False)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def sees_ahead(
+    denoiser: Denoiser,  # a model
+) -> bool:
+    "Whether a change of the last of four tokens reaches every position before it."
+    size = _vocabulary(denoiser.model)
+    ids = torch.arange(4, device=denoiser.model.device)[None] % size
+    one, other = (denoiser.raw(x) for x in (ids, torch.where(ids == ids[0, -1], (ids + 1) % size, ids)))
+    noise = 16 * torch.finfo(one.dtype).eps * one.abs().max()
+    return bool(((one - other).abs().amax(-1)[0, :-1] > noise).all())
+
+
+@torch.no_grad()
+def ignores_padding(
+    denoiser: Denoiser,  # a model
+    ids: torch.Tensor,  # texts with holes, left-padded, [batch, length]
+    exists: torch.Tensor,  # columns that are no padding, [batch, length], bool
+) -> bool:
+    "Whether the row with the most padding gets at its masked positions the probabilities that it gets alone."
+    row = exists.sum(-1).argmin()
+    here, text = exists[row], ids[row][None]
+    with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []):
+        alone, padded = denoiser(text[:, here]), denoiser(text, here[None])[:, here]
+    asked = text[:, here] == denoiser.mask_id
+    gap = (alone[asked].softmax(-1) - padded[asked].softmax(-1)).abs().max()
+    exact = denoiser.model.dtype.itemsize >= 4 and not torch.is_autocast_enabled(ids.device.type)
+    return float(gap) < (3e-4 if exact else 0.25)  # half precision rounds logits to an eighth and more
+
+
+def check_model(
+    denoiser: Denoiser,  # the model
+    ids: torch.Tensor,  # texts with holes, left-padded, [batch, length]
+    exists: torch.Tensor | None = None,  # columns that are no padding, [batch, length], bool; None when all are
+    bidirectional: bool = False,  # the user's word that the model looks both ways
+) -> None:
+    "Raise `ValueError` when the model would be read wrongly: it looks only to the left, or padding changes what it says."
+    model, name = denoiser.model, type(denoiser.model).__name__
+    if not (bidirectional or looks_both_ways(model)):
+        raise ValueError(
+            f"{name} is not known to look both ways, and a causal model cannot fill masked positions: "
+            "use a masked language model; if this is one, set bidirectional=True on the decoder"
+        )
+    holds = _HOLDS.setdefault(model, set()) if denoiser.decoder_only else set()
+    if (denoiser.decoder_only or bidirectional) and "sees ahead" not in holds:
+        try:
+            ahead = sees_ahead(denoiser)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ValueError(f"{name} cannot be shown all positions at once: use a model that looks both ways") from error
+        if not ahead:
+            raise ValueError(f"{name} looks only to the left, whatever mask it is given: use a model that looks both ways")
+        holds.add("sees ahead")
+    limit = context_length(model)
+    if denoiser.first and limit is not None and ids.shape[1] > limit - denoiser.first:
+        raise ValueError(
+            f"a text of {ids.shape[1]} tokens exceeds the {limit - denoiser.first} positions of {name}: shorten the prompt or set a smaller max_new_tokens"
+        )
+    if exists is not None and "ignores padding" not in holds and getattr(model.config, "model_type", "") not in _BIDIRECTIONAL:
+        if not ignores_padding(denoiser, ids, exists):
+            raise ValueError(f"{name} answers differently when a row is padded: decode prompts of one length together, or one at a time")
+        holds.add("ignores padding")
 
 # %% ../../nbs/diffusion/canvas.ipynb #8274b126
 CACHES = ("none", "prefix", "dual")

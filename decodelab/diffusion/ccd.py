@@ -20,33 +20,49 @@ from transformers import GenerationMixin, LogitsProcessorList, PreTrainedConfig,
 from transformers.modeling_outputs import MaskedLMOutput
 
 from ..core.contract import Call, register
+from ..core.output import DecodeOutput
 from ..core.tasks import CountdownTask, SudokuTask
 from ..core.text_tasks import ArithmeticTask, Example, ListTask, Task
-from ..core.warp import draw, greedy, probabilities
+from ..core.warp import confidence, draw, greedy, probabilities
 from .base import LLaDA, Unmasker
 from .fast_dllm import FastDLLM
 from .measure import frontier, table
-from .step import SCORES, Step, law_score, top
+from .step import SCORES, Step, law_score, top, without_best
 from .watch import encode
 
 # %% auto #0
-__all__ = ['HARD', 'EASY', 'Watched', 'exercises', 'entropy', 'disagreement', 'drift', 'stratified_auc', 'History', 'Agreement',
-           'CCD', 'rivals', 'TrapDenoiser', 'measured', 'idle_runs', 'sweeps', 'plateaus', 'drift_aucs', 'experiment']
+__all__ = ['HARD', 'EASY', 'Watched', 'watch_laws', 'exercises', 'entropy', 'disagreement', 'drift', 'stratified_auc', 'History',
+           'Agreement', 'CCD', 'rivals', 'TrapDenoiser', 'measured', 'idle_runs', 'sweeps', 'plateaus', 'drift_aucs',
+           'experiment']
 
 # %% ../../nbs/diffusion/ccd.ipynb #8719120a
 @dataclass
-class Watched(LLaDA):
-    "The baseline of the paper, one hole a pass, which writes down the laws and holes of all passes."
+class Watched:
+    "A decoding with the laws and holes of all its passes."
 
-    remasking: str = field(default="entropy", kw_only=True)  # order of the holes
-    early_stop: bool = field(default=False, kw_only=True)  # all rows go on to the last pass
-    laws: list[torch.Tensor] = field(default_factory=list, init=False, repr=False)  # [passes] of [rows, length, vocab]
-    holes: list[torch.Tensor] = field(default_factory=list, init=False, repr=False)  # [passes] of [rows, length], bool
+    out: DecodeOutput  # what was written
+    laws: list[torch.Tensor]  # [passes] of [rows, length, vocab]
+    holes: list[torch.Tensor]  # [passes] of [rows, length], bool
 
-    def select(self, step: Step) -> torch.Tensor:
-        self.laws.append(step.p)
-        self.holes.append(step.masked)
-        return super().select(step)
+
+def watch_laws(
+    model: Any,  # masked language model
+    input_ids: torch.Tensor,  # prompts, left-padded, [rows, length]
+    **settings: Any,  # further settings of `generate`
+) -> Watched:
+    "Decode with the paper's baseline, one hole a pass, the smallest entropy first, and keep the laws and holes of all passes."
+    laws, holes = [], []
+
+    class Watching(LLaDA):
+        "The baseline, which writes down what it sees."
+
+        def select(self, step: Step) -> torch.Tensor:
+            laws.append(step.p)
+            holes.append(step.masked)
+            return super().select(step)
+
+    out = Watching(remasking="entropy", early_stop=False).generate(model, input_ids, **settings)
+    return Watched(out, laws, holes)
 
 # %% ../../nbs/diffusion/ccd.ipynb #cfbec916
 HARD = (ArithmeticTask(2), CountdownTask(3), ListTask("shuffle", 7))  # parts that must agree
@@ -66,7 +82,8 @@ def entropy(
     p: torch.Tensor,  # laws, [..., vocab]
 ) -> torch.Tensor:
     "Shannon entropy H(p) in nats, [...]."
-    return torch.special.entr(p).sum(-1)
+    others, left = without_best(p)
+    return torch.special.entr(others).sum(-1) - torch.special.xlog1py(1 - left, -left)
 
 
 def disagreement(
@@ -77,7 +94,7 @@ def disagreement(
 
 # %% ../../nbs/diffusion/ccd.ipynb #93226e1a
 def drift(
-    watched: Watched,  # a baseline that has decoded
+    watched: Watched,  # what `watch_laws` returned
     d: int = 3,  # past passes that are compared (at least 1)
 ) -> pd.DataFrame:
     "Every hole of every pass: its entropy, disagreement of the last d + 1 laws, and whether its best token changes later."
@@ -255,9 +272,9 @@ class CCD(Unmasker):
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(known)}")
         if self.V < 1 or self.d < 0:
             raise ValueError(f"V must be positive and d not negative, got {self.V} and {self.d}")
-        if self.warm_up < 0 or self.expand_ratio < 0:
+        if self.warm_up < 0 or not self.expand_ratio >= 0:
             raise ValueError(f"warm_up and expand_ratio must not be negative, got {self.warm_up} and {self.expand_ratio}")
-        if self.eps is not None and (self.eps < 0 or not self.adaptive or self.variant != "average"):
+        if self.eps is not None and (not self.eps >= 0 or not self.adaptive or self.variant != "average"):
             raise ValueError(f"eps must not be negative and needs adaptive=True and variant='average', got eps={self.eps}")
         if self.adaptive and self.eps is None and self.variant == "average" and not self.d:
             raise ValueError("with d=0 there is no earlier pass to compare best tokens with: set eps, or d of at least 1")
@@ -266,7 +283,7 @@ class CCD(Unmasker):
         if self.variant == "agreement":
             return Agreement.empty(rows, call.prompt.device)
         late = call.do_sample and self.score_from == "raw"
-        return History(self.d, [p for p in call.processors or () if late and type(p).__name__.endswith("Warper")])
+        return History(self.d, self.warpers(call) if late else [])
 
     def propose(self, step: Step) -> None:
         # at the holes only: a softmax over the vocabulary is what costs time here
@@ -276,7 +293,7 @@ class CCD(Unmasker):
             tokens = draw(p if step.warped is step.basis else probabilities(step.warped[holes]))
         else:
             tokens = greedy(scores if step.warped is step.basis else step.warped[holes])[0]
-        step.tokens, step.raw_confidence = step.spread(tokens, 0), step.spread(p.gather(-1, tokens[:, None])[:, 0], 0)
+        step.tokens, step.raw_confidence = step.spread(tokens, 0), step.spread(confidence(scores, tokens), 0)
         step.memory.conf = step.spread(law_score(p, self.conf))
 
     def select(self, step: Step) -> torch.Tensor:
@@ -306,7 +323,7 @@ class CCD(Unmasker):
         rows, k = settled.nonzero().unbind(-1)
         p, places = mean[rows, k], places[rows, k]
         step.tokens[rows, places] = tokens = step.memory.draw(p) if step.do_sample else greedy(p)[0]
-        step.raw_confidence[rows, places] = p.gather(-1, tokens[:, None])[:, 0]
+        step.raw_confidence[rows, places] = p.gather(-1, tokens[:, None])[:, 0].to(step.raw_confidence)
 
     def _agreement(self, step: Step, memory: Agreement) -> torch.Tensor:
         memory.grow(step, self.warm_up, self.expand_ratio)  # before it grows, only the surest hole can agree: the usual rule
@@ -350,7 +367,7 @@ class TrapDenoiser(PreTrainedModel, GenerationMixin):
         early: bool = False,  # whether A is sure from the first pass on, or only once a filler is visible
         fillers: int = 5,  # filler places (at least 1)
     ):
-        config = {"vocab_size": 12, "num_hidden_layers": 0, "mask_token_id": 0, "eos_token_id": None, "pad_token_id": None}
+        config = {"vocab_size": 12, "num_hidden_layers": 0, "mask_token_id": 0, "eos_token_id": None, "pad_token_id": None, "is_causal": False}
         super().__init__(PreTrainedConfig(**config, max_position_embeddings=64))  # type: ignore[arg-type, call-arg]
         self.early, self.places = early, self.FIRST + fillers
         self.embed = torch.nn.Embedding(12, 1).requires_grad_(False)  # tells size and device
@@ -469,7 +486,7 @@ def experiment(
     sampled = {"do_sample": True, "top_k": 0, **settings}
     found["temperature"] = {str(t): measured(model, tokenizer, three, hard[::2], temperature=t, **sampled)["all"] for t in temperatures}
     found["plateaus"] = plateaus(model, tokenizer, every[:: max(1, len(every) // 16)], 2 * max_new_tokens)
-    watched = Watched()
-    watched.generate(model, **encode(tokenizer, [e.prompt for e in hard[::3]], model), max_new_tokens=max_new_tokens, do_sample=False)
+    hardest = encode(tokenizer, [e.prompt for e in hard[::3]], model)
+    watched = watch_laws(model, **hardest, max_new_tokens=max_new_tokens, do_sample=False)
     found["drift"] = drift_aucs(drift(watched))
     return found

@@ -8,10 +8,12 @@ Docs: https://decodelab.github.io/decodelab/diffusion/fast_dllm.html.md"""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ..core.contract import register
+from ..core.contract import Call, register
 from .base import Unmasker
 from .step import Step, order_score, top
 
@@ -35,6 +37,11 @@ class FastDLLM(Unmasker):
     block_length: int | None = 32  # B, places decoded together (positive); all when None
     threshold: float = field(default=0.9, kw_only=True)  # gamma, confidence from which a hole is filled
     factor: float | None = field(default=None, kw_only=True)  # f of the factor rule, which then takes the threshold's place
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threshold != self.threshold or self.factor != self.factor:
+            raise ValueError(f"threshold and factor must be numbers, got {self.threshold} and {self.factor}")
 
     def select(self, step: Step) -> torch.Tensor:
         if self.factor is None:
@@ -71,7 +78,7 @@ class EntropyBound(Unmasker):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.entropy_bound < 0:
+        if not self.entropy_bound >= 0:
             raise ValueError(f"entropy_bound must not be negative, got {self.entropy_bound}")
 
     def select(self, step: Step) -> torch.Tensor:
@@ -105,13 +112,28 @@ class Dream(Unmasker):
         default=None, kw_only=True
     )  # temperature of the choice of places (positive); the best ones when None or 0
     eps: float = field(default=1e-3, kw_only=True)  # time at the end of the grid (0 to 1, without 1)
+    top_p: float | None = field(default=None, kw_only=True)  # filter of the law, also at T = 0 (above 0, at most 1); the call's when None
+    top_k: int | None = field(default=None, kw_only=True)  # filter behind top_p, also at T = 0 (not negative; 0: none); the call's when None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.alg not in DREAM_ALGORITHMS:
             raise ValueError(f"unknown alg {self.alg!r}: use one of {', '.join(DREAM_ALGORITHMS)}")
-        if not 0 <= self.eps < 1 or (self.alg_temp or 0.0) < 0:
+        if not 0 <= self.eps < 1 or not (self.alg_temp or 0.0) >= 0:
             raise ValueError(f"eps must lie in [0, 1) and alg_temp not be negative, got {self.eps} and {self.alg_temp}")
+        if (self.top_p is not None and not 0 < self.top_p <= 1) or (self.top_k or 0) < 0:
+            raise ValueError(f"top_p must lie in (0, 1] and top_k not be negative, got {self.top_p} and {self.top_k}")
+
+    def warpers(self, call: Call) -> list[Any]:
+        "Temperature, then top-p, then top-k (transformers has it the other way round), then what else the call has."
+        kinds = (TemperatureLogitsWarper, TopPLogitsWarper, TopKLogitsWarper)
+        given = super().warpers(call)
+        temperature, top_p, top_k = ([p for p in given if isinstance(p, kind)] for kind in kinds)
+        if self.top_p is not None:
+            top_p = [TopPLogitsWarper(self.top_p)]
+        if self.top_k is not None:
+            top_k = [TopKLogitsWarper(self.top_k)] if self.top_k else []
+        return [*temperature, *top_p, *top_k, *(p for p in given if not isinstance(p, kinds))]
 
     def select(self, step: Step) -> torch.Tensor:
         # tau_i = 1 - i (1 - eps) / S; a hole stays with probability tau_{i+1} / tau_i

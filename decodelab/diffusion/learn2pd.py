@@ -41,14 +41,6 @@ class _Before:
         self.tokens = None if self.tokens is None else self.tokens[keep]
 
 
-class _Witness(LLaDA):
-    "The static decoder, which remembers its canvas."
-
-    def select(self, step: Step) -> torch.Tensor:
-        self.canvas = step.canvas
-        return super().select(step)
-
-
 @dataclass
 class InHindsight(LLaDA):
     "The oracle: whatever already agrees with the final text is filled at once; it has to be told the final text (`prepare`)."
@@ -66,13 +58,25 @@ class InHindsight(LLaDA):
     ) -> torch.Tensor:
         "Learn y*, the static decoder's text with all that stands behind its end; returns it, [batch, N]."
         if final is None:
-            witness = _Witness(**{f.name: getattr(self, f.name) for f in fields(LLaDA) if f.init})
-            witness.early_stop = witness.trace = False
             settings = {"attention_mask": attention_mask, "max_new_tokens": max_new_tokens, "do_sample": False} | settings
-            witness.generate(model, input_ids, **settings)
-            final = witness.canvas.ids[:, input_ids.shape[1] :]
+            final = self._static(model, input_ids, settings)
         self._prompt, self.final = input_ids, final
         return final
+
+    def _static(self, model: Any, input_ids: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+        # the static decoder's canvas behind the prompt; a call does not return what stands behind an end
+        seen: list[torch.Tensor] = []
+
+        class Witness(LLaDA):
+            "The static decoder, which shows its canvas."
+
+            def select(self, step: Step) -> torch.Tensor:
+                seen[:] = [step.canvas.ids]
+                return super().select(step)
+
+        witness = Witness(**{f.name: getattr(self, f.name) for f in fields(LLaDA) if f.init} | {"early_stop": False, "trace": False})
+        witness.generate(model, input_ids, **settings)
+        return seen[0][:, input_ids.shape[1] :]
 
     def check(self, call: Call) -> None:
         super().check(call)
@@ -170,6 +174,8 @@ def threshold_filter(
     steepness: float = 1000.0,  # slope of the logit (positive)
 ) -> ConfidenceFilter:
     "A filter that is a threshold on each place's own confidence: z = steepness (c - threshold) + logit(tau)."
+    if not 0 < tau < 1 or not steepness > 0:
+        raise ValueError(f"tau must lie between 0 and 1 and steepness be positive, got {tau} and {steepness}")
     made = ConfidenceFilter(FilterConfig(block_length)).eval()
     eye = torch.eye(block_length)
     for layer, weight, bias in zip(made.layers, (eye, steepness * eye), (0.0, torch.tensor(tau).logit() - steepness * threshold)):
@@ -268,6 +274,10 @@ class Learn2PD(EndOfText, LLaDA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tau != self.tau:
+            raise ValueError(f"tau must be a number, got {self.tau}")
+        if isinstance(self.filter, type) or not (self.filter is None or hasattr(self.filter, "probability")):
+            raise ValueError(f"filter must be a ConfidenceFilter, as from `load_filter`, got {self.filter!r}")
         if self.filter is None and self.tau < 1:
             raise ValueError("a filter is needed: train one (`decodelab train tasks-learn2pd`), `load_filter` it, or set tau=1")
 

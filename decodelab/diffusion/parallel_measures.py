@@ -276,31 +276,28 @@ def rouge_l(
     text: str,  # generated text
     reference: str,  # the text to come close to
 ) -> float:
-    "F1 of ROUGE-L, in [0, 1]."
-    return rouge(text, reference)["rougeL"]
+    "F1 of ROUGE-L over word stems, in [0, 1]."
+    return rouge(text, reference, stemmer=True)["rougeL"]
 
 
 def novelty(
     text: str,  # generated text
     source: str,  # the text that should not be repeated
 ) -> float:
-    "1 - BLEU of `text` against `source`, in [0, 1]; 1 for an empty text."
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # it takes a second to import
+    "1 - BLEU of `text` against `source`, in [0, 1]; 0 for an empty text."
+    from sacrebleu.metrics import BLEU  # it takes a moment to import
 
-    ours, theirs = (re.findall(r"\w+|[^\w\s]", t.lower()) for t in (text, source))
-    orders = min(4, len(ours), len(theirs))
-    if not orders:
-        return 1.0
-    bleu = sentence_bleu([theirs], ours, weights=(1 / orders,) * orders, smoothing_function=SmoothingFunction().method1)
-    return 1 - float(bleu)
+    if not text.strip():
+        return 0.0
+    return 1 - min(1.0, BLEU(tokenize="13a", smooth_method="none").corpus_score([text], [[source]]).score / 100)
 
 
 def inclusion(
     text: str,  # generated text
     words: Sequence[str],  # words that must occur
 ) -> float:
-    "1.0 when every word occurs in `text` as a substring, capitals or not; else 0.0."
-    return float(all(word.lower() in text.lower() for word in words))
+    "1.0 when every word occurs in `text` as a substring, in the same capitals; else 0.0."
+    return float(all(word in text for word in words))
 
 # %% ../../nbs/diffusion/parallel_measures.ipynb #ee5ba9b5
 def summary_score(

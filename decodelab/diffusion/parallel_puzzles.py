@@ -93,7 +93,7 @@ def parse_list(
     "The entries of the last list in `text`; None when `strict` and not exactly in the form of `write_list`."
     _, opening, rest = text.rpartition("[")
     inside, closing, _ = rest.partition("]")
-    items = [entry.strip().strip("\"'").strip() for entry in inside.split(",")] if inside.strip() else []
+    items = [item for entry in inside.split(",") if (item := entry.strip(' "'))]
     return None if strict and opening + inside + closing != write_list(items) else items
 
 # %% ../../nbs/diffusion/parallel_puzzles.ipynb #ac047af6
@@ -211,21 +211,15 @@ def latin_squares() -> tuple[tuple[tuple[int, ...], ...], ...]:
 def parse_rows(
     text: str,  # what a model wrote
     symbols: Sequence[str],  # the four symbols
-    strict: bool = False,  # whether nothing but four lines of four symbols with commas may stand there
 ) -> list[list[str]]:
-    "Up to four rows: the first four lines with exactly the right set of symbols; none when `strict` and the form is not exact."
-    lines = [line.strip() for line in text.strip().splitlines()]
-    rows = [[cell.strip() for cell in line.split(",")] for line in lines]
-    if strict and ([",".join(row) for row in rows] != lines or len(lines) != len(symbols)):
-        return []
+    "Up to four rows: the first four lines with exactly the right set of symbols."
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
     return [row for row in rows if set(row) == set(symbols)][: len(symbols)]
 
 # %% ../../nbs/diffusion/parallel_puzzles.ipynb #9b2c5728
 @dataclass(frozen=True)
 class LatinSquareTask(BenchTask):
     "Write any Latin square of four given symbols, after one worked example."
-
-    strict: bool = False  # whether the form must be exact
 
     @property
     def name(self) -> str:
@@ -250,7 +244,7 @@ class LatinSquareTask(BenchTask):
     def score(self, example: Example, output: str) -> float:
         "1.0 when the rows form a Latin square, else 0.0."
         letters = example.meta["letters"]
-        rows = parse_rows(output, letters, self.strict)
+        rows = parse_rows(output, letters)
         whole = len(rows) == 4 and all(len(row) == 4 for row in rows)
         return float(whole and all(set(column) == set(letters) for column in zip(*rows)))
 
@@ -260,7 +254,7 @@ class GridSudokuTask(BenchTask):
     "Fill a 4x4 sudoku with twelve givens, after one worked example."
 
     clues: int = 12  # givens (5 to 15)
-    strict: bool = False  # whether nothing but four lines of four digits may stand there
+    strict: bool = False  # whether nothing but four lines of four digits may stand there, blank ones aside
 
     def __post_init__(self) -> None:
         if not 5 <= self.clues <= 15:
@@ -287,8 +281,8 @@ class GridSudokuTask(BenchTask):
         return {"sudoku": given["sudoku"]}, answer
 
     def score(self, example: Example, output: str) -> float:
-        "1.0 when the first four lines of four digits are the solution, else 0.0."
-        if self.strict:
-            return float(output.strip() == example.answer)
-        rows = ["".join(re.findall(r"\d", line)) for line in output.splitlines()]
-        return float([row for row in rows if len(row) == 4][:4] == example.answer.splitlines())
+        "1.0 when the lines of four digits are the solution, no more and no fewer, else 0.0."
+        lines = [line for line in output.strip().splitlines() if line.strip()]
+        digits = ["".join(re.findall(r"\d", line)) for line in lines]
+        rows = lines if self.strict else [row for row in digits if len(row) == 4]
+        return float(rows == example.answer.splitlines())

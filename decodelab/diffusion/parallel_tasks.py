@@ -241,7 +241,7 @@ def bench_task(
     task = BENCH_TASKS[name]
     known = [field.name for field in fields(task)]
     if not options.keys() <= set(known):
-        raise ValueError(f"{name} has no option {', '.join(sorted(options.keys() - set(known)))}; it has {', '.join(known)}")
+        raise ValueError(f"{name} has no option {', '.join(sorted(options.keys() - set(known)))}; it has {', '.join(known) or 'none'}")
     return replace(task, **options)
 
 # %% ../../nbs/diffusion/parallel_tasks.ipynb #320f06a8

@@ -17,7 +17,7 @@ from ..core.warp import confidence, probabilities
 from .canvas import Canvas
 
 # %% auto #0
-__all__ = ['SCORES', 'ORDERS', 'schedule', 'top', 'Step', 'law_score', 'order_score']
+__all__ = ['SCORES', 'ORDERS', 'schedule', 'top', 'Step', 'without_best', 'law_score', 'order_score']
 
 # %% ../../nbs/diffusion/step.ipynb #c3244415
 def schedule(
@@ -120,12 +120,24 @@ SCORES = ("entropy", "max_prob")
 ORDERS = ("low_confidence", "random", "margin", "entropy", "left_to_right")
 
 
+def without_best(
+    p: torch.Tensor,  # laws, [..., vocab]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "Each law with 0 for its best token [..., vocab], and what is left: one minus the largest probability with all digits, [...]."
+    others = p.scatter(-1, p.argmax(-1, keepdim=True), 0.0)
+    left = others.sum(-1)
+    return others, left if left.device.type == "mps" else left.double()
+
+
 def law_score(
     p: torch.Tensor,  # laws, [..., vocab]
     score: str = "entropy",  # one of `SCORES`
 ) -> torch.Tensor:
     "How sure a law is, higher is surer: minus its entropy in nats (with 1e-10 in the logarithm, as in Dream), or its largest probability, [...]."
-    return p.amax(-1) if score == "max_prob" else p.add(1e-10).log_().mul_(p).sum(-1)
+    others, left = without_best(p)
+    if score == "max_prob":
+        return 1 - left
+    return torch.special.xlog1py(1 - left, 1e-10 - left) + others.add(1e-10).log_().mul_(others).sum(-1)
 
 
 def order_score(
