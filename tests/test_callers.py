@@ -167,7 +167,9 @@ def test_prefix_functions_see_real_prefixes_only(name, llama, padded):
 def test_typical_acceptance_refuses_processors_with_a_memory(llama):
     decoder = PromptLookup(lossy=TypicalAcceptance())
     with pytest.raises(ValueError, match="typical acceptance asks the processors about several texts at once"):
-        decoder.generate(llama, torch.tensor([[5, 6]]), do_sample=True, max_new_tokens=4, logits_processor=LogitsProcessorList([Remembers()]))
+        decoder.generate(
+            llama, torch.tensor([[5, 6]]), do_sample=True, max_new_tokens=4, logits_processor=LogitsProcessorList([Remembers()])
+        )
 
 
 # caches and forward arguments
@@ -433,4 +435,3 @@ def test_decoders_can_be_copied(llama):
         decoder = copy.deepcopy(make(name, llama))
         prompt = torch.tensor([[5, 6, 7]])
         assert decoder.generate(llama, prompt, **GREEDY).sequences.equal(make(name, llama).generate(llama, prompt, **GREEDY).sequences)
-

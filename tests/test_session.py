@@ -5,8 +5,16 @@ import torch
 from conftest import VOCAB, left_pad, random_prompts, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Llama4ForCausalLM, Llama4TextConfig, MistralConfig, MistralForCausalLM
-from transformers import DynamicCache, StaticCache
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
 
 from decodelab.core.session import Session
 from decodelab.core.tree import Tree
@@ -368,7 +376,9 @@ def test_close_lets_go(model):
 
 
 def test_what_is_refused(model):
-    with pytest.raises(ValueError, match="a cache with Static.* cannot be rolled back: leave out cache_implementation, or pass a plain DynamicCache"):
+    with pytest.raises(
+        ValueError, match="a cache with Static.* cannot be rolled back: leave out cache_implementation, or pass a plain DynamicCache"
+    ):
         Session(model, cache=StaticCache(config=model.config, max_cache_len=16))
     session = Session(model)
     session.prefill(torch.tensor([[4, 5, 6]]))

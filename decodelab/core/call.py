@@ -104,7 +104,9 @@ class _Ends:
         self.asked = StoppingCriteriaList(c for c in criteria if type(c) not in own)
         lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
         self.budget = (min(lengths) if lengths else int(config.max_length)) - prompt.shape[1]
-        self.eos: tuple[int, ...] = tuple(t for c in criteria if type(c) is EosTokenCriteria for t in torch.as_tensor(c.eos_token_id).flatten().tolist())
+        self.eos: tuple[int, ...] = tuple(
+            t for c in criteria if type(c) is EosTokenCriteria for t in torch.as_tensor(c.eos_token_id).flatten().tolist()
+        )
         self.at: list[int | None] = [None] * len(prompt)  # new tokens of each finished row
         self.judged = 0  # columns that the criteria have seen
 

@@ -89,7 +89,11 @@ def local_layers(
 ) -> Local | None:
     "Layer types and what they see; None when all layers see the whole text."
     kinds, arguments = get_layer_types_and_kwargs(text_config(model))
-    local = {kind: (_WINDOWS[kind], more["sliding_window"]) if _WINDOWS[kind] else None for kind, more in zip(kinds, arguments) if kind in _WINDOWS}
+    local = {
+        kind: (_WINDOWS[kind], more["sliding_window"]) if _WINDOWS[kind] else None
+        for kind, more in zip(kinds, arguments)
+        if kind in _WINDOWS
+    }
     return local if any(local.values()) else None  # type: ignore[return-value]
 
 # %% ../../nbs/core/capability.ipynb #a9dce9dd
@@ -155,7 +159,7 @@ def abilities(
 ) -> Abilities:
     "What `model` allows, by its structure alone; `tree_error` stays None where only a trial can tell."
     inner = executed(model)
-    accepts = forward_arguments(type(inner))
+    accepts = forward_arguments(type(inner))  # type: ignore[arg-type]
     # another attention implementation, number type or learnt prompt is another model
     step = getattr(inner.prepare_inputs_for_generation, "__func__", None)
     kind = inner.device.type if inner.device.type != "meta" else "cpu"

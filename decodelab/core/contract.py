@@ -68,7 +68,7 @@ def type_words(
         return f"a list ({type_words(arguments[0])} each)"
     if origin is collections.abc.Mapping:
         return "a dictionary"
-    return _WORDS.get(kind) or getattr(kind, "__name__", str(kind))
+    return str(_WORDS.get(kind) or getattr(kind, "__name__", kind))
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def field_types(
     except NameError:  # a class made inside a function, with types that only the function knows
         hints = {}
     given = [f for f in fields(cls) if f.init]
-    return {f.name: hints.get(f.name, Any) for f in sorted(given, key=lambda f: f.kw_only)}
+    return {f.name: hints.get(f.name, Any) for f in sorted(given, key=lambda f: bool(f.kw_only))}
 
 # %% ../../nbs/core/contract.ipynb #5903498a
 def _lost_streamer() -> Any:
@@ -106,7 +106,7 @@ class Decoder:
         "Refuses unknown hyper-parameters with a list of the known ones, and values of the wrong type."
         if "logits_processor" in kwargs and "stopping_criteria" in kwargs:
             raise TypeError(f"custom_generate got the class {cls.__name__}: pass a decoder, custom_generate={cls.__name__}()")
-        known = field_types(cls)
+        known = field_types(cls)  # type: ignore[arg-type]
         for name, value in (dict(zip(known, args)) | kwargs).items():
             if name not in known:
                 raise TypeError(f"{cls.__name__} has no hyper-parameter {name!r}; it has: {', '.join(known)}")

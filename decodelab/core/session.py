@@ -15,7 +15,17 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .capability import TRIAL, abilities, agree, context_length, executed, forward_arguments, path_logits, require_tree, rope_change
+from decodelab.core.capability import (
+    TRIAL,
+    abilities,
+    agree,
+    context_length,
+    executed,
+    forward_arguments,
+    path_logits,
+    require_tree,
+    rope_change,
+)
 from .capability import trial_tokens
 from .output import DecodeStats
 from .slots import CompiledForward, Slots, bucket, padded_size
@@ -82,7 +92,7 @@ class Session:
         self.model, self.stats = model, stats or DecodeStats()
         self.extra = _checked_arguments(forward_kwargs)
         self.cache: Any = _own_cache(cache)
-        self.accepts = forward_arguments(type(executed(model)))
+        self.accepts = forward_arguments(type(executed(model)))  # type: ignore[arg-type]
         padded = attention_mask is not None and not bool(attention_mask.all())
         self.prompt_mask = attention_mask.bool() if padded and attention_mask is not None else None
         self.valid: torch.Tensor | None = None
