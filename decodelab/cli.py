@@ -22,7 +22,7 @@ from .cli_generate import generate
 from .cli_measure import bench, demo
 from .reading import decoder_files, function_kinds, typed_settings
 from .shell import JsonOption, LabGroup, SetOption, check_folder, decoder_settings, emit_json, make_decoder
-from .shell import parse_settings, say, show_table
+from .shell import say, show_table
 
 # %% auto #0
 __all__ = ['app', 'full_experiments']
@@ -97,18 +97,15 @@ def _recipes() -> dict[str, tuple[Any, Callable[..., dict[str, Any]]]]:
     }
 
 
-def _recipe(name: str, settings: Mapping[str, Any]) -> tuple[Any, Callable[..., dict[str, Any]]]:
-    from dataclasses import fields, replace
+def _recipe(name: str, texts: Iterable[str], steps: int | None = None) -> tuple[Any, Callable[..., dict[str, Any]]]:
+    from dataclasses import replace
 
     recipes = _recipes()
     if name not in recipes:
         raise ValueError(f"unknown recipe {name!r}: use one of {', '.join(recipes)}")
     recipe, train = recipes[name]
-    known = [f.name for f in fields(recipe)]
-    unknown = [n for n in settings if n not in known]
-    if unknown:
-        raise ValueError(f"recipe {name} has no such setting: {', '.join(unknown)}; it has {', '.join(known)}")
-    return replace(recipe, **settings), train
+    settings = typed_settings(recipe, texts, f"recipe {name}")
+    return replace(recipe, **settings | ({"steps": steps} if steps else {})), train
 
 
 @app.command("train")
@@ -126,7 +123,7 @@ def _train(
         raise ValueError("training needs more packages: pip install 'decodelab[train]'")
     if data_dir is not None:
         os.environ["DECODELAB_DATA"] = str(data_dir)
-    plan, train = _recipe(recipe, parse_settings(settings) | ({"steps": steps} if steps else {}))
+    plan, train = _recipe(recipe, settings or (), steps)
     if tokenizer and train is not _train_language_model:
         raise ValueError(f"{recipe} has the tokenizer of the model it starts from: leave out --tokenizer")
     folder = out or Path("runs") / recipe

@@ -916,7 +916,7 @@ def test_train_masked_models(recipe, tmp_path, monkeypatch):
 
 def test_train_refuses(tmp_path, monkeypatch):
     assert "unknown recipe 'tails'" in refused("train", "tails")
-    assert "no such setting" in refused("train", "tales", "--set", "magic=1")
+    assert "recipe tales has no setting 'magic'; it has: name" in refused("train", "tales", "--set", "magic=1")
     assert "must be a multiple of heads" in refused("train", "tales", "--set", "heads=7")
     assert "tales" in refused("train", "tales", "--data-dir", tmp_path / "empty")
     assert "leave out --tokenizer" in refused("train", "tasks-mdm", "--tokenizer", "tales")

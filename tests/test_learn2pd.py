@@ -986,10 +986,10 @@ def test_recipes_and_cards_say_what_is_wrong(tmp_path, wide, tokenizer, recipe):
 def test_command_line_knows_the_recipe(monkeypatch, tmp_path):
     from decodelab.cli import _recipe, _train_filter
 
-    recipe, train = _recipe("tasks-learn2pd", {"depth": 1, "cuts": False})
+    recipe, train = _recipe("tasks-learn2pd", ["depth=1", "cuts=false"])
     assert (recipe, train) == (FilterRecipe(depth=1, cuts=False), _train_filter)
-    with pytest.raises(ValueError, match="recipe tasks-learn2pd has no such setting"):
-        _recipe("tasks-learn2pd", {"tau": 1.0})
+    with pytest.raises(ValueError, match="recipe tasks-learn2pd has no setting 'tau'"):
+        _recipe("tasks-learn2pd", ["tau=1.0"])
     done = []
     monkeypatch.setattr(training, "train_filter", lambda plan, folder: done.append((plan, folder)) or {"parameters": 40})
     monkeypatch.setattr(training, "filter_card", done.append)

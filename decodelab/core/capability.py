@@ -130,7 +130,9 @@ def agree(
     tree: torch.Tensor,  # logits of the tree, [..., vocab]
     paths: torch.Tensor,  # logits of its paths, [..., vocab]
 ) -> bool:
-    "Whether they differ by no more than the rounding of their number type, measured against the spread of the logits."
+    "Whether they differ by no more than the rounding of their number type, measured against the spread of the logits; `FloatingPointError` for NaN."
+    if bool(tree.isnan().any()) or bool(paths.isnan().any()):
+        raise FloatingPointError("the model returned NaN logits")
     digits, tree, paths = torch.finfo(tree.dtype).eps, tree.double(), paths.double()
     finite = torch.where(paths.isfinite(), paths, torch.nan)  # some models forbid tokens by a logit of -inf
     spread = (finite - finite.nanmean(-1, keepdim=True)).square().nanmean(-1, keepdim=True).sqrt().clamp_min(1e-6)
@@ -220,7 +222,10 @@ def require_tree(
     found = abilities(model)
     with _LOCK:
         if found.tree_error is None:
-            found.tree_error = _tried(executed(model), trial)
+            try:
+                found.tree_error = _tried(executed(model), trial)
+            except FloatingPointError:  # the call itself will say so; nothing was learnt about the model
+                return found
     if found.tree_error:
         raise ValueError(
             f"{what}{type(executed(model)).__name__} {found.tree_error}, so several draft tokens cannot be verified in one forward pass: "
