@@ -347,7 +347,9 @@ class LLaDA(Unmasker):
 
     remasking: str = field(default="low_confidence", kw_only=True)  # order: one of `ORDERS`
     suppress_eos_logits: bool = field(default=False, kw_only=True)  # never propose an end of sequence
-    suppress_eos_confidence: bool = field(default=False, kw_only=True)  # commit proposed ends last; other tokens' confidence leaves ends out
+    suppress_eos_confidence: bool = field(
+        default=False, kw_only=True
+    )  # commit proposed ends last; other tokens' confidence leaves ends out
 
     def __post_init__(self) -> None:
         super().__post_init__()

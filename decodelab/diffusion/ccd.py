@@ -367,7 +367,14 @@ class TrapDenoiser(PreTrainedModel, GenerationMixin):
         early: bool = False,  # whether A is sure from the first pass on, or only once a filler is visible
         fillers: int = 5,  # filler places (at least 1)
     ):
-        config = {"vocab_size": 12, "num_hidden_layers": 0, "mask_token_id": 0, "eos_token_id": None, "pad_token_id": None, "is_causal": False}
+        config = {
+            "vocab_size": 12,
+            "num_hidden_layers": 0,
+            "mask_token_id": 0,
+            "eos_token_id": None,
+            "pad_token_id": None,
+            "is_causal": False,
+        }
         super().__init__(PreTrainedConfig(**config, max_position_embeddings=64))  # type: ignore[arg-type, call-arg]
         self.early, self.places = early, self.FIRST + fillers
         self.embed = torch.nn.Embedding(12, 1).requires_grad_(False)  # tells size and device

@@ -113,7 +113,9 @@ class Dream(Unmasker):
     )  # temperature of the choice of places (positive); the best ones when None or 0
     eps: float = field(default=1e-3, kw_only=True)  # time at the end of the grid (0 to 1, without 1)
     top_p: float | None = field(default=None, kw_only=True)  # filter of the law, also at T = 0 (above 0, at most 1); the call's when None
-    top_k: int | None = field(default=None, kw_only=True)  # filter behind top_p, also at T = 0 (not negative; 0: none); the call's when None
+    top_k: int | None = field(
+        default=None, kw_only=True
+    )  # filter behind top_p, also at T = 0 (not negative; 0: none); the call's when None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -183,7 +183,13 @@ class IdealDenoiser(PreTrainedModel, GenerationMixin):
         size = vocab_size if vocab_size is not None else int(law.strings.max()) + 3  # type: ignore[union-attr]
         mask = size - 2 if mask_token_id is None else mask_token_id
         settings: dict[str, Any] = {"vocab_size": size, "num_hidden_layers": 0, "max_position_embeddings": max_position_embeddings}
-        settings |= {"mask_token_id": mask, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id, "bos_token_id": None, "is_causal": False}
+        settings |= {
+            "mask_token_id": mask,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "bos_token_id": None,
+            "is_causal": False,
+        }
         super().__init__(PreTrainedConfig(**settings))
         self.separator, self.ties = size - 1 if separator is None else separator, ties
         self.law_of = lru_cache(maxsize=64)(law) if not isinstance(law, Law) else lambda prompt: law
