@@ -12,15 +12,15 @@ CHECKS := export-check lint workflows types unit wheel docs-check notebooks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lab docs bench gpu dist hooks readme clean $(CHECKS)
+.PHONY: help demo test lab docs bench gpu slow dist hooks readme clean same-python $(CHECKS)
 
 help:  ## this table
 	@printf '\n  decodelab: a literate laboratory of decoding methods\n\n'
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
-	@printf '\n  Variables: PYTHON=python3.12   TORCH_INDEX=<index of torch wheels>   DECODELAB_DATA=<folder>   DECODELAB_PROFILE=tiny|gpu|paper\n\n'
+	@printf '\n  Variables: PYTHON=python3.12   TORCH_INDEX=<index of torch wheels>   DECODELAB_DATA=<folder>   DECODELAB_PROFILE=tiny|gpu|paper\n             CHROMIUM=<browser that opens the site>\n\n'
 
 # The environment, in two layers: what decodelab needs, and what working on it needs. A layer is renewed when a requirement changed.
-$(BASE): pyproject.toml constraints.txt
+$(BASE): pyproject.toml constraints.txt | same-python
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "decodelab needs Python 3.11 or newer: make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing torch (some minutes the first time) ...'
@@ -28,6 +28,12 @@ $(BASE): pyproject.toml constraints.txt
 	@echo 'installing decodelab ...'
 	@$(PIP) -e .
 	@touch $@
+
+same-python:
+ifneq ($(origin PYTHON), file)  # a Python was named: the environment must have it
+	@test ! -x $(BIN)/python || test "$$($(BIN)/python -V)" = "$$($(PYTHON) -V)" || \
+	  { echo "$(VENV) has $$($(BIN)/python -V): remove that folder to use $$($(PYTHON) -V)"; exit 1; }
+endif
 
 $(DEV): $(BASE)
 	@echo 'installing the laboratory: Jupyter, docs, tests ...'
@@ -38,7 +44,7 @@ demo: $(BASE)  ## see a decoder work, in a minute
 	@$(BIN)/decodelab demo
 
 lab: $(DEV)  ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab nbs
+	@$(BIN)/jupyter lab nbs $$(test "$$(id -u)" != 0 || echo --allow-root)  # root, as in most containers: Jupyter wants to be told
 
 docs: $(DEV)  ## build the documentation into _site/
 	@$(BIN)/python docs/build.py
@@ -59,11 +65,12 @@ export-check: $(DEV)  ## modules are what the notebooks export, notebooks are cl
 lint: $(DEV)  ## ruff: lint and format, notebooks included
 workflows: $(DEV)  ## workflows, forms and citation are valid; zizmor finds nothing
 types: $(DEV)  ## mypy
-unit: $(DEV)  ## pytest, two processes
+unit: $(DEV)  ## pytest, two processes; a test that takes over five minutes fails
 wheel: $(DEV)  ## build the wheel and use it from a clean environment
 docs-check: $(DEV)  ## build the site without a warning and open it in a browser
 notebooks: $(DEV)  ## run every notebook in profile tiny, without data and with data
-$(CHECKS):
+slow: $(DEV)  ## the long tests, not part of `make test`: run nightly
+$(CHECKS) slow:
 	@$(BIN)/python tools/check.py $@
 
 dist: $(DEV)  ## source distribution and wheel into dist/

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from .shell import DraftOption, JsonOption, MethodOption, ModelOption, PromptsOption, SeedOption, SetOption
-from .shell import LabGroup, ThreadsOption, TokensOption, check_place, emit_json, load_for
-from .shell import make_decoder, parse_settings, say, show_table, waiting
+from .cli_generate import generate
+from .cli_measure import bench, demo
+from .reading import decoder_files, function_kinds, typed_settings
+from .shell import JsonOption, LabGroup, SetOption, check_folder, decoder_settings, emit_json, make_decoder
+from .shell import parse_settings, say, show_table
 
 # %% auto #0
 __all__ = ['app', 'full_experiments']
@@ -32,6 +33,9 @@ app = typer.Typer(
 )
 _export_app = typer.Typer(no_args_is_help=True, help="Write a decoder for others to use.")
 app.add_typer(_export_app, name="export")
+app.command("generate")(generate)
+app.command("demo")(demo)
+app.command("bench")(bench)
 
 
 def _version(wanted: bool) -> None:
@@ -56,12 +60,13 @@ def _methods(
     as_json: JsonOption = False,
 ) -> None:
     "List all decoders."
+    families = sorted({path.parent.name for path in decoder_files().values()})
+    if family and family not in families:
+        raise ValueError(f"unknown family {family!r}: use one of {', '.join(families)}")
     from dataclasses import fields
 
-    from decodelab.core.contract import FAMILIES, decoders
+    from decodelab.core.contract import decoders
 
-    if family and family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}: use one of {', '.join(FAMILIES)}")
     found = [m for m in decoders().values() if family in ("", m.family)]
     if as_json:
         facts = ("name", "family", "paper", "url", "year", "notebook", "lossless", "needs_training", "samples")
@@ -75,258 +80,6 @@ def _methods(
             for m in found
         ]
     )
-
-# %% ../nbs/cli.ipynb #7f449991
-def _sampling(sample: bool, temperature: float | None, top_k: int | None, top_p: float | None) -> dict[str, Any]:
-    given = {k: v for k, v in {"temperature": temperature, "top_k": top_k, "top_p": top_p}.items() if v is not None}
-    return {"do_sample": sample or bool(given), **given}
-
-
-def _read(prompt: str) -> str:
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text.strip():
-        raise ValueError("empty prompt: give some text to continue")
-    return text
-
-
-def _outcome(out: Any, tokenizer: Any) -> dict[str, Any]:
-    bill = ("new_tokens", "target_forwards", "draft_forwards", "tokens_per_forward", "seconds")
-    stats = {n: getattr(out.stats, n) for n in bill}
-    return {"interrupted": False, "text": out.text(tokenizer)[0], "tokens": out.continuations[0].tolist(), "stats": stats}
-
-
-def _role(method: str) -> str:
-    # the kind of model that a method decodes
-    from decodelab.core.contract import decoders
-
-    known = decoders()
-    return "diffusion" if method in known and known[method].family == "diffusion" else "target"
-
-
-def _check_kind(lm: Any, role: str, model: str) -> None:
-    # the other way round, `mask_token` says what is missing
-    if role == "target" and getattr(lm.config, "shift_logits", False):
-        raise ValueError(f"{model} fills holes: choose a decoder of `decodelab methods --family diffusion`, or another model")
-
-
-@app.command("generate")
-def _generate(
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
-    method: Annotated[str, typer.Option("--method", "-m", help="Decoder, see `decodelab methods`.")] = "autoregressive",
-    model: ModelOption = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation in tokens.")] = 128,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample; on when one of the next three is given.")] = False,
-    temperature: Annotated[float | None, typer.Option(help="Temperature (above 0).")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the smallest set of this probability (0 to 1).")] = None,
-    seed: SeedOption = 0,
-    settings: SetOption = None,
-    stream: Annotated[bool, typer.Option(help="Show the text as it comes.")] = True,
-    trace: Annotated[Path | None, typer.Option(help="Write a page that shows how the tokens came about.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    "Continue a text with any decoder."
-    text = _read(prompt)
-    if trace:
-        check_place(trace)
-    wanted = parse_settings(settings) | ({"trace": True} if trace else {})
-    role = _role(method)
-    _, lm, tokenizer = load_for(model, role, seed=seed)
-    _check_kind(lm, role, model)
-    from decodelab.demo import TextKeeper
-    from decodelab.demo_page import trace_page
-
-    decoder = make_decoder(method, wanted, lm)
-    keeper = TextKeeper(tokenizer, show=stream and not as_json)
-    inputs = tokenizer(text, return_tensors="pt").to(lm.device)
-    call = {"max_new_tokens": max_new_tokens, "tokenizer": tokenizer, "streamer": keeper, **_sampling(sample, temperature, top_k, top_p)}
-    result: dict[str, Any] = {"prompt": text, "method": method, "hyper_parameters": wanted, "seed": seed, "interrupted": True}
-    try:
-        out = decoder.generate(lm, input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **call)
-    except KeyboardInterrupt:
-        _finish_text(keeper, result | {"text": keeper.text}, as_json)
-        raise
-    _finish_text(keeper, result | _outcome(out, tokenizer), as_json)
-    if trace:
-        trace.write_text(trace_page(text, out, method), encoding="utf-8")
-        say(f"written: {trace}")
-    if not as_json:
-        say(str(out.stats))
-
-
-def _finish_text(keeper: Any, result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        emit_json(result)
-    elif not keeper.show:
-        typer.echo(result["text"])
-
-# %% ../nbs/cli.ipynb #8365f49a
-def _line_up(model: str, draft: str, names: list[str] | None, prompts: int, tokens: int, threads: int, seed: int) -> tuple[Any, ...]:
-    # everything that demo and bench share: lab, model, tokenizer, prompts as text, and the methods that can run them
-    with waiting("loading torch and the models ..."):
-        lab, lm, tokenizer = load_for(model, "target", threads, seed)
-        _, drafter, _ = load_for(draft, "draft", seed=seed)
-        from decodelab.core.openings import tale_prompts
-        from decodelab.demo import line_up
-
-        texts = tale_prompts(prompts, seed)
-    with waiting("trying every decoder once ..."):
-        return lab, lm, tokenizer, texts, line_up(lm, tokenizer, drafter, texts, names or (), tokens)
-
-
-@app.command("demo")
-def _demo(
-    model: ModelOption = "",
-    draft: DraftOption = "",
-    methods: MethodOption = None,
-    prompts: PromptsOption = 3,
-    tokens: TokensOption = 64,
-    seconds: Annotated[
-        float, typer.Option(min=1, help="Begin no further prompt after this time; masked decoders get two fifths of it besides.")
-    ] = 25,
-    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("demo.html"),
-    threads: ThreadsOption = 1,
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    "See every decoder beside transformers' own methods, in under a minute."
-    check_place(out)
-    _, lm, tokenizer, texts, line = _line_up(model, draft, methods, prompts, tokens, threads, seed)
-    from decodelab.demo import demo_rows, measure_in_turns, traced_calls
-    from decodelab.demo_page import comparison_page
-
-    if not as_json and line.ready:
-        _live(line, lm, tokenizer, texts[0], tokens)
-    with waiting("taking turns ..."):
-        result = measure_in_turns(line.methods, line.prompts, seconds=seconds, seed=seed, **line.ends)
-    rows, interrupted = demo_rows(result, tokenizer), result.provenance["interrupted"]
-    traces = {} if interrupted else traced_calls(line.ready, lm, tokenizer, line.prompts[0], tokens)
-    masked, interrupted = (None, True) if interrupted else _masked(line.left_out, methods or (), seconds, threads, seed)
-    out.write_text(comparison_page(texts[0], rows, traces, tokenizer, result.provenance, line.left_out, masked), encoding="utf-8")
-    if as_json:
-        facts = {"rows": rows, "masked": masked[1] if masked else [], "left_out": line.left_out}
-        emit_json({**facts, "page": out, "provenance": result.provenance})
-    else:
-        _show_measured(rows, line.left_out, masked)
-    say(f"written: {out}")
-    if interrupted:
-        raise KeyboardInterrupt
-
-
-def _masked(
-    left_out: dict[str, str], names: Iterable[str], seconds: float, threads: int, seed: int
-) -> tuple[tuple[str, list[Any]] | None, bool]:
-    # first question and rows of the masked decoders, or None; whether Ctrl-C came; what is shown is no longer left out
-    from decodelab.core.contract import decoders
-    from decodelab.demo import masked_decoders, masked_rows
-    from decodelab.diffusion.measure import POLICIES
-
-    wanted = [n for n in names or decoders() if decoders()[n].family == "diffusion"]
-    if not wanted:
-        return None, False
-    try:
-        _, lm, tokenizer = load_for("", "diffusion_tasks", threads, seed)
-        methods, refused = masked_decoders(lm, wanted)
-    except (ValueError, FileNotFoundError) as error:
-        left_out |= dict.fromkeys(wanted, f"needs a masked model: {error}")
-        return None, False
-    shown = {POLICIES[policy][0] for policy in methods}
-    for name in wanted:
-        if name in shown and name not in refused:
-            left_out.pop(name, None)
-    left_out |= refused
-    try:
-        with waiting("filling holes ..."):
-            return (masked_rows(methods, lm, tokenizer, seconds=0.4 * seconds, seed=seed) if methods else None), False
-    except KeyboardInterrupt:
-        return None, True
-
-
-def _live(line: Any, lm: Any, tokenizer: Any, text: str, tokens: int) -> None:
-    from decodelab.demo import TextKeeper
-
-    name = "token_recycling" if "token_recycling" in line.ready else next(iter(line.ready))
-    Console(highlight=False, force_jupyter=False).print(f"[bold]{name}[/bold], live: [dim]{text}[/dim]", end="")
-    line.ready[name].generate(lm, **line.prompts[0], max_new_tokens=tokens, do_sample=False, streamer=TextKeeper(tokenizer))
-    typer.echo("")
-
-
-def _show_measured(rows: list[Any], left_out: Mapping[str, str], masked: tuple[str, list[Any]] | None = None) -> None:
-    lines = [
-        {
-            "method": row.name.replace("(transformers)", "(hf)"),
-            "tok/s": round(row.tokens_per_second),
-            "ratio": row.ratio,
-            "tok/fwd": row.tokens_per_forward,
-            "diversity": row.diversity,
-            "= greedy": f"{row.identical:.0%}",
-            "lossless": row.lossless,
-        }
-        for row in rows
-    ]
-    show_table(lines, "hf: transformers' own; ratio: speed relative to its greedy search, in turns")
-    if masked:
-        holes = [
-            {
-                "masked decoder": row.name,
-                "right": f"{row.right} of {row.asked}",
-                "passes": row.passes,
-                "tok/fwd": row.tokens_per_forward,
-                "ratio": row.ratio,
-            }
-            for row in masked[1]
-        ]
-        show_table(holes, "questions about lists; ratio: speed relative to one hole a pass")
-    for name, why in left_out.items():
-        say(f"left out: {name}: {why}")
-
-# %% ../nbs/cli.ipynb #3631a71e
-@app.command("bench")
-def _bench(
-    model: ModelOption = "",
-    draft: DraftOption = "",
-    methods: MethodOption = None,
-    prompts: PromptsOption = 8,
-    tokens: TokensOption = 128,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds a prompt.")] = 3,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results; data/results/<profile> when left out.")] = None,
-    threads: ThreadsOption = 0,
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    "Measure decoders in turns with transformers' own methods."
-    from decodelab.core.claims import results_folder
-
-    if out is not None and out.is_file():
-        raise ValueError(f"{out} is a file: name a folder for the results")
-    lab, _, tokenizer, _, line = _line_up(model, draft, methods, prompts, tokens, threads, seed)
-    from decodelab.demo import demo_rows, measure_in_turns
-
-    with waiting("taking turns ...") as status:
-        result = measure_in_turns(
-            line.methods, line.prompts, repeats=repeats, seed=seed, after=lambda n: status.update(f"{n} of {prompts} prompts"), **line.ends
-        )
-    result.provenance |= {"profile": lab.profile, "model": model or lab.names["target"]}
-    kept = results_folder()
-    files = _bench_files(result, out or (kept / lab.profile if kept else None))
-    if as_json:
-        emit_json({"table": result.table().to_dict("index"), "left_out": line.left_out, "files": files, "provenance": result.provenance})
-    else:
-        _show_measured(demo_rows(result, tokenizer), line.left_out)
-    say(f"written: {', '.join(map(str, files))}" if files else "not written: there is no checkout here; name a folder with --out")
-    if result.provenance["interrupted"]:
-        raise KeyboardInterrupt
-
-
-def _bench_files(result: Any, folder: Path | None) -> list[Path]:
-    if folder is None:
-        return []
-    import matplotlib
-
-    matplotlib.use("Agg")
-    folder.mkdir(parents=True, exist_ok=True)
-    result.plot().figure.savefig(folder / "bench.png", dpi=120, bbox_inches="tight")
-    return [result.save(folder / "bench.json"), folder / "bench.png"]
 
 # %% ../nbs/cli.ipynb #3c434f44
 def _recipes() -> dict[str, tuple[Any, Callable[..., dict[str, Any]]]]:
@@ -345,16 +98,17 @@ def _recipes() -> dict[str, tuple[Any, Callable[..., dict[str, Any]]]]:
 
 
 def _recipe(name: str, settings: Mapping[str, Any]) -> tuple[Any, Callable[..., dict[str, Any]]]:
-    from dataclasses import replace
+    from dataclasses import fields, replace
 
     recipes = _recipes()
     if name not in recipes:
         raise ValueError(f"unknown recipe {name!r}: use one of {', '.join(recipes)}")
     recipe, train = recipes[name]
-    try:
-        return replace(recipe, **settings), train
-    except TypeError as error:
-        raise ValueError(f"recipe {name} has no such setting: {error}") from error
+    known = [f.name for f in fields(recipe)]
+    unknown = [n for n in settings if n not in known]
+    if unknown:
+        raise ValueError(f"recipe {name} has no such setting: {', '.join(unknown)}; it has {', '.join(known)}")
+    return replace(recipe, **settings), train
 
 
 @app.command("train")
@@ -379,12 +133,30 @@ def _train(
     try:
         figures = train(plan, folder, **({"tokenizer": tokenizer} if tokenizer else {}))
     except KeyboardInterrupt:
-        say(f"stopped: checkpoints are in {folder / 'run'}; the same command goes on from the last one")
+        _train_stopped(folder / "run", as_json)
         raise
     if as_json:
         emit_json(figures)
     else:
         show_table([{k: v for k, v in figures.items() if isinstance(v, (int, float))}], f"{recipe} in {folder}")
+
+
+def _train_stopped(run: Path, as_json: bool) -> None:
+    # what a stopped run has reached
+    from decodelab.training.checkpoints import run_progress
+
+    kept = run_progress(run)
+    if kept is None:
+        say("stopped before the first checkpoint: the same command begins again")
+    else:
+        say(f"stopped: the checkpoint of step {kept['step']} of {kept['planned_steps']} is in {run}; the same command goes on from there")
+    if as_json:
+        emit_json({"interrupted": True} | (kept or {"step": 0, "planned_steps": None, "curve": []}))
+    elif kept:
+        rows: dict[int, dict[str, Any]] = {}
+        for point in kept["curve"]:
+            rows.setdefault(point["step"], {}).update(point)
+        show_table([{"step": n, "loss": row.get("loss"), "held-out loss": row.get("eval_loss")} for n, row in rows.items()][-8:])
 
 
 def _train_language_model(plan: Any, folder: Path, tokenizer: str = "") -> dict[str, Any]:
@@ -429,7 +201,13 @@ def _tokenizer(name: str) -> Any:
 
     from decodelab.core.zoo import zoo_path
 
-    return AutoTokenizer.from_pretrained(name if Path(name).is_dir() else zoo_path(name), trust_remote_code=False)
+    place = Path(name) if Path(name).is_dir() else zoo_path(name)
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{place} holds no tokenizer that transformers can read: save one there with `tokenizer.save_pretrained`"
+        ) from error
 
 # %% ../nbs/cli.ipynb #9d731aee
 @app.command("lab")
@@ -498,26 +276,33 @@ def _experiment(
     "Run the full experiment of a notebook and store its result."
     from importlib import import_module
 
-    from decodelab.core.claims import store_result
+    from decodelab.core.claims import results_folder, store_result
     from decodelab.core.provenance import provenance
 
     found = full_experiments()
     known = f"notebooks with an experiment: {', '.join(found) or 'none yet'}"
     if not re.fullmatch(r"[a-z0-9_]+/[a-z0-9_]+", name) or find_spec(f"decodelab.{name.split('/')[0]}") is None:
         raise ValueError(f"unknown notebook {name!r}; {known}")
-    module = f"decodelab.{name.replace('/', '.')}"
-    run = getattr(import_module(module), "experiment", None) if find_spec(module) else None
-    if run is None:
+    place = find_spec(f"decodelab.{name.replace('/', '.')}")
+    kinds = function_kinds(Path(place.origin), "experiment") if place and place.origin else None
+    if place is None or kinds is None:
         raise ValueError(f"{name} has no experiment; {known}")
+    given = typed_settings(kinds, settings, f"the experiment of {name}")
     conditions = provenance()
     if not allow_dirty and (conditions["commit"] is None or conditions["dirty"]):
         raise ValueError("the tree has uncommitted changes, so the result could not be made again: commit first, or pass --allow-dirty")
-    result = run(**parse_settings(settings))
+    if kept := results_folder():
+        check_folder(kept)
+    result = import_module(place.name).experiment(**given)
     if not isinstance(result, dict):
         raise ValueError(f"the experiment of {name} returned {type(result).__name__}: it must return a dictionary")
-    path = store_result(f"{name}-full", result, allow_dirty=allow_dirty)
-    if as_json:
-        emit_json(result)
+    stored = False
+    try:
+        path = store_result(f"{name}-full", result, allow_dirty=allow_dirty)
+        stored = True
+    finally:  # a full disk must not take hours of work with it
+        if as_json or not stored:
+            emit_json(result)
     say(f"written: {path}" if path else "not written: results are switched off, or there is no checkout here")
 
 # %% ../nbs/cli.ipynb #674567b0
@@ -528,7 +313,11 @@ def _export_hub(
     settings: SetOption = None,
 ) -> None:
     "Write a decoder as a `custom_generate` repository of the Hugging Face hub."
-    decoder = make_decoder(name, parse_settings(settings))
+    given = decoder_settings(name, settings)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: name a folder")
+    check_folder(folder.absolute().parent)
+    decoder = make_decoder(name, given)
     from decodelab.hub import export_hub
 
     typer.echo(str(export_hub(decoder, folder)))

@@ -9,99 +9,94 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pandas as pd
 import torch
 from transformers import TextStreamer
 
-from .core.bench import BenchResult, compare, counted
+from .core.bench import BenchResult, BenchRow, counted, timed_rows
 from .core.contract import Decoder, decoders
-from .core.metrics import diversity
 from .core.output import DecodeOutput
 from .core.provenance import provenance
 from .core.tasks import TASKS
-from .demo_page import DemoRow, MaskedRow
+from .demo_page import DemoRow, DemoTable
 from .diffusion import measure
+from .prompting import encode_prompts, left_padded
+from .reading import check_decoder
 
 # %% auto #0
-__all__ = ['BASELINE', 'Methods', 'LEFT_TO_RIGHT', 'ONE_A_PASS', 'QUESTIONS', 'transformers_methods', 'ready_decoders',
-           'greedy_call', 'drop_failing', 'LineUp', 'line_up', 'measure_in_turns', 'demo_rows', 'TextKeeper',
-           'traced_calls', 'masked_decoders', 'masked_rows']
+__all__ = ['Methods', 'LEFT_TO_RIGHT', 'ONE_A_PASS', 'QUESTIONS', 'SHOWN', 'transformers_methods', 'ready_decoders',
+           'drop_failing', 'LineUp', 'line_up', 'ends_of', 'measure_in_turns', 'demo_rows', 'TextKeeper',
+           'traced_calls', 'masked_decoders', 'masked_table']
 
 # %% ../nbs/demo.ipynb #d10475e1
-BASELINE = "greedy (transformers)"  # everything is compared with this
 Methods = dict[str, Callable[[Any], DecodeOutput]]
 
 
 def transformers_methods(
     model: Any,  # target model
-    draft: Any,  # drafter for assisted generation; left out when None
-    max_new_tokens: int = 64,  # new tokens
+    draft: Any,  # draft model for assisted generation; left out when None
+    settings: Mapping[str, Any],  # arguments of `generate`: do_sample, temperature, max_new_tokens, ...
 ) -> Methods:
     "What transformers itself offers: name -> function of a tokenized prompt."
-    greedy = {"do_sample": False, "max_new_tokens": max_new_tokens}
-    settings: dict[str, dict[str, Any]] = {
-        BASELINE: greedy,
-        "sampling (transformers)": {"do_sample": True, "max_new_tokens": max_new_tokens},
-        "prompt lookup (transformers)": {**greedy, "prompt_lookup_num_tokens": 10},
-    }
+    plain = "sampling" if settings.get("do_sample") else "greedy"
+    further: dict[str, dict[str, Any]] = {plain: {}, "prompt lookup": {"prompt_lookup_num_tokens": 10}}
     if draft is not None:
-        settings["assisted (transformers)"] = {**greedy, "assistant_model": draft}
-    return {name: counted(model, s) for name, s in settings.items()}
+        further["assisted"] = {"assistant_model": draft}
+    return {f"{name} (transformers)": counted(model, {**settings, **more}) for name, more in further.items()}
 
 # %% ../nbs/demo.ipynb #dc6faa34
 LEFT_TO_RIGHT = ("sampling", "search", "speculative", "structured", "memory")  # families that decode a causal language model
 
 
+def _ready(name: str, model: Any, draft: Any) -> Decoder:
+    method = decoders()[name]
+    if draft is None or "drafter" not in method.decoder.__dataclass_fields__:
+        return method.example(model)
+    given: Any = {"drafter": draft}  # what must be trained besides comes from the example
+    return replace(method.example(model), **given) if method.needs_training else method.decoder(**given)
+
+
 def ready_decoders(
     model: Any,  # target model
     names: Iterable[str] = (),  # names of decoders; all that there are when empty
+    draft: Any = None,  # draft model of those that have one; their own example when None
 ) -> tuple[dict[str, Decoder], dict[str, str]]:
     "Decoders ready for `model`, and those that are left out with the reason."
-    known, wanted = decoders(), list(names)
-    unknown = [n for n in wanted if n not in known]
-    if unknown:
-        raise ValueError(f"unknown decoder {unknown[0]!r}; known: {', '.join(known)}")
     ready: dict[str, Decoder] = {}
     left_out: dict[str, str] = {}
-    for name in wanted or known:
-        if known[name].family not in LEFT_TO_RIGHT:
-            left_out[name] = f"{known[name].family}: needs another kind of model"
+    for name in list(names) or decoders():
+        family = check_decoder(name)
+        if family not in LEFT_TO_RIGHT:
+            left_out[name] = f"{family}: needs another kind of model"
             continue
         try:
-            ready[name] = known[name].example(model)
+            ready[name] = _ready(name, model, draft)
         except (ValueError, FileNotFoundError) as error:
             left_out[name] = str(error)
     return ready, left_out
-
-
-def greedy_call(
-    decoder: Decoder,  # a decoder
-    model: Any,  # target model
-    max_new_tokens: int = 64,  # new tokens
-) -> Callable[[Any], DecodeOutput]:
-    "Function of a tokenized prompt that decodes without sampling."
-    return lambda prompt: decoder.generate(model, **prompt, do_sample=False, max_new_tokens=max_new_tokens)
 
 
 def drop_failing(
     methods: Methods,  # name -> function of a prompt
     prompt: Any,  # a tokenized prompt
 ) -> tuple[Methods, dict[str, str]]:
-    "Run every method once, as a warm-up; those that refuse the request are left out with the reason."
+    "Run every method once, as a warm-up; those that fail are left out with the reason."
     good, left_out = {}, {}
     for name, method in methods.items():
         try:
             method(prompt)
             good[name] = method
-        except ValueError as error:
-            left_out[name] = str(error)
+        except Exception as error:  # on a model of anybody's own, one method must not end the others
+            left_out[name] = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     return good, left_out
 
 # %% ../nbs/demo.ipynb #98e95e74
+_TRIED = 4  # new tokens of the trial
+
+
 @dataclass
 class LineUp:
     "Methods that can run the prompts, ready to be measured."
@@ -109,78 +104,108 @@ class LineUp:
     methods: Methods  # name -> function of a tokenized prompt, the baseline first
     ready: dict[str, Decoder]  # the decoders among them
     left_out: dict[str, str]  # what does not take part, with the reason
-    prompts: list[Any]  # tokenized prompts
-    ends: dict[str, Any]  # eos_ids and pad_id, for counting tokens
+    settings: dict[str, Any]  # arguments of `generate`
 
 
 def line_up(
     model: Any,  # target model
-    tokenizer: Any,  # its tokenizer
-    draft: Any,  # drafter for assisted generation, or None
-    texts: list[str],  # prompts
-    names: Iterable[str] = (),  # decoders; all when empty
-    max_new_tokens: int = 64,  # new tokens
+    ready: Mapping[str, Decoder],  # decoders; those that cannot sample are passed over when the settings ask for it
+    settings: Mapping[str, Any],  # arguments of `generate`
+    trial: Any,  # a tokenized prompt to try every method on; none of those that are measured
+    draft: Any = None,  # draft model for assisted generation
 ) -> LineUp:
-    "Everything that can run the prompts; each method is tried once on the first."
-    prompts = [tokenizer(text, return_tensors="pt").to(model.device) for text in texts]
-    ready, left_out = ready_decoders(model, names)
-    calls = {name: greedy_call(decoder, model, max_new_tokens) for name, decoder in ready.items()}
-    methods, refused = drop_failing(transformers_methods(model, draft, max_new_tokens) | calls, prompts[0])
+    "Everything that can run with these settings; each method is tried once."
+    able = {name: d for name, d in ready.items() if d.method.samples or not settings.get("do_sample")}
+
+    def calls(settings: Mapping[str, Any]) -> Methods:
+        ours = {name: lambda prompt, d=d: d.generate(model, **prompt, **settings) for name, d in able.items()}
+        return transformers_methods(model, draft, settings) | ours  # type: ignore[operator]
+
+    good, refused = drop_failing(calls({**settings, "max_new_tokens": min(_TRIED, settings["max_new_tokens"])}), trial)
+    methods = {name: call for name, call in calls(settings).items() if name in good}
+    return LineUp(methods, {name: d for name, d in able.items() if name in methods}, refused, dict(settings))
+
+
+def ends_of(
+    model: Any,  # a model
+    tokenizer: Any,  # its tokenizer
+) -> dict[str, Any]:
+    "EOS tokens and padding, for counting tokens."
     eos = model.generation_config.eos_token_id
-    ends = {"eos_ids": eos if isinstance(eos, list) else [] if eos is None else [eos], "pad_id": tokenizer.pad_token_id}
-    return LineUp(methods, {n: d for n, d in ready.items() if n in methods}, left_out | refused, prompts, ends)
+    return {"eos_ids": eos if isinstance(eos, list) else [] if eos is None else [eos], "pad_id": tokenizer.pad_token_id}
 
 # %% ../nbs/demo.ipynb #5636d317
 def measure_in_turns(
     methods: Mapping[str, Callable[[Any], Any]],  # name -> function of a tokenized prompt; the first is the baseline
-    prompts: list[Any],  # tokenized prompts
-    repeats: int = 1,  # timed rounds a prompt (positive)
+    prompts: Sequence[Any],  # tokenized prompts
+    repeats: int = 1,  # timed rounds a prompt (positive); a decoder that learns knows the text from the second on
     seconds: float | None = None,  # begin no prompt that would end later than this; no limit when None
+    at_least: int = 1,  # prompts that are measured however long it takes
     seed: int = 0,  # seed of order and sampling
-    warmup: int = 0,  # rounds on the first prompt that are not timed
     after: Callable[[int], None] | None = None,  # called with the number of prompts that are done
-    **ends: Any,  # eos_ids and pad_id, see `compare`
+    **ends: Any,  # eos_ids and pad_id, see `timed_rows`
 ) -> BenchResult:
-    "Time `methods` in turns; a limit of time or Ctrl-C ends it after a prompt, and `provenance` says so."
-    rows, started, longest, interrupted = [], time.perf_counter(), 0.0, False
+    "Time `methods` in turns; a limit of time, Ctrl-C or a method that fails ends it, and `provenance` says so."
     if not methods or not prompts:
         raise ValueError("nothing to measure: give at least one method and one prompt")
-    done = 0
-    try:
-        for i, prompt in enumerate(prompts):
-            begun = time.perf_counter()
-            if i and seconds is not None and begun - started + longest > seconds:
-                break
-            part = compare(methods, [prompt], repeats=repeats, warmup=0 if i else warmup, seed=seed + i, **ends)
-            rows += [replace(row, prompt=i) for row in part.rows]
-            longest, done = max(longest, time.perf_counter() - begun), i + 1
-            if after is not None:
-                after(done)
-    except KeyboardInterrupt:
-        if not rows:
-            raise
-        interrupted = True
-    conditions = provenance(seed=seed, prompts=[p["input_ids"] for p in prompts[:done]])
-    return BenchResult(rows, next(iter(methods)), {**conditions, "repeats": repeats, "interrupted": interrupted})
+    rows: list[BenchRow] = []
+    started, longest, done, stopped = time.perf_counter(), 0.0, 0, ""
+    for i, prompt in enumerate(prompts):
+        begun, part = time.perf_counter(), []
+        if i >= at_least and seconds is not None and begun - started + longest > seconds:
+            stopped = f"no more in {seconds:.0f} s"
+            break
+        try:
+            for row in timed_rows(methods, [prompt], repeats, warmup=0, seed=seed + i, **ends):
+                part.append(replace(row, prompt=i))
+        except (KeyboardInterrupt, ValueError) as error:
+            rows += part if i == 0 else []
+            if not rows:
+                raise
+            stopped = _why(error, i, list(methods), part)
+            break
+        rows, done = rows + part, i + 1
+        longest = max(longest, time.perf_counter() - begun)
+        if after is not None:
+            after(done)
+    rank = {name: k for k, name in enumerate(methods)}
+    rows.sort(key=lambda row: (rank[row.method], row.prompt, row.repeat))
+    conditions = provenance(seed=seed, prompts=[p["input_ids"] for p in prompts[: max(1, done)]])
+    facts = {"repeats": repeats, "prompts_done": done, "prompts_asked": len(prompts), "stopped": stopped}
+    return BenchResult(rows, next(iter(methods)), {**conditions, **facts, "interrupted": stopped.startswith("Ctrl-C")})
+
+
+def _why(error: BaseException, prompt: int, names: list[str], rows: list[BenchRow]) -> str:
+    what = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"failed ({error})"
+    if prompt:
+        return f"{what} in prompt {prompt + 1}, which is left out"
+    lacking = [name for name in names if name not in {row.method for row in rows}]
+    return f"{what} in the middle of the first prompt; not measured: {', '.join(lacking) or 'further rounds'}"
 
 # %% ../nbs/demo.ipynb #5ff5e2a7
+_MEASURED = ("ratio", "low", "high", "cpu_ratio", "cpu_low", "cpu_high", "tokens_per_forward", "rep_4")
+
+
 def demo_rows(
     result: BenchResult,  # what `measure_in_turns` returned
     tokenizer: Any,  # tokenizer of the model
+    sampled: bool = False,  # whether texts were sampled, and so need not be those of the baseline
 ) -> list[DemoRow]:
     "The measured methods as rows, transformers' own first."
     known, rows = decoders(), []
+    compared = max(1, sum(name in known for name in result.methods()))
     for name in result.methods():
-        figures, ids = result.figures(name), result.ids(name)
+        figures, strict = result.figures(name), result.figures(name, 1 - 0.05 / compared)
+        measured: dict[str, Any] = {f: float(figures[f]) for f in _MEASURED}
         row = DemoRow(
             name,
-            tokens_per_second=float(figures["tokens_per_second"]),
-            ratio=float(figures["ratio"]),
-            tokens_per_forward=float(figures["tokens_per_forward"]),
-            diversity=diversity([i for i in ids if len(i) > 4] or ids),
-            identical=float(figures["identical"]),
+            **measured,
+            ms_per_token=1000 / float(figures["tokens_per_second"]),
+            cpu_ms_per_token=1000 * float(figures["cpu_seconds_per_token"]),
+            identical=None if sampled else float(figures["identical"]),
             lossless=known[name].lossless if name in known else None,
-            text=tokenizer.decode(ids[0], skip_special_tokens=True),
+            clearly_faster=bool(strict["low"] > 1),
+            text=tokenizer.decode(result.ids(name)[0], skip_special_tokens=True),
         )
         if name in known:
             row.paper, row.url, row.year = known[name].paper, known[name].url, known[name].year
@@ -211,32 +236,42 @@ def traced_calls(
     model: Any,  # target model
     tokenizer: Any,  # its tokenizer
     prompt: Any,  # a tokenized prompt
-    max_new_tokens: int = 64,  # new tokens
+    settings: Mapping[str, Any],  # arguments of `generate`; a decoder that cannot sample goes without
+    seed: int = 0,  # seed of sampling
 ) -> dict[str, DecodeOutput]:
     "Decode the prompt once more with each decoder, traced; what a decoder has learnt so far is used."
     outputs = {}
     for name, decoder in ready.items():
         traced = copy.copy(decoder)
         traced.trace = True
-        outputs[name] = traced.generate(model, **prompt, tokenizer=tokenizer, do_sample=False, max_new_tokens=max_new_tokens)
+        call = settings if decoder.method.samples else {"do_sample": False, "max_new_tokens": settings["max_new_tokens"]}
+        torch.manual_seed(seed)
+        try:
+            outputs[name] = traced.generate(model, **prompt, tokenizer=tokenizer, **call)
+        except ValueError:  # it ran a shorter text; the page shows that one plain
+            continue
     return outputs
 
 # %% ../nbs/demo.ipynb #a8fed9f3
 ONE_A_PASS = "one a pass"  # the masked decoders are compared with this
 QUESTIONS = ("list_shuffle", "list_sort", "list_copy")  # tasks of the demo, in this order
+_FIRST: dict[str, str] = {}  # decoder -> the first of its policies
+for _policy, (_method, _) in measure.POLICIES.items():
+    _FIRST.setdefault(_method, _policy)
+SHOWN = tuple(dict.fromkeys([ONE_A_PASS, "4 a pass", *_FIRST.values()]))  # what the demo compares
 
 
 def masked_decoders(
     model: Any,  # masked language model
     names: Iterable[str] = (),  # names of registered decoders; all when empty
-    max_new_tokens: int = 24,  # places of an answer
+    max_new_tokens: int = 24,  # positions of an answer
 ) -> tuple[dict[str, Decoder], dict[str, str]]:
-    "Masked decoders ready for `model`, one hole a pass first, and those that are left out with the reason."
-    wanted = set(names) or {method for method, _ in measure.POLICIES.values()}
+    "Masked decoders ready for `model`, one position a step first, and those that are left out with the reason."
     ready: dict[str, Decoder] = {}
     left_out: dict[str, str] = {}
-    for policy, (method, _) in measure.POLICIES.items():
-        if method in wanted:
+    for policy in SHOWN:
+        method, _ = measure.POLICIES[policy]
+        if not names or method in names:
             try:
                 ready |= measure.line_up(model, max_new_tokens, [policy])
             except (ValueError, FileNotFoundError) as error:
@@ -244,36 +279,34 @@ def masked_decoders(
     first = measure.line_up(model, max_new_tokens, [ONE_A_PASS]) if ready else {}
     return first | ready, left_out
 
-
-def masked_rows(
-    methods: Mapping[str, Decoder],  # policies, one hole a pass among them
+# %% ../nbs/demo.ipynb #c4d90b1e
+def masked_table(
+    methods: Mapping[str, Decoder],  # policies, one position a step among them
     model: Any,  # masked language model
     tokenizer: Any,  # its tokenizer
-    max_new_tokens: int = 24,  # places of an answer
-    per_task: int = 2,  # questions of each of `QUESTIONS`
-    seconds: float = 10,  # begin no further task that would end later than this
+    max_new_tokens: int = 24,  # positions of an answer
+    per_task: int = 2,  # questions of each of `QUESTIONS`; one of each is asked however long it takes
+    seconds: float | None = None,  # begin no further question that would end later than this
     seed: int = 0,  # seed of questions, order and sampling
-) -> tuple[str, list[MaskedRow]]:
-    "The first question, and how each policy answered all: right answers, passes, tokens a forward, speed."
-    frames: list[pd.DataFrame] = []
-    started, longest = time.perf_counter(), 0.0
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": per_task}
-    for i, task in enumerate(QUESTIONS):
-        begun, examples = time.perf_counter(), TASKS[task].examples(per_task, seed)
-        if i == 0:  # a warm-up
-            measure.frontier(model, tokenizer, {ONE_A_PASS: methods[ONE_A_PASS]}, examples[:1], **settings)
-        elif begun - started + longest > seconds:
-            break
-        part = measure.frontier(model, tokenizer, methods, examples, seed=seed + i, **settings)
-        frames.append(part.assign(example=part["example"] + i * per_task, batch=i))
-        longest = max(longest, time.perf_counter() - begun)
-    frame = pd.concat(frames)
-    figures = measure.table(frame, ONE_A_PASS)
-    rows = []
-    for name, part in frame.groupby("method", sort=False):
-        line, first = figures.loc[name], part[part["example"] == 0]
-        counts = (int(part["score"].sum()), len(part))
-        rows.append(
-            MaskedRow(str(name), *counts, line["passes"], line["tokens_per_forward"], line["time_ratio"], first["text"].item().strip())
+) -> DemoTable:
+    "How each policy answered: right answers, tokens a forward, time of an answer."
+    batches = [TASKS[task].examples(per_task, seed) for task in QUESTIONS]
+    examples = [batch[i] for i in range(per_task) for batch in batches]  # tasks in turns
+    trial, *prompts = (
+        left_padded([ids], 0)
+        for ids in encode_prompts(
+            model, tokenizer, [TASKS[QUESTIONS[0]].examples(1, seed + 1)[0].prompt, *(e.prompt for e in examples)], max_new_tokens
         )
-    return TASKS[QUESTIONS[0]].examples(1, seed)[0].prompt, rows
+    )
+    settings = {"do_sample": False, "max_new_tokens": max_new_tokens}
+    calls: Methods = {name: lambda prompt, d=d: d.generate(model, **prompt, **settings) for name, d in methods.items()}  # type: ignore[misc]
+    good, refused = drop_failing(calls, trial)
+    result = measure_in_turns(good, prompts, seconds=seconds, at_least=len(QUESTIONS), seed=seed, **ends_of(model, tokenizer))
+    answers = replace(result, rows=[replace(row, tokens=1) for row in result.rows])  # the time of an answer counts, however long it is
+    rows = demo_rows(answers, tokenizer, sampled=True)
+    for row in rows:
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in result.ids(row.name)]
+        row.right = sum(round(TASKS[e.task].score(e, text)) for e, text in zip(examples, texts))
+        row.tokens_per_forward = float(result.figures(row.name)["tokens_per_forward"])
+        row.text = texts[0].strip()
+    return DemoTable("questions about lists", examples[0].prompt, ONE_A_PASS, result.provenance, rows, refused)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .core.output import DecodeOutput
 
 # %% auto #0
-__all__ = ['DemoRow', 'MaskedRow', 'draft_svg', 'html_page', 'trace_page', 'demo_table', 'masked_table', 'comparison_page']
+__all__ = ['DemoRow', 'DemoTable', 'draft_svg', 'html_page', 'trace_page', 'demo_table', 'comparison_page']
 
 # %% ../nbs/demo_page.ipynb #f0a81a2f
 @dataclass
@@ -23,29 +23,63 @@ class DemoRow:
     "One method of the demo."
 
     name: str  # name of the method
-    tokens_per_second: float  # new tokens a second
-    ratio: float  # speed relative to transformers' greedy search
+    ratio: float  # speed relative to the baseline, wall-clock time
+    low: float  # lower end of its 95 % interval; NaN for a single prompt
+    high: float  # upper end
     tokens_per_forward: float  # mean tokens from a target forward
-    diversity: float  # product of the shares of distinct 2-, 3- and 4-grams, in [0, 1]
-    identical: float  # share of prompts with the tokens of greedy search, in [0, 1]
-    lossless: bool | None  # what the registry says; None for transformers' own
+    ms_per_token: float  # milliseconds of a new token (of an answer, for questions)
+    cpu_ms_per_token: float  # the same of the processor's time
+    cpu_ratio: float = float("nan")  # speed relative to the baseline, processor time
+    cpu_low: float = float("nan")  # lower end of its 95 % interval
+    cpu_high: float = float("nan")  # upper end
+    rep_4: float = float("nan")  # share of repeated 4-grams, in [0, 1]
+    identical: float | None = None  # share of prompts with the tokens of greedy search, in [0, 1]; None for sampled texts
+    lossless: bool | None = None  # what the registry says; None for transformers' own
+    clearly_faster: bool = False  # than the baseline, with an interval for as many comparisons as there were
+    right: int | None = None  # questions answered rightly; None where nothing was asked
     paper: str = ""  # title
     url: str = ""  # where to read it
     year: int | None = None  # of publication
     text: str = ""  # continuation of the first prompt
 
 
-@dataclass
-class MaskedRow:
-    "One masked decoder of the demo, on questions."
+def _interval(low: float, high: float) -> str:
+    return "" if low != low else f"{low:.2f}-{high:.2f}"
 
-    name: str  # name of the policy
-    right: int  # questions answered rightly
-    asked: int  # questions asked
-    passes: float  # mean forwards of an answer
-    tokens_per_forward: float  # mean tokens from a forward
-    ratio: float  # speed relative to one hole a pass
-    text: str = ""  # answer to the first question
+
+@dataclass
+class DemoTable:
+    "Methods that took turns on the same prompts."
+
+    title: str  # what was done, such as "temperature 0.7"
+    prompt: str  # first prompt, which the texts follow
+    baseline: str  # method that the others are compared with
+    conditions: dict[str, Any]  # provenance of the measurement
+    rows: list[DemoRow]  # lines, the baseline first
+    left_out: dict[str, str] = field(default_factory=dict)  # what did not take part, with the reason
+
+    @property
+    def note(self) -> str:
+        "What the ratios are, in a sentence."
+        done, asked, stopped = (self.conditions.get(k, v) for k, v in (("prompts_done", 0), ("prompts_asked", 0), ("stopped", "")))
+        prompts = f"{done} of {asked} prompts" if done < asked else f"{done} prompt{'' if done == 1 else 's'}"
+        return f"{prompts}; ratio: speed relative to {self.baseline}, in turns" + (f"; {stopped}" if stopped else "")
+
+    def cells(
+        self,
+        row: DemoRow,  # a line of the table
+    ) -> dict[str, Any]:
+        "The line by column, the most important first."
+        asked = row.right is not None
+        cells: dict[str, Any] = {"method": row.name.replace("(transformers)", "(hf)")}
+        cells |= {"right": f"{row.right} of {self.conditions.get('prompts_done', 0)}"} if asked else {}
+        cells |= {"ratio": row.ratio, "95 %": _interval(row.low, row.high), "tok/fwd": row.tokens_per_forward}
+        cells |= {} if asked else {"rep-4": row.rep_4}
+        cells |= {f"ms/{'answer' if asked else 'tok'}": row.ms_per_token, "CPU ms": row.cpu_ms_per_token}
+        cells |= {"CPU ratio": row.cpu_ratio, "CPU 95 %": _interval(row.cpu_low, row.cpu_high)}
+        cells |= {} if row.identical is None else {"= greedy": "" if row.identical != row.identical else f"{row.identical:.0%}"}
+        cells |= {} if asked else {"lossless": row.lossless}
+        return cells
 
 # %% ../nbs/demo_page.ipynb #7d03f6f4
 def _tree_rows(parents: Mapping[int, int]) -> dict[int, float]:
@@ -172,30 +206,29 @@ def trace_page(
     )
 
 # %% ../nbs/demo_page.ipynb #c4287af8
-def _cells(row: DemoRow) -> dict[str, str]:
-    return {
-        "method": html.escape(row.name),
-        "tokens/s": f"{row.tokens_per_second:.0f}",
-        "ratio": f"{row.ratio:.2f}x",
-        "tokens / forward": f"{row.tokens_per_forward:.2f}",
-        "diversity": f"{row.diversity:.2f}",
-        "identical to greedy": f"{row.identical:.0%}",
-        "lossless": {True: "yes", False: "no", None: ""}[row.lossless],
-    }
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.2f}"
+    return "" if value is None else html.escape(str(value))
 
 
 def demo_table(
-    rows: list[DemoRow],  # lines of the table
+    table: DemoTable,  # methods and their figures
 ) -> str:
-    "The rows as an HTML table, with bars for the speeds."
-    fastest = max(row.ratio for row in rows)
-    head = "".join(f"<th>{name}</th>" for name in _cells(rows[0]))
+    "The rows as an HTML table, with bars for the ratios."
+    fastest = max((row.ratio for row in table.rows if row.ratio == row.ratio), default=1.0)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.cells(table.rows[0]))
     lines = []
-    for row in rows:
-        share = f' class="ratio" style="--share:{100 * row.ratio / fastest:.0f}%"'
-        cells = (f'<td data-label="{k}"{share if k == "ratio" else ""}>{v}</td>' for k, v in _cells(row).items())
+    for row in table.rows:
+        bar = f' class="ratio" style="--share:{100 * row.ratio / fastest:.0f}%"' if row.ratio == row.ratio else ""
+        cells = (f'<td data-label="{html.escape(k)}"{bar if k == "ratio" else ""}>{_shown(v)}</td>' for k, v in table.cells(row).items())
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return (
+        f'<h2>{html.escape(table.title)}</h2><p class="dim">{html.escape(table.note)}; 95 %: interval of the ratio.</p>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
 
 
 def _card(row: DemoRow, out: DecodeOutput | None, tokenizer: Any) -> str:
@@ -209,68 +242,56 @@ def _card(row: DemoRow, out: DecodeOutput | None, tokenizer: Any) -> str:
             tree = f'<p class="dim">Its best guess: {len(best.tokens)} tokens from one forward.</p><div class="scroll">{draft_svg(best, tokenizer)}</div>'
     return f'<section class="card"><h3>{html.escape(row.name)}</h3>{paper}{shown}{tree}</section>'
 
-# %% ../nbs/demo_page.ipynb #01ef8fbd
-def masked_table(
-    question: str,  # first question, which the texts answer
-    rows: list[MaskedRow],  # lines of the table
-) -> str:
-    "The masked decoders as an HTML table."
-    names = ("method", "right", "passes", "tokens / forward", "ratio", "answer")
-    lines, fastest = [], max(row.ratio for row in rows)
-    for row in rows:
-        share = f' class="ratio" style="--share:{100 * row.ratio / fastest:.0f}%"'
-        figures = (f"{row.right} of {row.asked}", f"{row.passes:.1f}", f"{row.tokens_per_forward:.2f}", f"{row.ratio:.2f}x")
-        cells = zip(names, (html.escape(row.name), *figures, html.escape(row.text)))
-        lines.append("<tr>" + "".join(f'<td data-label="{k}"{share if k == "ratio" else ""}>{v}</td>' for k, v in cells) + "</tr>")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    return f"<p>{html.escape(question)}</p><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
 # %% ../nbs/demo_page.ipynb #bc7795d3
-_MASKED = (
-    "A masked model answers questions about lists. It starts from holes and fills them in any order, several in one pass where a decoder dares. "
-    "Ratio: speed relative to one hole a pass."
-)
-
-
-def _facts(rows: list[DemoRow]) -> str:
-    ours = [row for row in rows if row.lossless is not None]
-    exact = [row for row in ours if row.identical == 1] or ours
+def _facts(table: DemoTable) -> list[tuple[str, str]]:
+    # a speed is a headline only when its interval carries it
+    ours = [row for row in table.rows if row.lossless is not None]
+    exact, n = [row for row in ours if row.lossless], table.conditions.get("prompts_done", 0)
     facts = [(f"{len(ours)}", "decoders, each one argument of model.generate")]
+    clear = [row for row in exact if row.clearly_faster]
+    if clear:
+        quick = max(clear, key=lambda row: row.low)
+        words = f"speed of {quick.name} relative to {table.baseline}: {quick.low:.2f} to {quick.high:.2f} on {n} prompts, {table.title}"
+        facts.append((f"{quick.ratio:.2f}x", words))
+    elif exact:
+        facts.append(("none", f"of the lossless decoders is clearly faster than {table.baseline} here: {n} prompts, {table.title}"))
     if exact:
-        quick = max(exact, key=lambda row: row.ratio)
         forward = max(exact, key=lambda row: row.tokens_per_forward)
-        facts.append((f"{quick.ratio:.2f}x", f"speed of {quick.name} relative to transformers' greedy search, same tokens"))
-        facts.append((f"{forward.tokens_per_forward:.2f}", f"tokens from each forward of the model with {forward.name}"))
-    return "".join(f'<div class="fact"><b>{html.escape(k)}</b><span>{html.escape(v)}</span></div>' for k, v in facts)
+        facts.append((f"{forward.tokens_per_forward:.2f}", f"tokens from each forward of the model with {forward.name}, {table.title}"))
+    return facts
+
+
+def _conditions(facts: Mapping[str, Any]) -> str:
+    machine = facts["machine"]
+    parts = [
+        f"{machine['cpu']}, {machine.get('threads', '?')} thread(s)",
+        *(f"{k} {v}" for k, v in facts["versions"].items()),
+        facts["date"],
+    ]
+    return html.escape(" · ".join(parts))
 
 
 def comparison_page(
-    prompt: str,  # first prompt, which the continuations follow
-    rows: list[DemoRow],  # lines of the table
-    traces: Mapping[str, DecodeOutput],  # traced output of each decoder on that prompt
+    tables: list[DemoTable],  # what was measured; the headline is from the first
+    traces: Mapping[str, DecodeOutput],  # traced output of each decoder on the first prompt
     tokenizer: Any,  # tokenizer of the model
-    conditions: Mapping[str, Any],  # provenance of the measurement
     left_out: Mapping[str, str] | None = None,  # decoders that did not take part, with the reason
-    masked: tuple[str, list[MaskedRow]] | None = None,  # first question and lines of the masked decoders
 ) -> str:
     "The whole page of the demo."
+    first = tables[0]
+    boxes = "".join(f'<div class="fact"><b>{html.escape(k)}</b><span>{html.escape(v)}</span></div>' for k, v in _facts(first))
     head = (
         '<header><div class="kicker">decodelab</div><h1>One model, many ways to decode</h1><p class="lead">The same model continues the same openings, '
-        f"and only the decoding method differs. Point at a coloured token to see why it was chosen.</p><div class=facts>{_facts(rows)}</div></header>"
+        f"and only the decoding method differs. Point at a coloured token to see why it was chosen.</p><div class=facts>{boxes}</div></header>"
     )
-    cards = "".join(_card(row, traces.get(row.name), tokenizer) for row in sorted(rows, key=lambda r: r.lossless is None))
+    rows = {
+        row.name: row for table in reversed(tables) for row in table.rows if row.right is None
+    }  # the first table's texts, where it has one
+    cards = "".join(_card(row, traces.get(row.name), tokenizer) for row in sorted(rows.values(), key=lambda r: r.lossless is None))
     absent = "".join(f"<li>{html.escape(n)}: {html.escape(why)}</li>" for n, why in (left_out or {}).items())
-    holes = f"<h2>Another kind of model: fill the holes</h2><p class=dim>{_MASKED}</p>{masked_table(*masked)}" if masked else ""
     absent = f'<h2>Not in this demo</h2><ul class="dim">{absent}</ul>' if absent else ""
-    machine, versions = conditions["machine"], conditions["versions"]
-    facts = [
-        f"{machine['cpu']}, {machine.get('threads', '?')} thread(s)",
-        *(f"{k} {v}" for k, v in versions.items()),
-        f"{conditions['date']}",
-    ]
     body = (
-        f"{head}<main><h2>Side by side</h2><p class=dim>Methods took turns on every prompt. Ratio: speed relative to transformers' greedy search in "
-        f"the same run.</p>{demo_table(rows)}<h2>What they wrote</h2><p>{html.escape(prompt)} ...</p>{cards}{holes}{absent}</main>"
-        f"<footer>{html.escape(' · '.join(facts))}</footer>"
+        f"{head}<main>{''.join(map(demo_table, tables))}<h2>What they wrote</h2><p>{html.escape(first.prompt)} ...</p>{cards}{absent}</main>"
+        f"<footer>{_conditions(first.conditions)}</footer>"
     )
     return html_page("decodelab demo", body)

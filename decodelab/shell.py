@@ -7,22 +7,31 @@ Docs: https://decodelab.github.io/decodelab/shell.html.md"""
 # %% ../nbs/shell.ipynb #8edde7b4
 from __future__ import annotations
 
-import ast
 import json
+import os
+import sys
+import tempfile
 from collections.abc import Iterable, Mapping
+from inspect import Parameter
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from .reading import check_decoder, decoder_kinds, read_value, split_setting, typed_settings
+
 # %% auto #0
-__all__ = ['ModelOption', 'DraftOption', 'JsonOption', 'SetOption', 'PromptsOption', 'TokensOption', 'MethodOption', 'SeedOption',
-           'ThreadsOption', 'say', 'emit_json', 'show_table', 'waiting', 'check_place', 'LabGroup', 'parse_settings',
-           'make_decoder', 'load_for']
+__all__ = ['ModelOption', 'DraftOption', 'JsonOption', 'SetOption', 'PromptsOption', 'NumberOption', 'ChatOption', 'TokensOption',
+           'MethodOption', 'SeedOption', 'ThreadsOption', 'SampleOption', 'TemperatureOption', 'TopKOption',
+           'TopPOption', 'say', 'emit_json', 'waiting', 'show_table', 'check_folder', 'check_place', 'LabGroup',
+           'sampling_settings', 'parse_settings', 'decoder_settings', 'check_drafter', 'make_decoder', 'check_model',
+           'load_for']
 
 # %% ../nbs/shell.ipynb #120be7dc
 def say(
@@ -38,21 +47,18 @@ def emit_json(
     "Write a result as JSON to standard output."
     from decodelab.core.provenance import to_plain
 
-    typer.echo(json.dumps(to_plain(data), indent=1, ensure_ascii=False))
+    typer.echo(json.dumps(to_plain(data), indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def show_table(
-    rows: list[dict[str, Any]],  # one dictionary a line, all with the same keys
-    title: str = "",  # above the table
-) -> None:
-    "Write a result as a table to standard output."
-    table = Table(title=title or None, title_justify="left", header_style="bold", box=SIMPLE_HEAD)
-    for i, name in enumerate(rows[0] if rows else ()):
-        numeric = all(isinstance(row[name], (int, float)) and not isinstance(row[name], bool) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=i + 1 < len(rows[0]))
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    Console(markup=False, force_jupyter=False).print(table)
+def waiting(
+    text: str,  # what is going on
+) -> Any:
+    "Context that shows that something is going on, on a terminal."
+    return Console(stderr=True, force_jupyter=False).status(text)
+
+# %% ../nbs/shell.ipynb #7ac3e8f4
+_NO_EDGE = 1000  # columns of a file or a pipe
+_LONG, _WRAPPED, _GAP = 30, 18, 3  # a text column from the first width on is wrapped, down to the second; space between columns
 
 
 def _cell(value: Any) -> str:
@@ -63,11 +69,62 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def waiting(
-    text: str,  # what is going on
-) -> Any:
-    "Context that shows that something is going on, on a terminal."
-    return Console(stderr=True, force_jupyter=False).status(text)
+def _needed(rows: list[dict[str, Any]], name: str) -> int:
+    # cells a column needs
+    natural = max(cell_len(text) for text in (name, *(_cell(row[name]) for row in rows)))
+    return natural if natural <= _LONG else max(_WRAPPED, cell_len(name))
+
+
+def _fitting(needed: list[int], width: int) -> int:
+    # how many of the columns, from the left, a line of this width can show; at least one
+    ends = accumulate(n + _GAP for n in needed)
+    return max(1, sum(end - _GAP <= width for end in ends))
+
+
+def _numeric(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def show_table(
+    rows: list[dict[str, Any]],  # one dictionary a line, all with the same keys, the most important first
+    title: str = "",  # above the table
+) -> None:
+    "Write a result as a table to standard output; columns that a terminal has no width for are named on standard error."
+    console = Console(markup=False, highlight=False, force_jupyter=False)
+    if not console.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
+        console.width = _NO_EDGE
+    width = console.width
+    names = list(rows[0]) if rows else []
+    needed = [_needed(rows, name) for name in names]
+    shown = _fitting(needed, width) if names else 0
+    table = Table(header_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name, least in zip(names[:shown], needed):
+        justify: Any = "right" if all(_numeric(row[name]) for row in rows) else "left"
+        table.add_column(name, justify=justify, overflow="fold", min_width=min(least, width))
+    for row in rows:
+        table.add_row(*(_cell(row[name]) for name in names[:shown]))
+    if title:
+        console.print(title)
+    console.print(table)
+    if names[shown:]:
+        say(f"left out, as {width} columns are too few: {', '.join(names[shown:])} (a wider window or --json shows them)")
+
+# %% ../nbs/shell.ipynb #90c7be24
+_TRIED = 1 << 20  # bytes that a place must take
+
+
+def check_folder(
+    folder: Path,  # folder to write to; made when missing
+) -> None:
+    "Refuse a folder that cannot be written to, before any work is done for it."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_TRIED))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {folder}: {(error.strerror or str(error)).lower()}") from error
 
 
 def check_place(
@@ -76,6 +133,7 @@ def check_place(
     "Refuse a file that cannot be written, before any work is done for it."
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ValueError(f"cannot write {out}: name a file in a folder that exists")
+    check_folder(out.absolute().parent)
 
 # %% ../nbs/shell.ipynb #6524fffb
 class LabGroup(TyperGroup):
@@ -86,6 +144,9 @@ class LabGroup(TyperGroup):
         ctx: Any,  # click context
     ) -> Any:
         "Run the command."
+        for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter gets a question mark in its place
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -93,38 +154,77 @@ class LabGroup(TyperGroup):
             raise typer.Exit(130) from None
         except BrokenPipeError:
             raise
-        except (ValueError, OSError) as error:
-            if ctx.params.get("traceback"):
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            mendable = not isinstance(error, RuntimeError) or "out of memory" in str(error).lower()
+            if ctx.params.get("traceback") or not mendable:
                 raise
-            say(f"error: {' '.join(str(error).split())}")
+            say(f"error: {' '.join(str(error).split()) or 'out of memory'}")
             raise typer.Exit(2) from None
 
 # %% ../nbs/shell.ipynb #60879f16
 ModelOption = Annotated[str, typer.Option(help="Zoo name, folder or hub id; the profile's own when left out.")]
-DraftOption = Annotated[str, typer.Option(help="Drafter for assisted generation; the profile's draft when left out.")]
+DraftOption = Annotated[str, typer.Option(help="Draft model (zoo name, folder or hub id) of the methods that have one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Hyper-parameter as name=value, such as k=4; repeatable.")]
-PromptsOption = Annotated[int, typer.Option(min=1, help="Openings of tales to continue.")]
+PromptsOption = Annotated[
+    Path | None, typer.Option("--prompts", help='File of prompts: .txt (one a line), .jsonl or .json (texts, or objects with "prompt").')
+]
+NumberOption = Annotated[int | None, typer.Option(min=1, help="How many prompts; all of the file, or openings of tales.")]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Put each prompt into the tokenizer's chat template.")]
 TokensOption = Annotated[int, typer.Option(min=4, help="New tokens of each continuation.")]
 MethodOption = Annotated[list[str] | None, typer.Option("--method", "-m", help="Decoder to take part; repeatable, all when left out.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="Torch threads; 0 leaves torch's own choice.")]
+SampleOption = Annotated[bool, typer.Option("--sample", help="Sample; on when one of the next three is given.")]
+TemperatureOption = Annotated[float | None, typer.Option(help="Temperature (above 0).")]
+TopKOption = Annotated[int | None, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")]
+TopPOption = Annotated[float | None, typer.Option(help="Keep the smallest set of this probability (above 0, at most 1).")]
+
+# %% ../nbs/shell.ipynb #e2b7d095
+def sampling_settings(
+    sample: bool = False,  # whether to sample; implied by any of the others
+    temperature: float | None = None,  # above 0
+    top_k: int | None = None,  # most probable tokens that are kept; 0 keeps all
+    top_p: float | None = None,  # probability of the smallest set that is kept
+) -> dict[str, Any]:
+    "These options as arguments of `generate`; raises `ValueError` when one is out of range."
+    if temperature is not None and not 0 < temperature < float("inf"):
+        raise ValueError(f"--temperature must be above 0, got {temperature:g}: leave it out for greedy search")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"--top-k must be 0 (keep all tokens) or more, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"--top-p is a probability above 0 and at most 1, got {top_p:g}")
+    given = {k: v for k, v in {"temperature": temperature, "top_k": top_k, "top_p": top_p}.items() if v is not None}
+    return {"do_sample": sample or bool(given), **given}
 
 # %% ../nbs/shell.ipynb #f3f3b929
 def parse_settings(
     texts: Iterable[str] | None,  # settings as name=value
 ) -> dict[str, Any]:
-    "Settings by name; values are read as Python literals, and as text when they are none."
-    settings: dict[str, Any] = {}
-    for text in texts or ():
-        name, equals, value = text.partition("=")
-        if not equals or not name.strip().isidentifier():
-            raise ValueError(f"{text!r} is no setting: write name=value, such as k=4")
-        try:
-            settings[name.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            settings[name.strip()] = value.strip()
-    return settings
+    "Settings by name where no types are known: values are read as Python literals, and as text when they are none."
+    return {name: read_value(value, Parameter.empty) for name, value in map(split_setting, texts or ())}
+
+
+def decoder_settings(
+    name: str,  # name in the registry
+    texts: Iterable[str] | None,  # settings as name=value
+) -> dict[str, Any]:
+    "Hyper-parameters of a decoder, read by their types."
+    texts = list(texts or ())
+    if any(split_setting(text)[0] == "drafter" for text in texts) and "drafter" in decoder_kinds(name):
+        raise ValueError(f"the drafter of {name} is a model: name it with --draft")
+    return typed_settings(decoder_kinds(name), texts, name)
+
+
+def check_drafter(
+    name: str,  # name in the registry
+) -> None:
+    "Refuse a draft model for a decoder that has none."
+    from decodelab.reading import decoder_files
+
+    if "drafter" not in decoder_kinds(name):
+        able = [other for other in decoder_files() if "drafter" in decoder_kinds(other)]
+        raise ValueError(f"{name} has no draft model: leave out --draft, or choose one of {', '.join(able)}")
 
 # %% ../nbs/shell.ipynb #640e745a
 def make_decoder(
@@ -134,21 +234,33 @@ def make_decoder(
 ) -> Any:
     "A registered decoder with these hyper-parameters."
     from dataclasses import replace
-    from difflib import get_close_matches
 
     from decodelab.core.contract import decoders
 
-    known = decoders()
-    if name not in known:
-        close = get_close_matches(name, known, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-        raise ValueError(f"unknown decoder {name!r}: {hint}")
+    check_decoder(name)
+    method = decoders()[name]
+    # what must be trained comes from the example; a drafter that is given needs no other beside it
+    alone = model is None or ("drafter" in settings and not method.needs_training)
     try:
-        return known[name].decoder(**settings) if model is None else replace(known[name].example(model), **settings)
+        return method.decoder(**settings) if alone else replace(method.example(model), **settings)
     except TypeError as error:
         raise ValueError(f"{name} cannot be made with these settings: {error}") from error
 
 # %% ../nbs/shell.ipynb #4824139c
+def check_model(
+    name: str,  # zoo name, folder or hub id; the model of the role when empty
+    role: str,  # role in the profile, such as `target`
+) -> str:
+    "The name of a model, looked for as far as that goes without torch: a folder that lacks a part is named at once."
+    from decodelab.core.lab import chosen_profile, read_settings, setting_text
+    from decodelab.core.zoo import locate
+
+    settings = read_settings()
+    name = name or setting_text(settings[chosen_profile(settings)], role)
+    locate(name)
+    return name
+
+
 def _quiet() -> None:
     # loading bars and advice of transformers would fall between the lines of the result
     from transformers.utils import logging
@@ -164,6 +276,7 @@ def load_for(
     seed: int | None = None,  # seed of everything random; that of the profile when None
 ) -> tuple[Any, Any, Any]:
     "The lab, a model and its tokenizer."
+    name = check_model(name, role)
     _quiet()
     from decodelab.core.lab import Lab
     from decodelab.core.zoo import load
@@ -174,4 +287,4 @@ def load_for(
         torch.set_num_threads(threads)
     lab = Lab()
     lab.seed_everything(seed)
-    return lab, *load(name or lab.names[role], device=lab.device, dtype=lab.dtype)
+    return lab, *load(name, device=lab.device, dtype=lab.dtype)

@@ -49,7 +49,7 @@ html_sourcelink_suffix = ""
 html_show_sphinx = False
 html_last_updated_fmt = None
 html_theme_options = {
-    "logo": {"image_light": "_static/mark.svg", "image_dark": "_static/mark.svg", "text": "decodelab"},
+    "logo": {"image_light": "_static/mark.svg", "image_dark": "_static/mark.svg", "text": "decodelab", "alt_text": "decodelab, home"},
     "repository_url": _urls["Repository"],
     "repository_branch": "main",
     "path_to_docs": "nbs",

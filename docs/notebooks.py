@@ -101,6 +101,7 @@ def page(notebook: Notebook, symbols: dict[str, str], modules: set[str]) -> nbfo
     """The notebook as its page shows it; `symbols` maps a public name to its full one, `modules` are those with an API page."""
     result = copy.deepcopy(notebook.content)
     result.cells = [c for c in (_code(c) if c.cell_type == "code" else c for c in result.cells) if c is not None]
+    _name_figures(result.cells)
     linked: set[str] = set()
     for cell in result.cells:
         if cell.cell_type == "markdown":
@@ -129,7 +130,7 @@ def _code(cell: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
     if said.get("code-fold") == "true" or (_imports_only(cell.source) and not cell.outputs):
         tags.append("hide-input")
         what = "imports" if _imports_only(cell.source) else "code"
-        cell.metadata["mystnb"] = {"code_prompt_show": f"Show {what}", "code_prompt_hide": f"Hide {what}"}
+        cell.metadata.setdefault("mystnb", {}).update(code_prompt_show=f"Show {what}", code_prompt_hide=f"Hide {what}")
     cell.outputs = [o for o in cell.outputs if not _address_only(o)]
     for output in cell.outputs:
         if "data" in output and len(output.data) > 1:
@@ -141,6 +142,38 @@ def _address_only(output: nbformat.NotebookNode) -> bool:
     # what matplotlib calls leave behind: an object's address, of no use to a reader
     data = output.get("data", {})
     return set(data) == {"text/plain"} and re.fullmatch(r"\[?<[^<>]* at 0x[0-9a-f]+>(, .*)?\]?", data["text/plain"], re.S) is not None
+
+
+def _name_figures(cells: list[nbformat.NotebookNode]) -> None:
+    # alternative text of figures: heading of the section, then what the prose above or else below the figure says of it
+    heading = ""
+    for before, cell, after in zip([None, *cells], cells, [*cells[1:], None]):
+        if cell.cell_type == "markdown":
+            heading = [heading, *re.findall(r"^#+ +(.+)$", cell.source, re.M)][-1]
+        elif any(kind.startswith("image/") for output in cell.outputs for kind in output.get("data", {})):
+            said = _beside(before, -1) or _beside(after, 0)
+            cell.metadata.setdefault("mystnb", {})["image"] = {"alt": _plain(f"{heading}: {said}" if said else heading)}
+
+
+def _beside(cell: nbformat.NotebookNode | None, which: int, limit: int = 300) -> str:
+    # whole sentences at the end (-1) or at the start (0) of a cell of prose; below a figure, "...:" speaks of what comes next
+    if cell is None or cell.cell_type != "markdown" or not cell.source.strip():
+        return ""
+    paragraph = " ".join(re.split(r"\n\s*\n", cell.source.strip())[which].split())
+    if paragraph.startswith(("#", "|", ">", "<", "```", "$$", ":::", "- ", "* ", "1. ")) or (which == 0 and paragraph.endswith(":")):
+        return ""
+    sentences = re.split(r"(?<=[.!?:])\s+(?=\S)", paragraph)
+    while len(sentences) > 1 and len(" ".join(sentences)) > limit:
+        sentences.pop(0 if which == -1 else -1)
+    return " ".join(sentences)
+
+
+def _plain(text: str) -> str:
+    # markdown without its marks; nothing is a mark within formulas and code
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"</?[a-z][^>]*>", "", text))
+    parts = re.split(r"[$`]+([^$`]+)[$`]+", text)
+    parts[::2] = [re.sub(r"(?<!\w)[*_]{1,2}(?=\S)|(?<=\S)[*_]{1,2}(?!\w)", "", part) for part in parts[::2]]
+    return "".join(parts).strip()
 
 
 def _imports_only(source: str) -> bool:

@@ -11,8 +11,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from decodelab.core import bench as bench_module
 from decodelab.core import cost as cost_module
-from decodelab.core.bench import BenchResult, BenchRow, compare, count_new_tokens, loop_overhead, new_token_ids
+from decodelab.core.bench import (
+    BenchResult,
+    BenchRow,
+    compare,
+    count_new_tokens,
+    loop_overhead,
+    new_token_ids,
+    ratio_interval,
+    timed_rows,
+)
 from decodelab.core.cost import (
     cost_growth,
     draft_cost,
@@ -24,6 +34,7 @@ from decodelab.core.cost import (
     timed,
     turns,
 )
+from decodelab.core.metrics import bootstrap_ratio
 from decodelab.core.output import DecodeOutput, DecodeStats
 
 matplotlib.use("Agg")
@@ -116,12 +127,68 @@ def test_ratio_and_interval_on_known_timings():
     expected = (costs[0] / 8).sum() / (costs[1] / 32).sum()
     assert table.loc["method", "ratio"] == pytest.approx(expected)
     assert table.loc["base", ["ratio", "low", "high"]].tolist() == [1.0, 1.0, 1.0]
-    # the bootstrap spread agrees with the delta method
+    # the interval agrees with a bootstrap over pairs
     a, b = costs[0] / 8, costs[1] / 32
-    sigma = np.std(a - expected * b, ddof=1) / np.sqrt(40) / b.mean()
-    assert table.loc["method", "high"] - table.loc["method", "low"] == pytest.approx(2 * 1.96 * sigma, rel=0.15)
+    boot = bootstrap_ratio(a, b, statistic=np.sum)
+    assert table.loc["method", "high"] - table.loc["method", "low"] == pytest.approx(boot.high - boot.low, rel=0.15)
     assert table.loc["method", "tokens_per_second"] == pytest.approx(16 * 40 / (costs[1] / 2).sum())
     assert table.loc["method", "tokens"] == 640
+
+
+@pytest.mark.parametrize("n", [2, 3, 6, 24])
+def test_an_interval_of_few_prompts_holds_what_it_promises(n):
+    generator = np.random.default_rng(n)
+    true = np.exp((0.15**2 - 0.3**2) / 2)
+    found = [ratio_interval(generator.lognormal(0, 0.15, n), generator.lognormal(0, 0.3, n)) for _ in range(3000)]
+    assert np.mean([low <= true <= high for _, low, high in found]) == pytest.approx(0.95, abs=0.02)
+    wide = [ratio_interval(generator.lognormal(0, 0.15, n), generator.lognormal(0, 0.3, n), 0.8) for _ in range(3000)]
+    assert np.mean([low <= true <= high for _, low, high in wide]) == pytest.approx(0.8, abs=0.03)
+
+
+def test_student_quantiles_are_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in (1, 2, 5, 11, 100):
+        for confidence in (0.5, 0.8, 0.95, 0.995):
+            assert bench_module._student(confidence, freedom) == pytest.approx(stats.t.ppf((1 + confidence) / 2, freedom), rel=2e-3)
+
+
+def test_an_interval_of_equal_ratios_is_a_point_and_none_is_negative():
+    assert ratio_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == (2.0, pytest.approx(2.0), pytest.approx(2.0))
+    assert ratio_interval([1.0, 30.0], [20.0, 1.0])[1] == 0.0
+
+
+def test_processor_time_has_a_ratio_of_its_own():
+    machine, busy = Machine(), iter([0.0, 4.0, 4.0, 5.0, 5.0, 9.0, 9.0, 10.0])
+    methods = {"a": machine.work(8.0), "b": machine.work(8.0)}
+    rows = list(timed_rows({"a": methods["a"]}, [PROMPT], 1, 0, clock=machine.clock, cpu_clock=lambda: next(busy)))
+    rows += list(timed_rows({"b": methods["b"]}, [PROMPT], 1, 0, clock=machine.clock, cpu_clock=lambda: next(busy)))
+    assert [(r.method, r.seconds, r.cpu_seconds) for r in rows] == [("a", 8.0, 4.0), ("b", 8.0, 1.0)]
+    found = BenchResult(rows, "a").figures("b")
+    assert (found["ratio"], found["cpu_ratio"]) == (1.0, 4.0)  # the clock on the wall saw another program, too
+    assert found["cpu_seconds_per_token"] == pytest.approx(0.1)
+
+
+def test_rows_come_one_by_one_and_the_random_state_is_put_back():
+    def method(prompt):
+        made.append(torch.rand(1).item())
+        return torch.cat([prompt, torch.ones(1, 4, dtype=torch.long)], 1)
+
+    made = []
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    rows = timed_rows({"a": method}, [PROMPT] * 3, 1, 0)
+    next(rows)
+    assert len(made) == 1
+    rows.close()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_figures_of_a_run_that_was_stopped_before_the_baseline():
+    found = BenchResult([BenchRow("b", 0, 0, 2.0, 10, 1.0, ids=[[1] * 10], cpu_seconds=1.0)], "a")
+    assert found.methods() == ["b"]
+    figures = found.figures("b")
+    assert figures["tokens_per_second"] == 5
+    assert all(math.isnan(figures[f]) for f in ("ratio", "low", "high", "cpu_ratio", "identical", "efficiency"))
 
 
 def test_the_median_round_counts():
@@ -394,3 +461,4 @@ def test_compiling_is_kept_apart():
 
     rows = compare({"late": method}, [torch.tensor([[5, 6]])], repeats=2, warmup=0, clock=lambda: next(ticks)).rows
     assert [(r.seconds, r.compile_seconds) for r in rows] == [(2.0, 8.0), (2.0, 0.0)]
+    assert [r.cpu_seconds is None for r in rows] == [True, False]  # what compiling took of the processor is not known

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -19,11 +18,11 @@ from decodelab.cli import app, full_experiments
 from decodelab.core.contract import decoders
 from decodelab.core.output import TraceStep
 from decodelab.core.zoo import load
-from decodelab.demo import masked_decoders, masked_rows
-from decodelab.demo_page import DemoRow, MaskedRow, comparison_page, draft_svg, masked_table
+from decodelab.demo import masked_decoders, masked_table
+from decodelab.demo_page import DemoRow, DemoTable, comparison_page, demo_table, draft_svg
 from decodelab.diffusion.measure import POLICIES
 from decodelab.hub import export_hub
-from decodelab.shell import make_decoder, parse_settings
+from decodelab.shell import make_decoder, parse_settings, show_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "Once upon a time there was a king who"
@@ -108,6 +107,93 @@ def test_traceback_on_request():
     assert isinstance(result.exception, ValueError)
 
 
+WRONG = [
+    ["methods", "--family", "magic"],
+    ["generate"],
+    ["generate", "x", "-m", "magic"],
+    ["generate", "x", "-m", "momentum", "--set", "k=2.5"],
+    ["generate", "x", "-m", "token_recycling", "--set", "update_prompt=maybe"],
+    ["generate", "x", "-m", "momentum", "--set", "magic=1"],
+    ["generate", "x", "-m", "momentum", "--draft", "tales-draft"],
+    ["generate", "x", "--top-p", "2"],
+    ["generate", "x", "--temperature", "0"],
+    ["generate", "x", "--model", "./nowhere"],
+    ["generate", "x", "--trace", "nowhere/page.html"],
+    ["generate", "--prompts", "nowhere.txt"],
+    ["bench", "-m", "magic"],
+    ["bench", "--prompts", "nowhere.jsonl"],
+    ["bench", "--out", "settings.ini"],
+    ["demo", "--model", "./nowhere"],
+    ["demo", "--out", "nowhere/demo.html"],
+    ["experiment", "sampling/momentum", "--set", "magic=1", "--allow-dirty"],
+    ["experiment", "magic"],
+    ["export", "hub", "momentum", "x", "--set", "k=2.5"],
+]
+
+
+def test_a_wrong_argument_is_answered_before_torch_is_imported():
+    code = f"""
+import sys, time
+from typer.testing import CliRunner
+from decodelab.cli import app
+for command in {WRONG!r}:
+    begun = time.process_time()
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2 and result.stdout == "" and result.stderr.count("error: ") == 1, (command, result)
+    assert not {{"torch", "transformers", "pandas"}} & set(sys.modules), command
+    assert time.process_time() - begun < 2, command
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_letter_that_the_terminal_cannot_show_loses_nothing():
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    code = "from decodelab.cli import app; app()"
+    done = subprocess.run([sys.executable, "-c", code, "generate", "Ä", "-m", "Ö"], capture_output=True, env=env)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, b"error: unknown decoder '?': known: " + ", ".join(decoders()).encode())
+
+
+def test_a_reader_that_goes_away_is_no_fault():
+    code = "from decodelab.cli import app; app()"
+    running = subprocess.Popen([sys.executable, "-c", code, "lab", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running.stdout.close()
+    assert b"Traceback" not in running.stderr.read()
+    running.wait()
+
+
+# tables
+
+
+@pytest.mark.parametrize("width", [10, 20, 40, 60, 80, 120, 300])
+def test_a_table_shows_whole_cells_or_says_what_it_left_out(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    names = ("method", "ratio", "95 %", "tokens / forward", "lossless", "paper")
+    values = [("prompt lookup (hf)", 1.25, "0.98-1.52", 12345.0, True, "A long title " * 6), ("ngram", 0.5, "", 2.5, None, "Short")]
+    show_table([dict(zip(names, row)) for row in values], "how fast they are")
+    shown, said = capsys.readouterr()
+    assert max(map(len, shown.splitlines())) <= width
+    left_out = re.fullmatch(rf"left out, as {width} columns are too few: (.*) \(a wider window or --json shows them\)\n", said)
+    kept = [name for name in names if name not in (left_out[1].split(", ") if left_out else [])]
+    assert kept == list(names[: len(kept)])
+    assert (len(kept) == len(names)) == (width >= 120)
+    if width >= 20:
+        for name in kept:
+            assert name in shown
+        for text in ("prompt lookup (hf)", "1.25", "0.98-1.52", "12,345", "yes", "Short")[: len(kept)]:
+            assert text in shown
+
+
+def test_a_pipe_has_no_edge(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    show_table([{f"column {i}": "x" * 20 for i in range(12)}])
+    shown, said = capsys.readouterr()
+    assert shown.count("column") == 12
+    assert shown.count("x" * 20) == 12
+    assert said == ""
+    show_table([])
+
+
 # settings
 
 
@@ -176,6 +262,139 @@ def test_generate_json_is_the_decoder(tales):
     assert not out["interrupted"]
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("update_prompt=false", False), ("update_prompt=no", False), ("update_prompt=0", False), ("update_prompt=True", True), ("k=4", 4)],
+)
+def test_settings_have_the_type_of_their_field(setting, value):
+    out = json.loads(run("generate", PROMPT, "-m", "token_recycling", "--set", setting, "--max-new-tokens", 2, "--json").stdout)
+    assert list(out["hyper_parameters"].values()) == [value]
+    assert type(next(iter(out["hyper_parameters"].values()))) is type(value)
+
+
+def test_generate_takes_a_draft_model(tales):
+    model, tokenizer = tales
+    command = ["generate", PROMPT, "-m", "draft_model", "--set", "gamma=3", "--max-new-tokens", 12, "--json"]
+    out = json.loads(run(*command, "--draft", "tales").stdout)
+    assert out["hyper_parameters"] == {"gamma": 3, "drafter": "tales"}
+    assert out["tokens"] == model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=12, do_sample=False)[0, -12:].tolist()
+    # the model drafts for itself: every draft token is accepted
+    assert out["stats"]["tokens_per_forward"] > json.loads(run(*command).stdout)["stats"]["tokens_per_forward"]
+    assert out["stats"]["target_forwards"] == 4
+    trained = json.loads(run("generate", PROMPT, "-m", "specdec_pp", "--draft", "tales-draft", "--max-new-tokens", 4, "--json").stdout)
+    assert len(trained["tokens"]) == 4
+
+
+FORMS = {
+    "p.txt": lambda texts: "\n\n".join(texts),
+    "p.jsonl": lambda texts: "\n".join(json.dumps({"prompt": t} if i else {"turns": [t, "and then?"]}) for i, t in enumerate(texts)),
+    "p.json": lambda texts: json.dumps([texts[0], *({"prompt": t} for t in texts[1:])]),
+}
+OPENINGS = ["Once upon a time", "The wolf came to the door and said to the little", "In the forest there lived"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_generate_reads_a_file_of_prompts(name, tmp_path):
+    (tmp_path / name).write_text(FORMS[name](OPENINGS), encoding="utf-8")
+    out = json.loads(run("generate", "--prompts", tmp_path / name, "--max-new-tokens", 8, "--json").stdout)
+    assert [r["prompt"] for r in out["results"]] == OPENINGS
+    assert not out["interrupted"]
+    alone = [json.loads(run("generate", text, "--max-new-tokens", 8, "--json").stdout) for text in OPENINGS]
+    assert [r["tokens"] for r in out["results"]] == [a["tokens"] for a in alone]
+    for figure in ("new_tokens", "target_forwards"):
+        assert out["stats"][figure] == sum(a["stats"][figure] for a in alone)
+
+
+@pytest.mark.parametrize("method", [n for n, m in decoders().items() if m.family != "diffusion"])
+def test_a_batch_equals_single_prompts(method, tmp_path):
+    (tmp_path / "p.txt").write_text("\n".join(OPENINGS), encoding="utf-8")
+    command = ["generate", "--prompts", tmp_path / "p.txt", "-m", method, "--max-new-tokens", 8, "--json"]
+    one, three, two = (json.loads(run(*command, "--batch-size", n).stdout)["results"] for n in (1, 3, 2))
+    assert one == three == two
+
+
+def test_prompts_are_shown_with_their_continuations(tmp_path):
+    (tmp_path / "p.txt").write_text("\n".join(OPENINGS), encoding="utf-8")
+    result = run("generate", "--prompts", tmp_path / "p.txt", "--max-new-tokens", 4, "--batch-size", 2)
+    assert [re.search(rf"^\[{i}\] {text}$", result.stdout, flags=re.M) is not None for i, text in enumerate(OPENINGS, 1)] == [True] * 3
+    assert "12 new tokens" in result.stderr
+
+
+def test_a_file_of_prompts_that_ends_early_keeps_what_is_done(tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("\n".join(OPENINGS), encoding="utf-8")
+    import decodelab.prompting as prompting
+
+    plain = prompting.in_batches
+    for error, code in ((KeyboardInterrupt(), 130), (ValueError("only on Sundays"), 2)):
+
+        def in_batches(*arguments, error=error, **call):
+            for i, out in enumerate(plain(*arguments, **call)):
+                if i == 2:
+                    raise error
+                yield out
+
+        monkeypatch.setattr(prompting, "in_batches", in_batches)
+        command = ["generate", "--prompts", tmp_path / "p.txt", "--max-new-tokens", 4]
+        out = run(*command, "--json", code=code)
+        assert [r["prompt"] for r in json.loads(out.stdout)["results"]] == OPENINGS[:2]
+        assert json.loads(out.stdout)["interrupted"]
+        assert "ended after 2 of 3 prompts" in out.stderr
+        assert run(*command, code=code).stdout.count("[") == 2
+
+
+def chatty(folder: Path, template: str | None) -> Path:
+    "A copy of the zoo's drafter whose tokenizer has this chat template."
+    model, tokenizer = load("tales-draft")
+    tokenizer.chat_template = template
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_chat(tmp_path):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}teller:{% endif %}"
+    folder = chatty(tmp_path / "chat", template)
+    command = ["--model", folder, "--max-new-tokens", 6, "--json"]
+    asked = json.loads(run("generate", "Tell a tale", "--chat", *command).stdout)
+    assert asked["prompt"] == "Tell a tale"
+    plain = {"add_special_tokens": False, "return_tensors": "pt"}
+    model, tokenizer = load(folder)
+    ids = tokenizer("user: Tell a tale\nteller:", **plain).input_ids
+    assert asked["tokens"] == model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
+    plain = chatty(tmp_path / "plain", None)
+    assert "the tokenizer has no chat template: leave out --chat" in refused("generate", "Tell", "--chat", "--model", plain)
+    broken = chatty(tmp_path / "broken", "{{ raise_exception('only poems') }}")
+    assert "the chat template cannot be used: only poems" in refused("generate", "Tell", "--chat", "--model", broken)
+    (tmp_path / "p.txt").write_text("Tell a tale", encoding="utf-8")
+    out = tmp_path / "out"
+    run("bench", "--prompts", tmp_path / "p.txt", "--chat", "--model", folder, "-m", "autoregressive", "--tokens", 4, "--out", out)
+    assert json.loads((out / "bench.json").read_text())["provenance"]["prompts"]["count"] == 1
+
+
+def test_text_that_is_not_utf_8(tmp_path):
+    latin, wide = "Andrée".encode("latin-1"), "Once upon".encode("utf-16")
+    for text in (latin, wide):
+        result = run("generate", "-", stdin=text, code=2)
+        assert re.fullmatch(r"error: standard input is no UTF-8 text \(.*\): save it as UTF-8\n", result.stderr)
+        (tmp_path / "p.txt").write_bytes(text)
+        assert f"{tmp_path / 'p.txt'} is no UTF-8 text" in refused("generate", "--prompts", tmp_path / "p.txt")
+    assert "the prompt is no UTF-8 text" in refused("generate", "\udcff")
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfOnce\r\n")  # a byte order mark and lines of Windows are no fault
+    out = json.loads(run("generate", "--prompts", tmp_path / "p.txt", "--max-new-tokens", 2, "--json").stdout)
+    assert out["results"][0]["prompt"] == "Once"
+
+
+def test_a_tokenizer_without_bos_and_without_padding(tmp_path):
+    model, tokenizer = load("tales-draft")
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.bos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "m")
+    (tmp_path / "p.txt").write_text("\n".join(OPENINGS), encoding="utf-8")
+    command = ["generate", "--prompts", tmp_path / "p.txt", "--model", tmp_path / "m", "--max-new-tokens", 4, "--json", "--batch-size"]
+    assert json.loads(run(*command, 3).stdout)["results"] == json.loads(run(*command, 1).stdout)["results"]
+    assert "momentum" in run("bench", "--model", tmp_path / "m", "-m", "momentum", "--number", 1, "--tokens", 4, "--out", tmp_path).stdout
+
+
 def test_generate_takes_the_masked_model_for_a_diffusion_method(masked):
     model, tokenizer = masked
     settings = {"block_length": 4, "threshold": 0.5}
@@ -218,14 +437,37 @@ def test_generate_from_standard_input_and_trace(tmp_path):
         ([PROMPT, "-m", "momentum", "--set", "k"], "write name=value"),
         ([PROMPT, "-m", "momentum", "--sample"], "deterministic"),
         ([PROMPT, "--model", "./nowhere"], "no model folder"),
-        ([PROMPT, "--model", "tales-mdm"], "tales-mdm fills holes: choose a decoder of `decodelab methods --family diffusion`"),
+        ([PROMPT, "--model", "tales-mdm"], "tales-mdm fills masked positions: choose a decoder of `decodelab methods --family diffusion`"),
         ([PROMPT, "--model", "tales", "-m", "llada"], "names no mask token"),
         ([PROMPT, "--max-new-tokens", "99999"], "exceed the model's context"),
         ([PROMPT, "--trace", "nowhere/trace.html"], "name a file in a folder that exists"),
+        ([PROMPT * 300], "shorten it"),
+        ([PROMPT, "--prompts", "p.txt"], "give a text to continue (- reads it from standard input), or a file of them"),
+        (["--prompts", "p.txt", "--trace", "t.html"], "--trace shows a single prompt"),
+        ([PROMPT, "--batch-size", 2], "--batch-size says how many prompts of a file are decoded together"),
+        ([PROMPT, "--top-p", 2], "--top-p is a probability above 0 and at most 1, got 2"),
+        ([PROMPT, "--top-p", 0], "--top-p is a probability above 0"),
+        ([PROMPT, "--top-k", -1], "--top-k must be 0 (keep all tokens) or more, got -1"),
+        ([PROMPT, "--temperature", -1], "--temperature must be above 0, got -1"),
+        ([PROMPT, "--temperature", "nan"], "--temperature must be above 0, got nan"),
+        ([PROMPT, "-m", "draft_model", "--set", "drafter=gpt2"], "the drafter of draft_model is a model: name it with --draft"),
+        ([PROMPT, "-m", "draft_model", "--set", "gamma=2.5"], "gamma=2.5 does not fit: gamma is a whole number"),
+        ([PROMPT, "-m", "specdec_pp", "--set", "head=mine"], "head is an object, which no text can name"),
+        ([PROMPT, "-m", "momentum", "--draft", "tales-draft"], "momentum has no draft model: leave out --draft, or choose one of"),
+        ([PROMPT, "-m", "draft_model", "--draft", "./nowhere"], "no model folder at './nowhere'"),
+        ([PROMPT, "--model", "settings.ini"], "settings.ini is a file: give the folder of the model"),
     ],
 )
-def test_generate_refuses(arguments, message):
+def test_generate_refuses(arguments, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
     assert message in refused("generate", *arguments)
+
+
+@pytest.mark.skipif(not (ROOT / "data/zoo").is_dir(), reason="needs the zoo of the checkout")
+def test_a_model_that_the_wheel_leaves_out(monkeypatch):
+    monkeypatch.setattr("decodelab.core.zoo._zoo", lambda: {n: ROOT / "data/zoo" / n for n in ("tales", "tales-draft")})
+    message = refused("generate", PROMPT, "-m", "llada")
+    assert message.startswith("error: tales-mdm is not part of the installed package (which has: tales, tales-draft): it lies in data/zoo")
 
 
 def test_ctrl_c_keeps_the_text():
@@ -252,32 +494,86 @@ def check_page(page: str) -> None:
     assert "://" not in without_links
 
 
+def tables_of(out: str) -> dict[str, dict]:
+    return {table["title"]: table for table in json.loads(out)["tables"]}
+
+
 def test_demo(tmp_path):
     started = time.perf_counter()
     page = tmp_path / "demo.html"
-    out = json.loads(run("demo", "--prompts", 1, "--tokens", 12, "--seconds", 1, "--out", page, "--json").stdout)
-    rows = {r["name"]: r for r in out["rows"]}
-    assert {n for n in rows if "(transformers)" in n} == {
-        f"{m} (transformers)" for m in ("greedy", "sampling", "prompt lookup", "assisted")
-    }
-    fills_holes = {POLICIES[row["name"]][0] for row in out["masked"]}
-    assert fills_holes == {n for n, m in decoders().items() if m.family == "diffusion"}
-    assert set(decoders()) == ({n for n in rows if "(transformers)" not in n} | fills_holes | set(out["left_out"]))
-    assert not fills_holes & set(out["left_out"])
-    assert (out["masked"][0]["name"], out["masked"][0]["ratio"], out["masked"][0]["passes"]) == ("one a pass", 1, 24)
-    assert all(r["identical"] == 1 for r in rows.values() if r["lossless"])
-    assert rows["greedy (transformers)"]["ratio"] == 1
+    shown = run("demo", "--number", 1, "--tokens", 12, "--seconds", 1, "--out", page, "--json").stdout
+    out, tables = json.loads(shown), tables_of(shown)
+    assert list(tables) == ["temperature 0.7", "greedy", "questions about lists"]
+    rows = {title: {r["name"]: r for r in table["rows"]} for title, table in tables.items()}
+    ours = {n for n, m in decoders().items() if m.family != "diffusion"}
+    for title, plain in (("temperature 0.7", "sampling"), ("greedy", "greedy")):
+        assert set(rows[title]) - ours == {f"{m} (transformers)" for m in (plain, "prompt lookup", "assisted")}
+        assert tables[title]["baseline"] == f"{plain} (transformers)"
+        assert rows[title][f"{plain} (transformers)"]["ratio"] == 1
+        assert all(r["cpu_ms_per_token"] > 0 and r["low"] is None for r in rows[title].values())  # one prompt has no interval
+        assert not any(r["clearly_faster"] for r in rows[title].values())
+    assert set(rows["greedy"]) & ours == ours - set(out["left_out"])
+    assert set(rows["temperature 0.7"]) & ours == {n for n in ours - set(out["left_out"]) if decoders()[n].samples}
+    assert all(r["identical"] == 1 for r in rows["greedy"].values() if r["lossless"])
+    masked = rows["questions about lists"]
+    fills = {POLICIES[name][0] for name in masked}
+    assert fills == {n for n, m in decoders().items() if m.family == "diffusion"}
+    assert not fills & set(out["left_out"])
+    assert masked["one a pass"]["ratio"] == 1
+    assert tables["questions about lists"]["conditions"]["prompts_done"] >= 3
     text = page.read_text(encoding="utf-8")
     check_page(text)
-    assert all(name in text for name in [*rows, *(row["name"] for row in out["masked"])])
+    assert all(name in text for name in (*rows["greedy"], *masked) if "(transformers)" not in name)
     assert 'class="tree"' in text
     print(f"demo {time.perf_counter() - started:.1f} s")
 
 
-def test_demo_table_and_live_text(tmp_path):
-    shown = run("demo", "--prompts", 1, "--tokens", 8, "-m", "momentum", "--out", tmp_path / "demo.html").stdout
-    assert "momentum" in shown
-    assert "live" in shown
+def test_demo_tables_and_live_text(tmp_path):
+    command = ["demo", "--number", 2, "--tokens", 8, "-m", "momentum", "-m", "token_recycling", "--out", tmp_path / "demo.html"]
+    shown = run(*command).stdout
+    assert "token_recycling, live" in shown
+    sampled, greedy = shown.split("temperature 0.7: 2 prompts; ratio: speed relative to sampling (hf)")[1].split("greedy: 2 prompts")
+    assert "momentum" not in sampled  # it cannot sample
+    assert "momentum" in greedy
+    assert "rep-4" in greedy
+
+
+def test_demo_measures_on_prompts_that_no_decoder_has_seen(tmp_path, monkeypatch):
+    "A decoder that learns would know the greedy text of a prompt on which it was tried."
+    import decodelab.demo as demo
+
+    seen, plain = [], demo.drop_failing
+
+    def drop_failing(methods, prompt):
+        seen.append(prompt["input_ids"].tolist())
+        return plain(methods, prompt)
+
+    monkeypatch.setattr(demo, "drop_failing", drop_failing)
+    measured, turns = [], demo.measure_in_turns
+    monkeypatch.setattr(demo, "measure_in_turns", lambda m, p, **k: measured.extend(x["input_ids"].tolist() for x in p) or turns(m, p, **k))
+    run("demo", "--number", 3, "--tokens", 4, "-m", "ngram", "--out", tmp_path / "demo.html")
+    assert len(measured) == 6
+    assert not [ids for ids in seen if ids in measured]
+
+
+def test_demo_takes_prompts_of_its_user(tmp_path):
+    (tmp_path / "p.txt").write_text("\n".join(OPENINGS), encoding="utf-8")
+    command = [
+        "demo",
+        "--prompts",
+        tmp_path / "p.txt",
+        "--number",
+        2,
+        "--tokens",
+        4,
+        "-m",
+        "momentum",
+        "--out",
+        tmp_path / "d.html",
+        "--json",
+    ]
+    (table,) = tables_of(run(*command).stdout).values()
+    assert (table["prompt"], table["conditions"]["prompts_done"]) == (OPENINGS[0], 2)
 
 
 def test_demo_refuses(tmp_path):
@@ -287,78 +583,121 @@ def test_demo_refuses(tmp_path):
 
 
 def test_demo_without_a_masked_model(tmp_path, monkeypatch):
-    import decodelab.cli as cli
+    import decodelab.cli_measure as commands
 
-    plain = cli.load_for
+    plain = commands.load_for
 
     def load_for(name, role, *more, **kwargs):
         if role == "diffusion_tasks":
             raise FileNotFoundError("unknown model 'tasks-mdm'")
         return plain(name, role, *more, **kwargs)
 
-    monkeypatch.setattr(cli, "load_for", load_for)
-    command = ["demo", "--prompts", 1, "--tokens", 4, "-m", "momentum", "-m", "llada", "--out", tmp_path / "demo.html", "--json"]
+    monkeypatch.setattr(commands, "load_for", load_for)
+    command = ["demo", "--number", 1, "--tokens", 4, "-m", "momentum", "-m", "llada", "--out", tmp_path / "demo.html", "--json"]
     out = json.loads(run(*command).stdout)
-    assert out["masked"] == []
+    assert [table["title"] for table in out["tables"]] == ["greedy"]
     assert out["left_out"] == {"llada": "needs a masked model: unknown model 'tasks-mdm'"}
-    assert "fill the holes" not in (tmp_path / "demo.html").read_text(encoding="utf-8")
+    assert "questions about lists" not in (tmp_path / "demo.html").read_text(encoding="utf-8")
+    lonely = refused("demo", "-m", "llada", "--out", tmp_path / "other.html")
+    assert lonely == "error: no decoder can run this: llada: needs a masked model: unknown model 'tasks-mdm'"
+
+
+def impatient(monkeypatch, after: int) -> None:
+    "Ctrl-C comes when this many calls have been timed."
+    import decodelab.demo as demo
+
+    plain, calls = demo.timed_rows, []
+
+    def timed_rows(*arguments, **kwargs):
+        for row in plain(*arguments, **kwargs):
+            if len(calls) == after:
+                raise KeyboardInterrupt
+            calls.append(row)
+            yield row
+
+    monkeypatch.setattr(demo, "timed_rows", timed_rows)
+
+
+@pytest.mark.parametrize(
+    ("after", "titles"), [(0, []), (2, ["temperature 0.7"]), (8, ["temperature 0.7"]), (9, ["temperature 0.7", "greedy"])]
+)
+def test_demo_ctrl_c_keeps_and_shows_what_there_is(after, titles, tmp_path, monkeypatch):
+    impatient(monkeypatch, after)
+    page = tmp_path / "demo.html"
+    result = run("demo", "--number", 2, "--tokens", 4, "-m", "token_recycling", "--out", page, "--json", code=130)
+    assert result.stderr.endswith("interrupted\n")
+    if not titles:
+        assert "Ctrl-C: nothing was measured yet" in result.stderr
+        assert (result.stdout, page.exists()) == ("", False)
+        return
+    assert "Ctrl-C: this is what there is" in result.stderr
+    assert list(tables_of(result.stdout)) == titles
+    check_page(page.read_text(encoding="utf-8"))
 
 
 def test_demo_ctrl_c_among_the_masked_decoders_keeps_the_rest(tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("decodelab.demo.masked_rows", stop)
-    command = ["demo", "--prompts", 1, "--tokens", 4, "-m", "momentum", "-m", "llada", "--out", tmp_path / "demo.html", "--json"]
-    out = json.loads(run(*command, code=130).stdout)
-    assert out["masked"] == []
+    monkeypatch.setattr("decodelab.demo.masked_table", stop)
+    command = ["demo", "--number", 1, "--tokens", 4, "-m", "momentum", "-m", "llada", "--out", tmp_path / "demo.html", "--json"]
+    assert list(tables_of(run(*command, code=130).stdout)) == ["greedy"]
     assert "momentum" in (tmp_path / "demo.html").read_text(encoding="utf-8")
 
 
 def test_masked_decoders_name_what_is_wrong(masked):
     ready, left_out = masked_decoders(masked[0], ["fast_dllm"])
-    assert list(ready) == ["one a pass", "threshold 0.9", "factor 1"]
+    assert list(ready) == ["one a pass", "threshold 0.9"]
     assert left_out == {}
     assert masked_decoders(masked[0], ["momentum"]) == ({}, {})
 
 
-def test_masked_rows_count_answers_and_respect_the_time(monkeypatch):
-    asked = []
-
-    def frontier(model, tokenizer, methods, examples, **settings):
-        asked.append((list(methods), [e.task for e in examples]))
-        time.sleep(0.05)
-        # method, example, score, passes, tokens, seconds
-        known = {"one a pass": [(1, 24, 12, 4.0), (1, 24, 12, 4.0)], "quick": [(1, 2, 12, 0.5), (0, 4, 6, 1.5)]}
-        keys = ("score", "passes", "tokens", "seconds")
-        lines = [
-            {"method": m, "example": i, "batch": 0, "text": f" {m} {i}", **dict(zip(keys, known[m][i]))}
-            for m in methods
-            for i in range(len(examples))
-        ]
-        return pd.DataFrame(lines)
-
-    monkeypatch.setattr("decodelab.diffusion.measure.frontier", frontier)
-    question, rows = masked_rows({"one a pass": None, "quick": None}, None, None, seconds=0)
-    assert asked == [(["one a pass"], ["list_shuffle"]), (["one a pass", "quick"], ["list_shuffle"] * 2)]  # a warm-up, then one task
-    assert question.startswith("Write the list in any order.")
-    assert rows == [MaskedRow("one a pass", 2, 2, 24, 0.5, 1, "one a pass 0"), MaskedRow("quick", 1, 2, 3, 3, 4, "quick 0")]
-    assert len(masked_rows({"one a pass": None, "quick": None}, None, None)[1]) == 2
-    assert [tasks[0] for _, tasks in asked[2:]] == ["list_shuffle", "list_shuffle", "list_sort", "list_copy"]
+def test_masked_answers_are_counted_and_the_time_is_respected():
+    model, tokenizer = load("tasks-mdm")
+    methods, _ = masked_decoders(model, ["llada"])
+    short = masked_table(methods, model, tokenizer, per_task=2, seconds=0)
+    assert short.conditions["prompts_done"] == 3  # one of each task, however long it takes
+    assert "of 6 prompts" in short.note
+    table = masked_table(methods, model, tokenizer, per_task=2)
+    assert [row.name for row in table.rows] == ["one a pass", "4 a pass"]
+    assert table.conditions["prompts_done"] == 6
+    one, four = table.rows
+    assert one.ratio == 1 < four.ratio
+    assert four.tokens_per_forward == pytest.approx(4 * one.tokens_per_forward, rel=0.2)
+    assert 3 <= one.right <= 6
+    assert table.prompt.startswith("Write the list in any order.")
+    assert sorted(one.text.split(", ")) == sorted(table.prompt.split("List: ")[1].split("\n")[0].split(", "))
 
 
-def test_masked_table_is_escaped_and_part_of_the_page(tales):
-    rows = [MaskedRow("one <b>", 1, 2, 8, 2.5, 1.0, "a & b"), MaskedRow("two", 2, 2, 4, 5, 2.0, "c")]
-    table = masked_table("List: <i>", rows)
-    assert "<b>" not in table
-    assert "<i>" not in table
-    assert "a &amp; b" in table
-    assert "--share:50%" in table
-    assert re.findall(r">(\d of \d)<", table) == ["1 of 2", "2 of 2"]
-    conditions = {"machine": {"cpu": "c"}, "versions": {}, "date": "today"}
-    page = comparison_page("p", [DemoRow("m", 1, 1, 1, 1, 1, None)], {}, tales[1], conditions, masked=("List: <i>", rows))
+CONDITIONS = {"machine": {"cpu": "c"}, "versions": {}, "date": "today", "prompts_done": 6, "prompts_asked": 6}
+
+
+def made_up(name="m", ratio=1.0, low=0.9, high=1.1, clear=False, lossless=True, **more) -> DemoRow:
+    return DemoRow(name, ratio, low, high, 2.0, 5.0, 4.0, lossless=lossless, clearly_faster=clear, **more)
+
+
+def test_a_table_is_escaped_and_part_of_the_page(tales):
+    rows = [made_up("one <b>", right=1, text="a & b"), made_up("two", 2.0, right=2, text="c")]
+    table = DemoTable("lists <i>", "List: <i>", "one <b>", CONDITIONS, rows)
+    shown = demo_table(table)
+    assert "<b>" not in shown
+    assert "<i>" not in shown
+    assert "--share:50%" in shown
+    assert re.findall(r">(\d of \d)<", shown) == ["1 of 6", "2 of 6"]
+    page = comparison_page([table], {}, tales[1])
     check_page(page)
-    assert table in page
+    assert shown in page
+
+
+def test_the_headline_is_what_the_interval_carries(tales):
+    base = made_up("sampling (transformers)", 1.0, 1.0, 1.0, lossless=None)
+    lucky = made_up("lucky", 4.8, 0.7, 8.9)
+    page = comparison_page([DemoTable("temperature 0.7", "p", base.name, CONDITIONS, [base, lucky])], {}, tales[1])
+    assert "of the lossless decoders is clearly faster than sampling (transformers) here: 6 prompts, temperature 0.7" in page
+    assert "4.80x" not in page
+    sure, other = made_up("sure", 1.5, 1.4, 1.6, True), made_up("unlike", 3.0, 2.9, 3.1, True, lossless=False)
+    page = comparison_page([DemoTable("temperature 0.7", "p", base.name, CONDITIONS, [base, lucky, sure, other])], {}, tales[1])
+    assert "1.50x</b><span>speed of sure relative to sampling (transformers): 1.40 to 1.60 on 6 prompts, temperature 0.7" in page
 
 
 def test_page_check_can_fail():
@@ -377,42 +716,154 @@ def test_text_of_a_page_is_escaped(tales):
 
 
 def test_bench(tmp_path):
-    command = ["bench", "--prompts", 2, "--tokens", 8, "--repeats", 1, "-m", "token_recycling", "--out", tmp_path / "b"]
+    command = ["bench", "--number", 2, "--tokens", 8, "-m", "token_recycling", "--out", tmp_path / "b"]
     out = json.loads(run(*command, "--json").stdout)
-    assert "token_recycling" in out["table"]
+    names = {f"{m} (transformers)" for m in ("greedy", "prompt lookup", "assisted")} | {"token_recycling"}
+    assert set(out["table"]) == names
+    for line in out["table"].values():
+        assert line["low"] <= line["ratio"] <= line["high"]
+        assert line["cpu_low"] <= line["cpu_ratio"] <= line["cpu_high"]
+        assert line["cpu_seconds_per_token"] > 0
     stored = json.loads((tmp_path / "b/bench.json").read_text())
     assert stored["baseline"] == "greedy (transformers)"
-    assert {"commit", "machine", "model", "profile", "seed", "interrupted"} <= set(stored["provenance"])
-    assert len(stored["rows"]) == 2 * 5
+    assert {"commit", "machine", "model", "profile", "seed", "interrupted", "settings"} <= set(stored["provenance"])
+    assert len(stored["rows"]) == 2 * 4
     assert (tmp_path / "b/bench.png").read_bytes().startswith(b"\x89PNG")
+    shown = run(*command).stdout
+    assert all(name.replace("(transformers)", "(hf)") in shown for name in names)
+
+
+def test_bench_samples(tmp_path):
+    command = ["bench", "--number", 2, "--tokens", 8, "--temperature", 0.7, "-m", "ngram", "-m", "momentum", "--out", tmp_path, "--json"]
+    out = json.loads(run(*command).stdout)
+    assert set(out["table"]) == {f"{m} (transformers)" for m in ("sampling", "prompt lookup", "assisted")} | {"ngram"}
+    assert out["provenance"]["settings"] == {"do_sample": True, "temperature": 0.7}
+
+
+def test_bench_on_a_model_and_prompts_of_its_user(tmp_path):
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in OPENINGS))
+    command = ["bench", "--prompts", tmp_path / "p.jsonl", "--tokens", 4, "-m", "draft_model", "--json", "--model"]
+    out = json.loads(run(*command, "tales-draft", "--out", tmp_path / "a").stdout)
+    assert out["provenance"]["prompts_done"] == 3
+    assert out["provenance"]["model"] == "tales-draft"
+    assert "assisted (transformers)" not in out["table"]  # a model of one's own has no draft model until --draft names one
+    own = json.loads(run(*command, "tales", "--draft", "tales", "--number", 2, "--out", tmp_path / "b").stdout)
+    assert own["provenance"]["prompts_done"] == 2
+    assert own["table"]["draft_model"]["tokens_per_forward"] > 3  # the model drafts for itself
+    (tmp_path / "long.txt").write_text("Once\n" + "upon a time " * 900)
+    assert "prompt 2 of 2 has" in refused("bench", "--prompts", tmp_path / "long.txt", "--out", tmp_path)
+
+
+def test_bench_leaves_out_what_fails_on_a_model_and_refuses_when_nothing_is_left(tmp_path, monkeypatch):
+    from decodelab.sampling.momentum import Momentum
+
+    def decode(self, call):
+        raise IndexError("deep inside")
+
+    monkeypatch.setattr(Momentum, "decode", decode)
+    command = ["bench", "--number", 1, "--tokens", 4, "--out", tmp_path, "-m", "momentum"]
+    assert "no decoder can run this: momentum: IndexError: deep inside" in refused(*command)
+    out = json.loads(run(*command, "-m", "autoregressive", "--json").stdout)
+    assert out["left_out"] == {"momentum": "IndexError: deep inside"}
+    assert "no decoder can run this: llada: diffusion: needs another kind of model" in refused("bench", "-m", "llada", "--out", tmp_path)
+
+
+def test_bench_tries_its_place_before_it_measures(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert "is a file" in refused("bench", "--out", tmp_path / "file")
+    assert "cannot write to the folder" in refused("bench", "--out", tmp_path / "file" / "x")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("decodelab.shell.os.fsync", full)
+    monkeypatch.setattr("decodelab.cli_measure.load_for", lambda *_, **__: pytest.fail("it began to work"))
+    folder = tmp_path / "results"
+    assert refused("bench", "--out", folder) == f"error: cannot write to the folder {folder}: no space left on device"
+    assert "no space left on device" in refused("demo", "--out", tmp_path / "demo.html")
+    assert "no space left on device" in refused("generate", PROMPT, "--trace", tmp_path / "t.html")
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_a_disk_that_fills_up_takes_no_result_with_it(command, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("decodelab.core.provenance.os.replace", full)
+    place = tmp_path / ("demo.html" if command == "demo" else "out")
+    arguments = [command, "--number", 2, "--tokens", 4, "-m", "momentum", "--out", place]
+    result = run(*arguments, code=2)
+    assert "momentum" in result.stdout
+    assert result.stderr.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    out = json.loads(run(*arguments, "--json", code=2).stdout)
+    assert out.get("files", []) == []
+    assert "momentum" in json.dumps(out)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []  # no half-written file is left
 
 
 def test_bench_without_a_place(monkeypatch):
     monkeypatch.setenv("DECODELAB_RESULTS", "off")
-    result = run("bench", "--prompts", 1, "--tokens", 4, "--repeats", 1, "-m", "momentum")
+    result = run("bench", "--number", 1, "--tokens", 4, "-m", "momentum")
     assert "not written" in result.stderr
     assert "momentum" in result.stdout
 
 
-def test_bench_ctrl_c_keeps_finished_prompts(tmp_path, monkeypatch):
-    import decodelab.demo as demo
+def test_json_holds_null_where_there_is_no_number(tmp_path):
+    command = ["bench", "--number", 1, "--tokens", 4, "-m", "momentum", "--out", tmp_path, "--json"]
+    shown = run(*command).stdout
+    for text in (shown, (tmp_path / "bench.json").read_text()):
+        line = json.loads(text, parse_constant=lambda word: pytest.fail(word))["table"]["momentum"]
+        assert (line["low"], line["high"]) == (None, None)  # one prompt has no interval
+        assert '"nan"' not in text
 
-    plain, calls = demo.compare, []
 
-    def compare(*arguments, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return plain(*arguments, **kwargs)
-
-    monkeypatch.setattr(demo, "compare", compare)
-    result = run("bench", "--prompts", 3, "--tokens", 4, "--repeats", 1, "-m", "momentum", "--out", tmp_path, code=130)
-    assert "interrupted" in result.stderr
+@pytest.mark.parametrize(
+    ("after", "prompts", "said"),
+    [
+        (4, {0}, "1 of 3 prompts; ratio: speed relative to greedy (hf), in turns; Ctrl-C in prompt 2, which is left out"),
+        (6, {0}, "1 of 3 prompts; ratio: speed relative to greedy (hf), in turns; Ctrl-C in prompt 2, which is left out"),
+        (
+            2,
+            {0},
+            "0 of 3 prompts; ratio: speed relative to greedy (hf), in turns; Ctrl-C in the middle of the first prompt; not measured: ",
+        ),
+    ],
+)
+def test_bench_ctrl_c_keeps_and_shows_what_there_is(after, prompts, said, tmp_path, monkeypatch):
+    impatient(monkeypatch, after)
+    result = run("bench", "--number", 3, "--tokens", 4, "-m", "momentum", "--out", tmp_path, code=130)
+    assert result.stderr.endswith("interrupted\n")
+    assert said in " ".join(result.stdout.split())
+    assert "nan" not in result.stdout
     stored = json.loads((tmp_path / "bench.json").read_text())
     assert stored["provenance"]["interrupted"]
-    assert {r["prompt"] for r in stored["rows"]} == {0}
+    assert {r["prompt"] for r in stored["rows"]} == prompts
+    assert len(stored["rows"]) == min(after, 4)
+    assert set(stored["table"]) == {r["method"] for r in stored["rows"]}
+
+
+def test_bench_ctrl_c_before_anything_was_measured(tmp_path, monkeypatch):
+    impatient(monkeypatch, 0)
+    result = run("bench", "--number", 1, "--tokens", 4, "-m", "momentum", "--out", tmp_path, "--json", code=130)
+    assert (result.stdout, result.stderr) == ("", "Ctrl-C: nothing was measured yet\ninterrupted\n")
+
+
+def test_a_method_that_fails_late_ends_the_bench_with_what_there_is(tmp_path, monkeypatch):
+    import decodelab.demo as demo
+
+    plain, calls = demo.timed_rows, []
+
+    def timed_rows(*arguments, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("only on Sundays")
+        yield from plain(*arguments, **kwargs)
+
+    monkeypatch.setattr(demo, "timed_rows", timed_rows)
+    result = run("bench", "--number", 4, "--tokens", 4, "-m", "momentum", "--out", tmp_path, "--json", code=2)
+    assert json.loads(result.stdout)["provenance"]["prompts_done"] == 2
+    assert "error: the run failed (only on Sundays) in prompt 3, which is left out" in result.stderr
 
 
 # train
@@ -502,12 +953,21 @@ def test_lab_opens_the_notebooks(monkeypatch):
 def test_experiment(monkeypatch, tmp_path):
     module = importlib.import_module("decodelab.sampling.base")
     monkeypatch.setattr(module, "experiment", lambda n=1: {"n": n}, raising=False)
+    monkeypatch.setattr("decodelab.cli.function_kinds", lambda path, name: {"n": int})
     out = run("experiment", "sampling/base", "--set", "n=3", "--allow-dirty", "--json")
     assert json.loads(out.stdout) == {"n": 3}
     stored = json.loads((tmp_path / "results/tiny/sampling/base-full.json").read_text())
     assert stored["data"] == {"n": 3}
+    assert "n=3.5 does not fit: n is a whole number" in refused("experiment", "sampling/base", "--set", "n=3.5")
+    assert "the experiment of sampling/base has no setting 'm'; it has: n" in refused("experiment", "sampling/base", "--set", "m=3")
+    monkeypatch.setattr(
+        "decodelab.core.claims.store_result", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    full = run("experiment", "sampling/base", "--allow-dirty", code=2)
+    assert json.loads(full.stdout) == {"n": 1}  # hours of work are shown when they cannot be kept
+    assert "No space left on device" in full.stderr
     monkeypatch.setattr(module, "experiment", lambda: 3)
-    assert "must return a dictionary" in refused("experiment", "sampling/base")
+    assert "must return a dictionary" in refused("experiment", "sampling/base", "--allow-dirty")
 
 
 def test_experiment_refuses():

@@ -576,7 +576,7 @@ def test_bad_prompts(name, llama, prompt):
         decode(name, llama, beyond)
     with pytest.raises(ValueError, match="prompt of 7 and 250 new tokens exceed the model's context of 256.*max_new_tokens <= 249"):
         decode(name, llama, prompt, 250)
-    with pytest.raises(ValueError, match="exceed the model's context"):
+    with pytest.raises(ValueError, match="the prompt of 300 tokens exceeds the model's context of 256: shorten the prompt"):
         decode(name, llama, torch.full((1, 300), 5), 1)
 
 
@@ -604,8 +604,6 @@ def test_wrong_device(name, llama, prompt):
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores are not returned"),
         ({"output_logits": True, "return_dict_in_generate": True}, "output_logits are not returned"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states are not returned"),
-        ({"use_cache": False}, "need the KV cache: leave out use_cache=False"),
-        ({"cache_implementation": "static"}, "cannot be rolled back: leave out cache_implementation"),
         ({"guidance_scale": 2.0}, "guidance_scale runs a second model"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
@@ -665,6 +663,23 @@ def test_unknown_hyper_parameter(name):
 def test_streamer_with_a_batch(name, llama, tokenizer, padded):
     with pytest.raises(ValueError, match="a streamer follows one row only: call with batch size 1"):
         decode(name, llama, padded, streamer=Collects(tokenizer))
+
+
+STEPS = ("autoregressive", "momentum")  # token by token: any cache will do, or none
+
+
+@every_method
+def test_caches_of_another_kind(name, llama, prompt):
+    expected = decode(name, llama, prompt).sequences
+    for settings, message in (
+        ({"use_cache": False}, "verified with the KV cache: leave out use_cache=False"),
+        ({"cache_implementation": "static"}, "cannot be rolled back: leave out cache_implementation"),
+    ):
+        if name in STEPS or (name in DIFFUSION and "use_cache" in settings):
+            assert decode(name, llama, prompt, **settings).sequences.equal(expected)
+        else:
+            with pytest.raises(ValueError, match=message):
+                decode(name, llama, prompt, **settings)
 
 
 @every_method

@@ -845,12 +845,12 @@ def test_static_texts_go_on_where_they_were_stopped(wide, tokenizer, tmp_path, m
     monkeypatch.setattr(InHindsight, "prepare", prepare)
     call = {"new_tokens": 8, "block_length": 4, "batch_size": 2, "path": tmp_path / "run" / "final.safetensors"}
     with pytest.raises(KeyboardInterrupt):
-        static_texts(wide, tokenizer, prompts, **call, key="a")
-    resumed = static_texts(wide, tokenizer, prompts, **call, key="a")
+        static_texts(wide, tokenizer, prompts, **call, made_from={"key": "a"})
+    resumed = static_texts(wide, tokenizer, prompts, **call, made_from={"key": "a"})
     assert asked == [2, 2, 2, 1]  # the first batch was not decoded again
-    assert static_texts(wide, tokenizer, prompts, **call, key="a").equal(resumed)
+    assert static_texts(wide, tokenizer, prompts, **call, made_from={"key": "a"}).equal(resumed)
     assert len(asked) == 4
-    assert static_texts(wide, tokenizer, prompts, **call, key="b").equal(resumed)
+    assert static_texts(wide, tokenizer, prompts, **call, made_from={"key": "b"}).equal(resumed)
     assert asked[4:] == [2, 2, 1]
 
 
@@ -954,19 +954,26 @@ def test_training_learns_resumes_and_says_what_it_did(tmp_path, wide, tokenizer,
     assert "40 numbers in float32" in card and "--set block_length=4" in card and "--set name" not in card
 
 
-def test_records_are_made_once_and_belong_to_a_recipe(tmp_path, wide, tokenizer, recipe):
+def test_records_are_made_once_and_belong_to_a_recipe(tmp_path, wide, tokenizer, recipe, monkeypatch):
     first = cached_records(recipe, tmp_path, (wide, tokenizer))
+    asked = []
+    monkeypatch.setattr(training, "_load", lambda name: asked.append(name) or (wide, tokenizer))
+    monkeypatch.setattr(training, "record", lambda *_: pytest.fail("made again"))
     for other in (recipe, replace(recipe, depth=1, steps=3, learn_from="list", cuts=False)):
-        again = cached_records(other, tmp_path, (None, None))  # nobody is asked
-        assert all(x.equal(y) for x, y in zip(vars(first).values(), vars(again).values()))
-    with pytest.raises(AttributeError, match="device"):  # somebody is
-        cached_records(replace(recipe, prompts=12), tmp_path, (None, None))
+        for models in (None, (wide, tokenizer)):
+            again = cached_records(other, tmp_path, models)
+            assert all(x.equal(y) for x, y in zip(vars(first).values(), vars(again).values()))
+    assert asked == []  # no model is loaded
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "_load", lambda name: asked.append(name) or (wide, tokenizer))
+    assert len(cached_records(replace(recipe, prompts=12), tmp_path).prompt.unique()) == 12
+    assert asked == ["somewhere/nobody"]
 
 
 def test_recipes_and_cards_say_what_is_wrong(tmp_path, wide, tokenizer, recipe):
-    with pytest.raises(ValueError, match="must be positive, and new_tokens a multiple of block_length"):
+    with pytest.raises(ValueError, match="new_tokens must be a multiple of block_length, got 40 and 32"):
         FilterRecipe(new_tokens=40)
-    with pytest.raises(ValueError, match="must be positive, and new_tokens a multiple of block_length"):
+    with pytest.raises(ValueError, match="depth and new_tokens must be positive"):
         FilterRecipe(depth=0)
     with pytest.raises(ValueError, match="at least 10 prompts are needed to hold some out, got 9"):
         FilterRecipe(prompts=9)

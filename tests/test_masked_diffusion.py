@@ -15,7 +15,7 @@ from decodelab.core.text_tasks import ListTask
 from decodelab.core.zoo import load, zoo_path
 from decodelab.diffusion.canvas import Denoiser
 from decodelab.training.denoising_data import Examples, TaskBatches, TextBatches, task_example, task_examples
-from decodelab.training.language_model import training_arguments
+from decodelab.training.language_model import cosine_adamw
 from decodelab.training.masked_diffusion import (
     MDM_RECIPES,
     DenoiserTrainer,
@@ -27,6 +27,7 @@ from decodelab.training.masked_diffusion import (
     train_masked_diffusion,
 )
 from decodelab.training.masked_loss import likelihood_bound, mask_answers, mask_exactly, masked_loss, stratified_counts
+from decodelab.training.runs import training_arguments
 
 
 def generator(seed=0):
@@ -261,7 +262,7 @@ def test_windows_keep_their_first_token_and_prefixes_stay_visible(monkeypatch):
 
 
 def test_a_text_shorter_than_a_window_is_refused():
-    with pytest.raises(ValueError, match="fewer than a block of 256"):
+    with pytest.raises(ValueError, match="too few for blocks of 256"):
         TextBatches(np.arange(100, dtype=np.uint16), 1, 1)
 
 
@@ -271,7 +272,7 @@ def test_a_text_shorter_than_a_window_is_refused():
         ({"data": "books"}, "data must be 'tasks' or 'tales'"),
         ({"data": "tales", "causal": True}, "trained by `train_language_model`"),
         ({"steps": 0}, "must be positive"),
-        ({"block": 1}, "block at least 2"),
+        ({"block": 1}, "block must be at least 2, got 1"),
     ],
 )
 def test_impossible_recipes_are_refused(settings, message):
@@ -309,13 +310,16 @@ def test_a_run_saves_a_model_that_knows_its_mask_and_resumes_where_it_stopped(tm
     card = denoiser_card(tmp_path / "whole")
     assert "upper bounds, from the first 2 windows of 16 tokens" in card
     assert "Project Gutenberg" in card
-    # stopped after two of four steps, and begun again with other weights: the rest is the same as without the stop
+    # stopped after two of four steps: what is left is the same as without the stop
     interrupted = tmp_path / "resumed"
     (tmp_path / "whole/run/checkpoint-4").rename(tmp_path / "aside")
     (tmp_path / "whole/run").rename(tmp_path / "run")
     interrupted.mkdir()
     (tmp_path / "run").rename(interrupted / "run")
-    resumed = train_masked_diffusion(recipe, interrupted, **options | {"start": (small_model(hidden=16, context=64, seed=9), with_mask())})
+    steps, plain = [], DenoiserTrainer.training_step
+    monkeypatch.setattr(DenoiserTrainer, "training_step", lambda *args, **kwargs: steps.append(1) or plain(*args, **kwargs))
+    resumed = train_masked_diffusion(recipe, interrupted, **options | {"start": start()})
+    assert len(steps) == 2
     first, second = (load(tmp_path / n)[0].state_dict() for n in ("whole", "resumed"))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert resumed["held_out_nats_per_token"] == whole["held_out_nats_per_token"]
@@ -324,7 +328,8 @@ def test_a_run_saves_a_model_that_knows_its_mask_and_resumes_where_it_stopped(tm
 
 def trainer_of(recipe, dataset, folder):
     model = small_model(hidden=16)
-    arguments = training_arguments(recipe, folder, report_to=[], bf16=False, use_cpu=True, per_device_train_batch_size=1)
+    settings = cosine_adamw(recipe) | {"report_to": [], "bf16": False, "use_cpu": True, "per_device_train_batch_size": 1}
+    arguments = training_arguments(recipe, folder, **settings)
     arguments.remove_unused_columns = False
     denoiser = Denoiser(model, 0, shift_logits=True)
     trainer = DenoiserTrainer(recipe, denoiser, args=arguments, train_dataset=dataset, eval_dataset=dataset)

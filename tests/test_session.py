@@ -5,9 +5,18 @@ import torch
 from conftest import VOCAB, left_pad, random_prompts, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, StaticCache
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
 
-from decodelab.core.session import ChainSession, Session
+from decodelab.core.session import Session
 from decodelab.core.tree import Tree
 
 KINDS = [(kind, attention) for kind in ("llama", "gpt2", "qwen3") for attention in ("eager", "sdpa")]
@@ -167,7 +176,7 @@ def test_rollback(model, pieces, back, seed):
     generator = torch.Generator().manual_seed(seed)
     inputs = left_pad(random_prompts(2, lengths=(1, 5), seed=seed))
     texts = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
-    session = ChainSession(model, inputs["attention_mask"])
+    session = Session(model, inputs["attention_mask"])
     session.prefill(inputs["input_ids"])
     for n in pieces:
         tokens = torch.randint(2, VOCAB, (2, n), generator=generator)
@@ -185,7 +194,7 @@ def test_prefill_keeps_what_is_asked(model):
     text = random_prompts(1, lengths=(8, 8), seed=6)[0]
     whole = model(text).logits
     for keep, shape in ((1, 1), (3, 3), (0, 8)):
-        logits = ChainSession(model).prefill(text, keep=keep)
+        logits = Session(model).prefill(text, keep=keep)
         assert logits.shape[1] == shape
         assert_close(logits, whole[:, -shape:])
 
@@ -208,12 +217,12 @@ def test_select(model):
     session.prefill(inputs["input_ids"])
     session.feed_tree(torch.tensor([[3, 10, 20]] * 3), Tree([0, 0, 0]))
     session.commit([[0], [0, 2], [0, 1]])
-    session.select(torch.tensor([2, 1]))
+    session.keep_rows(torch.tensor([2, 1]))
     logits = session.feed_tree(torch.tensor([[30, 31], [40, 41]]), Tree.chain(1))
     assert_close(logits[0, 1], alone(model, [10, 11, 12, 3, 10, 30, 31]))
     assert_close(logits[1, 1], alone(model, [8, 9, 3, 20, 40, 41]))
     session.commit([[0, 1], [0]])
-    session.select(torch.tensor([1]))
+    session.keep_rows(torch.tensor([1]))
     assert_close(session.feed(torch.tensor([[50]]))[0, -1], alone(model, [8, 9, 3, 20, 40, 50]))
 
 
@@ -320,7 +329,7 @@ def test_a_compiled_session_is_the_session(rows, llama_model):
         s.rollback(2)
     if rows > 1:
         for s in sessions:
-            s.select(torch.tensor([2, 0]))
+            s.keep_rows(torch.tensor([2, 0]))
         chain = chain[[2, 0]]
     assert_close(*(s.feed(chain[:, :1]) for s in sessions))
     plain, fast = sessions
@@ -367,7 +376,9 @@ def test_close_lets_go(model):
 
 
 def test_what_is_refused(model):
-    with pytest.raises(ValueError, match="cannot be rolled back: leave out cache_implementation / pass a plain DynamicCache"):
+    with pytest.raises(
+        ValueError, match="a cache with Static.* cannot be rolled back: leave out cache_implementation, or pass a plain DynamicCache"
+    ):
         Session(model, cache=StaticCache(config=model.config, max_cache_len=16))
     session = Session(model)
     session.prefill(torch.tensor([[4, 5, 6]]))
@@ -376,23 +387,52 @@ def test_what_is_refused(model):
             session.rollback(n)
 
 
-def test_a_tree_beyond_a_sliding_window_is_refused():
-    model = small_model("qwen3")
-    model.config.sliding_window, model.config.use_sliding_window = 8, True
-    session = Session(model)
-    session.prefill(torch.tensor([[4, 5, 6, 7, 8]]))
-    session.feed_tree(torch.tensor([[3, 4, 5]]), Tree([0, 0, 0]))
-    session.commit([[0]])
-    with pytest.raises(ValueError, match="exceed the sliding window of 8: use a shorter text or a token-by-token decoder"):
-        session.feed_tree(torch.tensor([[3, 4, 5]]), Tree([0, 0, 0]))
+def test_a_passed_cache_is_left_as_it_is(model):
+    cache = DynamicCache()
+    model(torch.tensor([[4, 5]]), past_key_values=cache, use_cache=True)
+    before = [layer.keys.clone() for layer in cache.layers]
+    session = Session(model, cache=cache)
+    session.prefill(torch.tensor([[4, 5, 6, 7]]))
+    session.feed(torch.tensor([[8]]))
+    assert cache.get_seq_length() == 2
+    assert all(layer.keys.equal(keys) for layer, keys in zip(cache.layers, before, strict=True))
 
 
-def test_a_tree_needs_position_ids():
-    model = small_model()
-    session = Session(model)
-    session.accepts = session.accepts - {"position_ids"}
-    with pytest.raises(ValueError, match="LlamaForCausalLM takes no position_ids.*use a token-by-token decoder"):
-        session.prefill(torch.tensor([[4, 5, 6]]))
+SHAPE = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+SHAPE |= {"initializer_range": 0.3, "pad_token_id": 0}
+LOCAL = {
+    "window everywhere": lambda: MistralForCausalLM(MistralConfig(**SHAPE, num_hidden_layers=2, sliding_window=5)),
+    "window in one layer": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SHAPE, num_hidden_layers=2, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "chunks": lambda: Llama4ForCausalLM(
+        Llama4TextConfig(
+            **SHAPE, num_hidden_layers=2, intermediate_size_mlp=64, num_local_experts=2, attention_chunk_size=6, no_rope_layers=[1, 0]
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_that_see_a_part_of_the_text(kind, compiled):
+    "Rows of different length, far beyond window and chunk, whose slots are used again: each node has the logits of its path."
+    torch.manual_seed(0)
+    model = LOCAL[kind]().eval()
+    texts = [[4, 5, 6, 7, 8, 9, 10], [8, 9, 11]]
+    inputs = left_pad([torch.tensor([t]) for t in texts])
+    session = Session(model, inputs["attention_mask"], compiled=compiled, room=40)
+    assert session.local
+    session.prefill(inputs["input_ids"])
+    tree, generator = Tree([0, 0, 0, 1, 2, 4]), torch.Generator().manual_seed(1)
+    for paths in ([[0, 2, 4, 5], [0]], [[0], [0, 1, 3]], [[0, 1], [0, 2, 4]], [[0, 2], [0]]):
+        tokens = torch.randint(2, VOCAB, (2, 6), generator=generator)
+        logits = session.feed_tree(tokens, tree)
+        for row in range(2):
+            for node in range(6):
+                assert_close(logits[row, node], alone(model, texts[row] + tokens[row, tree.mask[node]].tolist()))
+        session.commit(paths)
+        texts = [text + tokens[row, path].tolist() for row, (text, path) in enumerate(zip(texts, paths))]
 
 
 def test_nodes_must_follow_those_that_wait(model):

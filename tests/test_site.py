@@ -2,8 +2,10 @@
 
 import functools
 import http.server
+import os
 import re
-import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -12,13 +14,13 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-
-pytestmark = pytest.mark.browser
+from check import find_browser
 
 SITE = Path(__file__).resolve().parents[1] / "_site"
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-needs_site = pytest.mark.skipif(not (SITE / "index.html").exists(), reason="no _site: run `make docs` first")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (SITE / "index.html").exists(), reason="no _site: run `make docs` first"),
+]
 
 
 def notebook_pages(paper: bool) -> list[str]:
@@ -67,10 +69,12 @@ def address() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """One headless Chromium for all tests."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    """One headless Chromium for all tests; a wrong CHROMIUM is an error, no Chromium at all a skip."""
+    from playwright.sync_api import sync_playwright
+
+    path = find_browser() or pytest.skip("no Chromium on the PATH")
+    with sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield chromium
         chromium.close()
 
@@ -113,8 +117,6 @@ def watched(browser: Any, address: str) -> Iterator[Any]:
     assert not faults
 
 
-@needs_site
-@needs_browser
 @pytest.mark.parametrize("path", main_pages() if (SITE / "index.html").exists() else [])
 def test_page_loads_whole(watched, path):
     """Pictures have a size and formulas are drawn."""
@@ -129,8 +131,6 @@ def test_page_loads_whole(watched, path):
         assert page.locator("mjx-merror, [data-mjx-error]").count() == 0
 
 
-@needs_site
-@needs_browser
 def test_some_page_has_formulas():
     """The page with formulas is among those that are opened, as soon as a notebook has one."""
     written = [p for p in (SITE / "_sources").rglob("*.ipynb") if '"$$' in p.read_text("utf-8")]
@@ -139,8 +139,6 @@ def test_some_page_has_formulas():
     assert any("math notranslate" in (SITE / p).read_text("utf-8") for p in main_pages())
 
 
-@needs_site
-@needs_browser
 @pytest.mark.parametrize("path", main_pages() if (SITE / "index.html").exists() else [])
 def test_phone_width(watched, path):
     """At 390 px nothing sticks out to the side."""
@@ -150,8 +148,6 @@ def test_phone_width(watched, path):
     assert page.evaluate("document.documentElement.scrollWidth") <= page.evaluate("window.innerWidth") + 1
 
 
-@needs_site
-@needs_browser
 def test_search_finds(watched):
     """A word of the core is found."""
     page = watched().open("search.html?q=decoder")
@@ -159,8 +155,6 @@ def test_search_finds(watched):
     assert page.locator("#search-results li").count() > 0
 
 
-@needs_site
-@needs_browser
 def test_dark_mode(watched):
     """The menu sets light and dark, and the page's colour follows."""
     page = watched(color_scheme="light").open("index.html")
@@ -174,8 +168,6 @@ def test_dark_mode(watched):
     assert seen["light"] != seen["dark"]
 
 
-@needs_site
-@needs_browser
 def test_method_filter(watched):
     """Typing in the field of the method table leaves the rows that match."""
     page = watched().open("methods.html")
@@ -189,17 +181,33 @@ def test_method_filter(watched):
     assert all(name.lower() in text.lower() for text in visible)
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_a_named_browser_is_used(right):
+    """CHROMIUM alone decides: a browser that is not on the PATH opens the site, a wrong one fails the tests."""
+    path = (find_browser() or pytest.skip("no Chromium on the PATH")) if right else str(SITE / "no-browser")
+    env = {**os.environ, "CHROMIUM": path, "PATH": str(SITE)}
+    command = [sys.executable, "-m", "pytest", __file__, "-m", "browser", "-k", "test_search_finds", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == (0 if right else 1), done.stdout
+    assert ("1 passed" if right else "no-browser is no program: set it to the path of a Chromium") in done.stdout
+    assert "skipped" not in done.stdout
+
+
 class Links(HTMLParser):
-    """Collects the links and the anchors of a page."""
+    """Collects the links, the anchors and the pictures of a page."""
 
     def __init__(self, text: str):
         super().__init__()
         self.links: set[str] = set()
         self.anchors: set[str] = {"", "top"}
+        self.pictures: list[tuple[str, str]] = []  # source and alternative text
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Note what the tag points to and what it can be pointed at by."""
+        if tag == "img":
+            known = dict(attrs)
+            self.pictures.append((known.get("src") or "", known.get("alt") or ""))
         for key, value in attrs:
             if value and (key == "id" or (key == "name" and tag == "a")):
                 self.anchors.add(value)
@@ -207,10 +215,23 @@ class Links(HTMLParser):
                 self.links.add(value)
 
 
-@needs_site
+@functools.cache
+def all_pages() -> dict[Path, Links]:
+    """Every page of the site."""
+    return {p.resolve(): Links(p.read_text("utf-8")) for p in SITE.rglob("*.html") if "_static" not in p.parts}
+
+
+def test_pictures_say_what_they_show():
+    """Every picture has an alternative text in words: no file name, no hash, none empty."""
+    texts = [alt for found in all_pages().values() for _, alt in found.pictures]
+    figures = [alt for found in all_pages().values() for source, alt in found.pictures if "_images/" in source]
+    assert figures
+    assert [alt for alt in texts if not alt.strip() or re.search(r"[0-9a-f]{16}|\.(?:png|svg|jpg)", alt)] == []
+
+
 def test_local_links_lead_somewhere():
     """Every relative link, source and anchor of every page exists."""
-    pages = {p.resolve(): Links(p.read_text("utf-8")) for p in SITE.rglob("*.html") if "_static" not in p.parts}
+    pages = all_pages()
     broken = []
     for path, found in pages.items():
         for link in found.links:
@@ -225,7 +246,16 @@ def test_local_links_lead_somewhere():
     assert not broken
 
 
-@needs_site
+def test_colab_opens_notebooks_of_the_repository():
+    """Every page of a notebook has a link to Colab, and each such link names a notebook that exists."""
+    start = "https://colab.research.google.com/github/decodelab/decodelab/blob/main/"
+    links = {path: {link for link in found.links if link.startswith("https://colab")} for path, found in all_pages().items()}
+    root = SITE.parent
+    assert [link for found in links.values() for link in found if not (root / link.removeprefix(start)).is_file()] == []
+    notebooks = [p for p in (SITE / "_sources").rglob("*.ipynb") if p.name != "index.ipynb"]
+    assert [p for p in notebooks if not links[SITE / p.relative_to(SITE / "_sources").with_suffix(".html")]] == []
+
+
 def test_order_of_the_sidebar():
     """Papers come before the foundations, these before the comparison, the reference last."""
     text = (SITE / "index.html").read_text("utf-8")
@@ -235,7 +265,6 @@ def test_order_of_the_sidebar():
     assert {"Foundations", "Compare", "Reference"} <= set(captions)
 
 
-@needs_site
 def test_downloads_are_whole_notebooks():
     """What a reader downloads is the notebook of the repository, hidden cells included."""
     nbs = SITE.parent / "nbs"

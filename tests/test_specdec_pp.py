@@ -182,7 +182,7 @@ def test_candidates_follow_the_rule(llama, drafter, seed, h, K_min, extra):
     decoder = SpecDecPP(drafter, head, h=h, K_min=K_min, K_max=K_min + extra, trace=True)
     out = run(decoder, llama, prompt, seed, eos_token_id=None, **SAMPLED)
     text, left = prompt[0].tolist(), 24
-    for step, length in zip(out.trace, decoder.candidates[0], strict=True):
+    for step, length in zip(out.trace, out.stats.draft_lengths[0], strict=True):
         drafted = step.info["tokens"][1:]
         assert len(drafted) == length
         if left == 1:
@@ -202,8 +202,7 @@ def test_the_joint_probability_decides(llama, drafter):
     "Answers of 0.8 never reach 0.5 alone; their product does with the fifth candidate (0.8^4 = 0.41)."
     prompt = torch.tensor([[5, 6, 7]])
     decoder = SpecDecPP(drafter, Answers(0.8), h=0.5)
-    run(decoder, llama, prompt)
-    assert decoder.candidates[0][0] == 5
+    assert run(decoder, llama, prompt).stats.draft_lengths[0][0] == 5
 
 
 @pytest.mark.parametrize(
@@ -218,8 +217,8 @@ def test_the_joint_probability_decides(llama, drafter):
 )
 def test_a_head_that_trusts_nothing(llama, drafter, fields, expected):
     decoder = SpecDecPP(drafter, Answers(0.0), **fields)
-    run(decoder, llama, torch.tensor([[5, 6, 7]]), eos_token_id=None, **SAMPLED)
-    assert decoder.candidates[0][0] == expected
+    out = run(decoder, llama, torch.tensor([[5, 6, 7]]), eos_token_id=None, **SAMPLED)
+    assert out.stats.draft_lengths[0][0] == expected
 
 
 @pytest.mark.parametrize("K", [1, 2, 5])
@@ -237,8 +236,8 @@ def test_a_round_is_never_shorter_for_a_larger_h(llama, drafter):
         lengths = []
         for h in (0.0, 0.2, 0.5, 0.8, 0.95, 1.0):
             decoder = SpecDecPP(drafter, sharp_head(seed), h=h)
-            run(decoder, llama, prompt, seed, eos_token_id=None, **SAMPLED)
-            lengths.append(decoder.candidates[0][0])
+            out = run(decoder, llama, prompt, seed, eos_token_id=None, **SAMPLED)
+            lengths.append(out.stats.draft_lengths[0][0])
         assert lengths == sorted(lengths)
 
 
@@ -250,12 +249,14 @@ def test_drafting_ends_with_the_text(llama, drafter):
         ending.lm_head.weight[EOS] = ending.model.norm.weight * 0 + 1.0
     decoder = SpecDecPP(ending, Answers(1.0), K_max=6)
     out = run(decoder, llama, torch.tensor([[5, 6, 7]]), logits_processor=[Prefer(EOS, ending)], **SAMPLED)
-    assert set(decoder.candidates[0]) == {1}
+    assert set(out.stats.draft_lengths[0]) == {1}
     assert out.continuations[0][-1] == EOS
 
 
 class Prefer:
     "Leaves one token only: for drafter and target alike."
+
+    rowwise = True
 
     def __init__(self, token, model):
         self.token = token
@@ -279,22 +280,22 @@ def test_rows_stop_where_they_would_alone(llama, drafter):
     prompts = random_prompts(5, seed=8)
     decoder = SpecDecPP(drafter, sharp_head(2), h=0.6)
     together = decoder.generate(llama, **left_pad(prompts), max_new_tokens=20, do_sample=False)
-    lengths = copy.deepcopy(decoder.candidates)
+    lengths = together.stats.draft_lengths
     assert len({n for row in lengths for n in row}) > 2  # rows do differ
     for row, prompt in enumerate(prompts):
         alone = run(decoder, llama, prompt, new=20, **GREEDY)
         assert together.continuations[row].equal(alone.continuations[0])
-        assert lengths[row] == decoder.candidates[0]
+        assert lengths[row] == alone.stats.draft_lengths[0]
 
 
 class Withdraws(SpecDecPP):
     "BROKEN: takes the third candidate back after having seen that the drafter gave it little."
 
-    def _submit(self, call, tokens, parents, laws):
+    def _submitted(self, tokens, parents, laws):
         if laws is not None and parents.shape[1] > 3:
             given = laws[:, 2].gather(1, tokens[:, 3:4])[:, 0]
             parents[:, 3][given < 0.15] = -1
-        return super()._submit(call, tokens, parents, laws)
+        return super()._submitted(tokens, parents, laws)
 
 
 def test_the_sampled_law():
@@ -315,9 +316,9 @@ def test_the_sampled_law():
         decoder, counts, lengths = cls(drafter, sharp_head(3, width=16), h=0.5, K_max=3), 0, Counter()
         torch.manual_seed(0)
         for _ in range(10):
-            out = decoder.generate(target, start.expand(draws // 10, -1), max_new_tokens=4, eos_token_id=None, **SAMPLED).sequences[:, 2:5]
-            counts += torch.bincount(out @ torch.tensor([36, 6, 1]), minlength=216).double()
-            lengths.update(row[0] for row in decoder.candidates)
+            out = decoder.generate(target, start.expand(draws // 10, -1), max_new_tokens=4, eos_token_id=None, **SAMPLED)
+            counts += torch.bincount(out.sequences[:, 2:5] @ torch.tensor([36, 6, 1]), minlength=216).double()
+            lengths.update(row[0] for row in out.stats.draft_lengths)
         assert set(lengths) == {2, 3} and min(lengths.values()) > draws / 20, lengths  # the head was asked, and gave both answers
         expected = draws * joint.double()
         return chi2_law.sf(float(((counts - expected) ** 2 / expected).sum()), 215)
@@ -356,9 +357,9 @@ def test_point_and_interval():
 
 
 def test_the_heuristic_schedule(llama, drafter):
-    out = run(decoder := HeuristicLength(drafter), llama, torch.tensor([[5, 6, 7]]), new=60, eos_token_id=None, **SAMPLED)
+    out = run(HeuristicLength(drafter), llama, torch.tensor([[5, 6, 7]]), new=60, eos_token_id=None, **SAMPLED)
     K, left = 5, 60
-    for submitted, emitted in zip(decoder.candidates[0], out.stats.emitted[0], strict=True):
+    for submitted, emitted in zip(out.stats.draft_lengths[0], out.stats.emitted[0], strict=True):
         assert submitted == min(K, left - 1)
         K = K + 2 if emitted - 1 == submitted else max(1, K - 1)
         left -= emitted
@@ -370,10 +371,9 @@ def test_rivals_in_a_batch(llama, drafter):
     for decoder in (HeuristicLength(drafter), MaxProbability(drafter, h=0.5)):
         out = decoder.generate(llama, **left_pad(prompts), max_new_tokens=16, do_sample=False)
         assert [c.tolist() for c in out.continuations] == expected
-        lengths = copy.deepcopy(decoder.candidates)
         for row, prompt in enumerate(prompts):
-            run(decoder, llama, prompt, new=16, **GREEDY)
-            assert lengths[row] == decoder.candidates[0]
+            alone = run(decoder, llama, prompt, new=16, **GREEDY)
+            assert out.stats.draft_lengths[row] == alone.stats.draft_lengths[0]
 
 
 def test_max_probability_multiplies_the_laws_maximum(llama, drafter):
@@ -387,7 +387,7 @@ def test_max_probability_multiplies_the_laws_maximum(llama, drafter):
         cum, k, ids = cum * float(law.max()), k + 1, torch.cat([ids, law.argmax()[None, None]], 1)
         if k >= 8 or (k >= 2 and 1 - cum > 0.9):
             break
-    assert decoder.candidates[0][0] == k
+    assert out.stats.draft_lengths[0][0] == k
     assert out.stats.new_tokens == 20
 
 

@@ -205,10 +205,10 @@ class Siblings(ModelDrafter):
         return RecursiveRejection(self.replacement)
 
     def draft(self, call, roots):
-        raw = raw_root = self.ahead.open(roots)
+        raw = raw_root = call.state.open(roots)
         first = torch.softmax(processed_scores(call, raw, roots[:, None][:, :0]), -1)
         tokens = first.multinomial(self.width, replacement=self.replacement)
-        raw = self.ahead.grow(tokens, [0] * self.width)
+        raw = call.state.grow(tokens, [0] * self.width)
         second = torch.stack([torch.softmax(processed_scores(call, raw[:, i], tokens[:, i : i + 1]), -1) for i in range(self.width)], 1)
         below = draw(second)
         tree = Tree([-1, *[0] * self.width, *range(1, self.width + 1)])
@@ -354,7 +354,7 @@ def test_drafters_are_checked(llama):
     [
         (lambda: DraftModel(None, gamma=-1), "gamma must be at least 0, got -1"),
         (lambda: PromptLookup(w_max=0), "w_max and k must be at least 1, got 0 and 10"),
-        (lambda: NGram(gamma=0), "n and gamma must be at least 1, got 2 and 0"),
+        (lambda: NGram(gamma=0), "gamma must be at least 1, got 0"),
         (lambda: TypicalAcceptance(epsilon=2), "epsilon and delta must lie in"),
     ],
 )

@@ -112,9 +112,9 @@ def test_ranks_beyond_k_are_left_out(llama):
     [
         ({"k": 0}, r"k must lie in 1..10, got 0"),
         ({"k": 11}, r"k must lie in 1..10, got 11"),
-        ({"start_from": "warm"}, "start_from must be one of hot, cold, got 'warm'"),
-        ({"update": "some"}, "update must be one of all, accepted, got 'some'"),
-        ({"writes": "both"}, "writes must be one of last, first, got 'both'"),
+        ({"start_from": "warm"}, "start_from must be one of 'hot', 'cold', got 'warm'"),
+        ({"update": "some"}, "update must be one of 'all', 'accepted', got 'some'"),
+        ({"writes": "both"}, "writes must be one of 'last', 'first', got 'both'"),
     ],
 )
 def test_bad_fields(fields, message):

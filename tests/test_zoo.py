@@ -110,13 +110,13 @@ def test_revision_goes_to_the_hub_only(folder, monkeypatch):
         @staticmethod
         def from_pretrained(place, **kwargs):
             asked.append((str(place), kwargs))
-            return LlamaForCausalLM(
-                LlamaConfig(vocab_size=3, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-            )
+            shape = LlamaConfig(vocab_size=3, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+            return LlamaForCausalLM(shape), {"missing_keys": set(), "unexpected_keys": set()}
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", Recorder.from_pretrained)
     zoo.load("owner/name", revision="v1", cls=Recorder)
-    assert asked[-1] == ("owner/name", {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, "revision": "v1"})
+    settings = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, "revision": "v1"}
+    assert asked[-1] == ("owner/name", settings)
     zoo.load(folder, revision="v1", cls=Recorder)
     assert "revision" not in asked[-1][1]
 
@@ -172,7 +172,90 @@ def test_other_errors_of_a_loader_are_not_hidden(folder):
         zoo.load(folder, cls=Stumbles)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere", "a/b/c"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"config\.json of .*mini does not fit its weights: they lack model\.layers\.2\.\S+ and 8 others"),
+        ({"num_hidden_layers": 1}, r"does not fit its weights: they hold more than it describes: model\.layers\.1\.\S+ and 8 others"),
+        ({"vocab_size": 5}, "does not fit its weights: some tensors have other shapes than it says"),
+        ({"model_type": "gpt2"}, r"does not fit its weights: they lack \S+ and"),
+        ({"num_attention_heads": 3}, "mini cannot be loaded: .*not a multiple of the number of attention heads"),
+        ({"hidden_size": "many"}, "mini cannot be loaded: .*hidden_size"),
+    ],
+)
+def test_a_configuration_that_disagrees_with_its_weights(folder, change, message):
+    shape = LlamaConfig(vocab_size=3, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message) as caught:
+        zoo.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "mixtral"])
+def test_whole_models_of_other_shapes_are_not_refused(folder, kind):
+    from transformers import BertForPreTraining, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=3, n_embd=8, n_layer=2, n_head=2)),
+        # weights for more tasks than one: what is left over is no fault
+        "bert": lambda: BertForPreTraining(BertConfig(vocab_size=3, max_position_embeddings=8, architectures=["BertForMaskedLM"], **shape)),
+        "mixtral": lambda: MixtralForCausalLM(MixtralConfig(vocab_size=3, num_key_value_heads=1, num_local_experts=2, **shape)),
+    }[kind]()
+    model.save_pretrained(folder)
+    if kind == "bert":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    loaded, _ = zoo.load(folder)
+    assert all(torch.equal(p, model.state_dict()[n]) for n, p in loaded.state_dict().items() if n in model.state_dict())
+
+
+def test_other_kinds_of_models_are_named_in_one_line(folder):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    T5ForConditionalGeneration(T5Config(vocab_size=3, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"mini is a t5 model, which transformers has no causal language model of: choose another model$"):
+        zoo.load(folder)
+
+
+def test_files_in_another_encoding_or_place(folder):
+    with pytest.raises(ValueError, match=r"config\.json is a file: give the folder of the model, .*mini$"):
+        zoo.load(folder / "config.json")
+    config = (folder / "config.json").read_text()
+    for damaged in (config.encode("utf-16"), b"{", b""):
+        (folder / "config.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"config\.json is no JSON text in UTF-8 .*; fetch it again"):
+            zoo.load(folder)
+    (folder / "config.json").write_text(config)
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").write_bytes(tokenizer[:40])
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no JSON text in UTF-8"):
+        zoo.load(folder)
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ValueError, match="mini cannot be loaded: "):
+        zoo.load(folder)
+
+
+def test_a_model_that_only_the_checkout_has(own_zoo):
+    for name in ("tales-mdm", "tasks-mdm"):
+        for find in (zoo.load, zoo.zoo_path):
+            with pytest.raises(FileNotFoundError, match=f"{name} is not part of the installed package .*git clone https://github.com/"):
+                find(name)
+
+
+@pytest.mark.skipif(zoo.checkout_root() is None, reason="the whole zoo is in the checkout only")
+def test_the_list_of_models_outside_the_wheel_is_right():
+    import tomllib
+
+    root = zoo.checkout_root()
+    wheel = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    shipped = {path.split("/")[-1] for path in wheel if path.startswith("data/zoo/")}
+    assert set(zoo._CHECKOUT_ONLY) == {p.name for p in (root / "data/zoo").iterdir()} - shipped
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere", "a/b/c", " "])
 def test_missing_folder_never_asks_the_hub(name, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(FileNotFoundError, match="no model folder at"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import os
 import shutil
 import subprocess
@@ -113,11 +114,21 @@ def check_unit() -> None:
     run("pytest", "-n", "2", "--durations", "10", "-m", "not slow and not gpu and not browser")
 
 
+def check_slow() -> None:
+    "Long tests, each with an hour before it counts as hanging."
+    run("pytest", "-n", "2", "--durations", "10", "--timeout", "3600", "-m", "slow and not gpu and not browser")
+
+
 def data_folder() -> Path | None:
-    "The data folder that the notebooks will find, if any."
-    named = os.environ.get("DECODELAB_DATA")
-    folder = Path(named).expanduser() if named else ROOT.parent / "shared" / "data"
-    return folder if folder.is_dir() and named != "" else None
+    "The data folder that the notebooks will find, if any; a named one must hold data."
+    from decodelab.core.data import data_root, data_sets
+
+    folder = data_root()
+    if folder is None:
+        return None
+    if not any((folder / file).exists() for data_set in data_sets() for file in data_set.files):
+        raise CheckFailed(f"no data set in {folder}: DECODELAB_DATA must name the folder that holds them, or be empty to go without data")
+    return folder.resolve()  # notebooks run in folders of their own
 
 
 def check_notebooks() -> None:
@@ -129,7 +140,7 @@ def check_notebooks() -> None:
         run(*test, env={**env, "DECODELAB_DATA": ""})
         uses = [p for p in notebooks() if any(word in p.read_text(encoding="utf-8") for word in ("load_data", "has_data"))]
         if not uses or (folder := data_folder()) is None:
-            print("no data folder (DECODELAB_DATA): the notebooks that use data were run without it only")
+            print("*** SKIPPED: the run with data, no data folder (DECODELAB_DATA) ***")
             return
         print(f"{len(uses)} notebooks that use data, with it")
         paths = "|".join(p.relative_to(ROOT).as_posix().replace(".", r"\.") for p in uses)
@@ -137,8 +148,12 @@ def check_notebooks() -> None:
 
 
 def find_browser() -> str | None:
-    "A Chromium on this machine."
-    return next(filter(None, (shutil.which(os.environ.get("CHROMIUM") or BROWSERS[0]), *map(shutil.which, BROWSERS))), None)
+    "The Chromium that CHROMIUM names; where it is not set, one on the PATH, if any."
+    if not (named := os.environ.get("CHROMIUM", "").strip()):
+        return next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not (found := shutil.which(os.path.expanduser(named))):
+        raise CheckFailed(f"CHROMIUM={named} is no program: set it to the path of a Chromium, or leave it out to use one on the PATH")
+    return found
 
 
 def check_docs() -> None:
@@ -146,8 +161,8 @@ def check_docs() -> None:
     run("python", "docs/build.py")
     if browser := find_browser():
         run("pytest", "tests/test_site.py", "-m", "browser", env={"CHROMIUM": browser})
-    elif os.environ.get("CI", "").lower() == "true":
-        raise CheckFailed("no Chromium found, and CI=true: the site must be opened in a browser")
+    elif os.environ.get("CI", "").lower() not in ("", "0", "false"):
+        raise CheckFailed("no Chromium found, and CI is set: the site must be opened in a browser (install Chromium or set CHROMIUM)")
     else:
         print("\n*** SKIPPED: the site was not opened in a browser, no Chromium found (install it or set CHROMIUM) ***\n")
 
@@ -167,6 +182,19 @@ model, tokenizer = load("tales")
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
 """
+# Runs the first cells of pages, given as JSON (page -> sources), as a notebook would.
+USE_PAGES = """
+import json, sys
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+pages = json.load(open(sys.argv[1], encoding="utf-8"))
+for name, cells in pages.items():
+    for cell in cells:
+        result = shell.run_cell(cell)
+        if not result.success:
+            sys.exit(f"{name}: a first cell fails with the wheel: {result.error_before_exec or result.error_in_exec!r}")
+print(f"first cells of {len(pages)} pages: ok")
+"""
 
 
 def build_wheel() -> Path:
@@ -184,28 +212,40 @@ def build_wheel() -> Path:
     return wheel
 
 
-def check_wheel() -> None:
-    "Build the wheel and use it from a new environment that borrows the libraries, not the package, of this one."
-    wheel = build_wheel()
+def clean_environment(place: Path, wheel: Path) -> Path:
+    "A new environment at `place` with the wheel, which borrows the libraries of this one, not its package; returns its Python."
     libraries = next(p for p in sys.path if p.endswith("site-packages"))
+    run("python", "-m", "venv", "--without-pip", place)
+    python = place / "bin" / "python"
+    run("python", "-m", "pip", "--python", python, "--quiet", "install", "--no-deps", "--no-index", wheel)
+    (own,) = place.glob("lib/python*/site-packages")
+    (own / "borrowed.pth").write_text(libraries + "\n", encoding="utf-8")
+    return python
+
+
+def check_wheel() -> None:
+    "Build the wheel and use it from a new environment: import, zoo, first cells of the pages, command line."
+    from colab import first_cells
+
+    wheel = build_wheel()
     with tempfile.TemporaryDirectory() as tmp:
-        place = Path(tmp).resolve() / "venv"
-        run("python", "-m", "venv", "--without-pip", place)
-        python = place / "bin" / "python"
-        run("python", "-m", "pip", "--python", python, "--quiet", "install", "--no-deps", "--no-index", wheel)
-        (own,) = place.glob("lib/python*/site-packages")
-        (own / "borrowed.pth").write_text(libraries + "\n", encoding="utf-8")
-        env = {k: v for k, v in {**os.environ, **QUIET}.items() if k != "PYTHONPATH"}
+        top = Path(tmp).resolve()
+        python = clean_environment(top / "venv", wheel)
+        alone = {"PYTHONPATH": "", "MPLBACKEND": "agg"}  # nothing of the checkout
         times = []
         for _ in range(3):
-            times.append(float(subprocess.run([python, "-c", USE_WHEEL], cwd=tmp, env=env, check=True, stdout=subprocess.PIPE).stdout))
+            env = {**os.environ, **QUIET, **alone}
+            times.append(float(subprocess.run([python, "-c", USE_WHEEL], cwd=top, env=env, check=True, stdout=subprocess.PIPE).stdout))
         print(f"import decodelab: {min(times):.3f} s")
         if min(times) > 0.3:
             raise CheckFailed("import decodelab takes over 0.3 s: import inside functions what is slow to import")
-        run(python, "-c", USE_ZOO, cwd=Path(tmp))
-        run(place / "bin" / "decodelab", "--help", cwd=Path(tmp))
+        pages = {p.relative_to(ROOT).as_posix(): first_cells(json.loads(p.read_text(encoding="utf-8"))) for p in notebooks()}
+        (top / "pages.json").write_text(json.dumps(pages), encoding="utf-8")
+        for command in ((python, "-c", USE_ZOO), (python, "-c", USE_PAGES, "pages.json"), (python.parent / "decodelab", "--help")):
+            run(*command, cwd=top, env=alone)
 
 
+# what `make test` runs, in this order
 CHECKS: dict[str, Callable[[], None]] = {
     "export-check": check_export,
     "lint": check_lint,
@@ -216,17 +256,33 @@ CHECKS: dict[str, Callable[[], None]] = {
     "docs-check": check_docs,
     "notebooks": check_notebooks,
 }
+EVERY = {**CHECKS, "slow": check_slow}
+
+
+def check_variables(names: list[str]) -> None:
+    "Refuse a variable of the environment that would leave out a part of the checks, before the first of them runs."
+    if {"unit", "slow", "notebooks"} & set(names):
+        data_folder()
+    if "docs-check" in names:
+        find_browser()
+    if (profile := os.environ.get("DECODELAB_PROFILE", "").strip()) not in ("", QUIET["DECODELAB_PROFILE"]):
+        print(f"the checks use profile tiny, not {profile} (DECODELAB_PROFILE); `make gpu` runs the notebooks in a large one")
 
 
 def main(name: str) -> int:
     "Run one check, or all of them until one fails; print the time of each."
     names = list(CHECKS) if name == "all" else [name]
     passed, began = 0, time.monotonic()
+    try:
+        check_variables(names)
+    except CheckFailed as error:
+        print(f"== {name}: FAILED before it ran: {error}", flush=True)
+        return 1
     for step in names:
-        print(f"== {step}: {CHECKS[step].__doc__}", flush=True)
+        print(f"== {step}: {EVERY[step].__doc__}", flush=True)
         start = time.monotonic()
         try:
-            CHECKS[step]()
+            EVERY[step]()
         except (CheckFailed, subprocess.CalledProcessError) as error:
             print(f"== {step}: FAILED after {time.monotonic() - start:.0f} s: {error}", flush=True)
             break
@@ -240,6 +296,6 @@ def main(name: str) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in ("all", *CHECKS):
-        sys.exit(f"usage: python tools/check.py all|{'|'.join(CHECKS)}")
+    if len(sys.argv) != 2 or sys.argv[1] not in ("all", *EVERY):
+        sys.exit(f"usage: python tools/check.py all|{'|'.join(EVERY)}")
     sys.exit(main(sys.argv[1]))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from check import BIN, ROOT, data_folder
+from check import BIN, ROOT, CheckFailed, data_folder
 
 OUT = ROOT / "runs" / "gpu"
 
@@ -26,13 +26,17 @@ def run_logged(name: str, command: list[str], env: dict[str, str]) -> dict[str, 
     return row
 
 
-def run_all() -> list[dict[str, object]]:
+def environment() -> dict[str, str]:
+    "The variables of all runs: profile gpu where none is named, results below runs/gpu/."
+    profile = os.environ.get("DECODELAB_PROFILE", "").strip() or "gpu"
+    data = {"DECODELAB_DATA": str(folder)} if (folder := data_folder()) else {}
+    return {**os.environ, **data, "DECODELAB_PROFILE": profile, "DECODELAB_RESULTS": str(OUT / "results")}
+
+
+def run_all(env: dict[str, str]) -> list[dict[str, object]]:
     "Each notebook in a process of its own, so that its GPU memory is free again for the next; then the bench."
     shutil.rmtree(OUT, ignore_errors=True)
     shutil.copytree(ROOT / "nbs", OUT / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    env = {"DECODELAB_PROFILE": "gpu", **os.environ, "DECODELAB_RESULTS": str(OUT / "results")}
-    if folder := data_folder():
-        env["DECODELAB_DATA"] = str(folder)
     rows = []
     for path in sorted((OUT / "nbs").rglob("*.ipynb")):
         name = path.relative_to(OUT / "nbs").with_suffix("").as_posix()
@@ -61,7 +65,12 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("make gpu needs a CUDA GPU; `make notebooks` runs the same notebooks on a CPU in profile tiny")
         return 2
-    rows = run_all()
+    try:
+        env = environment()
+    except CheckFailed as error:
+        print(error)
+        return 2
+    rows = run_all(env)
     if os.environ.get("WANDB_API_KEY"):
         log_to_wandb(rows)
     failed = sum(not r["ok"] for r in rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ import pandas as pd
 import torch
 
 from .cost import Clock, cost_growth, draft_cost, forward_curve, plot_cost_growth, predict_speedup, timed, turns
-from .metrics import bootstrap_ratio, repetition
+from .metrics import repetition
 from .output import DecodeOutput, DecodeStats
 from .provenance import provenance, write_json
 
 # %% auto #0
-__all__ = ['new_token_ids', 'count_new_tokens', 'BenchRow', 'BenchResult', 'compare', 'counted', 'loop_overhead']
+__all__ = ['new_token_ids', 'count_new_tokens', 'BenchRow', 'ratio_interval', 'BenchResult', 'timed_rows', 'compare', 'counted',
+           'loop_overhead']
 
 # %% ../../nbs/core/bench.ipynb #c231d639
 def new_token_ids(
@@ -70,6 +71,7 @@ class BenchRow:
     forward_seconds: float | None = None  # time inside target forwards, where reported
     compile_seconds: float | None = None  # time for compiling new shapes, where reported
     ids: list[list[int]] = field(default_factory=list, repr=False)  # new ids of each row
+    cpu_seconds: float | None = None  # processor time of the call, all threads together; None when the call compiled something
 
 
 def _prompt_ids(prompt: Any) -> torch.Tensor:
@@ -79,7 +81,7 @@ def _prompt_ids(prompt: Any) -> torch.Tensor:
     return torch.atleast_2d(ids)
 
 
-def _row(place: tuple[str, int, int], seconds: float, out: Any, prompt: Any, eos_ids: set[int], pad_id: int | None) -> BenchRow:
+def _row(place: tuple[str, int, int], seconds: float, cpu: float, out: Any, prompt: Any, eos_ids: set[int], pad_id: int | None) -> BenchRow:
     sequences = out if isinstance(out, torch.Tensor) else getattr(out, "sequences", None)
     if sequences is None:
         raise ValueError(f"method {place[0]!r} returned {type(out).__name__}: return token ids [1, length] or an output with `sequences`")
@@ -88,21 +90,36 @@ def _row(place: tuple[str, int, int], seconds: float, out: Any, prompt: Any, eos
         raise ValueError(f"method {place[0]!r} gave no new token for prompt {place[1]}: leave such prompts out, nothing can be timed there")
     names = ("tokens_per_forward", "target_forwards", "draft_forwards", "forward_seconds", "compile_seconds")
     reported: dict[str, Any] = {n: getattr(getattr(out, "stats", None), n, None) for n in names}
-    seconds -= reported["compile_seconds"] or 0.0
-    return BenchRow(*place, seconds, sum(map(len, ids)), **reported, ids=ids)
+    compiling = reported["compile_seconds"] or 0.0
+    return BenchRow(*place, seconds - compiling, sum(map(len, ids)), **reported, ids=ids, cpu_seconds=None if compiling else cpu)
 
 # %% ../../nbs/core/bench.ipynb #22062d2b
+def _student(confidence: float, freedom: int) -> float:
+    # two-sided quantile of Student's t: with t = sqrt(freedom) tan(angle) its density is cos(angle)^(freedom - 1)
+    angle = np.linspace(0, np.pi / 2, 20_001)
+    mass = np.concatenate([[0], np.cumsum(np.cos((angle[1:] + angle[:-1]) / 2) ** (freedom - 1))])
+    return float(np.sqrt(freedom) * np.tan(np.interp(confidence * mass[-1], mass, angle)))
+
+
+def ratio_interval(
+    a: Any,  # numbers of one method
+    b: Any,  # numbers of the other on the same prompts, in the same order; positive
+    confidence: float = 0.95,  # probability the interval aims at, in (0, 1)
+) -> tuple[float, float, float]:
+    "sum(a) / sum(b), and the ends of its interval over prompts; they are NaN for a single prompt."
+    first, second = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    n, ratio = len(first), float(first.sum() / second.sum())
+    if n < 2:
+        return ratio, float("nan"), float("nan")
+    error = np.sqrt(((first - ratio * second) ** 2).sum() / (n * (n - 1))) / second.mean()
+    half = _student(confidence, n - 1) * float(error)
+    return ratio, max(0.0, ratio - half), ratio + half
+
+# %% ../../nbs/core/bench.ipynb #c3e9b2f1
 def _per_prompt(rows: list[BenchRow]) -> pd.DataFrame:
     frame = pd.DataFrame([{k: v for k, v in asdict(r).items() if k != "ids"} for r in rows])
-    numbers = ["seconds", "tokens", "tokens_per_forward"]
+    numbers = ["seconds", "cpu_seconds", "tokens", "tokens_per_forward"]
     return frame.astype(dict.fromkeys(numbers, float)).groupby(["method", "prompt"], sort=False)[numbers].median()
-
-
-def _ratio(baseline: pd.Series, method: pd.Series, confidence: float) -> dict[str, float]:
-    if len(method) < 2:
-        return {"ratio": baseline.sum() / method.sum(), "low": float("nan"), "high": float("nan")}
-    interval = bootstrap_ratio(baseline.to_numpy(), method.to_numpy(), statistic=np.sum, confidence=confidence)
-    return {"ratio": float(interval.value), "low": interval.low, "high": interval.high}
 
 # %% ../../nbs/core/bench.ipynb #5291f560
 @dataclass
@@ -114,8 +131,8 @@ class BenchResult:
     provenance: dict[str, Any] = field(default_factory=dict)  # conditions of the run
 
     def methods(self) -> list[str]:
-        "The methods, baseline first."
-        return list(dict.fromkeys([self.baseline, *sorted({r.method for r in self.rows}, key=[r.method for r in self.rows].index)]))
+        "The methods that were measured, baseline first."
+        return sorted(dict.fromkeys(r.method for r in self.rows), key=lambda name: name != self.baseline)
 
     def ids(
         self,
@@ -130,28 +147,39 @@ class BenchResult:
         method: str,  # name of the method
         confidence: float = 0.95,  # probability of the interval, in (0, 1)
     ) -> dict[str, Any]:
-        "All figures of one method."
+        "All figures of one method; those that need a baseline are NaN when a run was stopped before its turn."
         timing = _per_prompt(self.rows)
         ours = timing.loc[method].sort_index()
-        base = timing.loc[self.baseline].sort_index()
+        measured = self.baseline in timing.index
+        base = timing.loc[self.baseline].sort_index() if measured else ours * float("nan")
         ids, reference = self.ids(method), self.ids(self.baseline)
         forwards = ours["tokens"].sum() / (ours["tokens"] / ours["tokens_per_forward"]).sum(skipna=False)
-        ratio = _ratio(base["seconds"] / base["tokens"], ours["seconds"] / ours["tokens"], confidence)
+
+        def ratio(clock: str) -> tuple[float, float, float]:
+            return ratio_interval(base[clock] / base["tokens"], ours[clock] / ours["tokens"], confidence)
+
+        wall, cpu = ratio("seconds"), ratio("cpu_seconds")
         return {
             "tokens": int(ours["tokens"].sum()),
             "tokens_per_second": ours["tokens"].sum() / ours["seconds"].sum(),
-            **ratio,
+            "ratio": wall[0],
+            "low": wall[1],
+            "high": wall[2],
             "tokens_per_forward": forwards,
-            "efficiency": ratio["ratio"] / forwards,
+            "efficiency": wall[0] / forwards,
             "rep_4": repetition(ids, 4) if any(len(i) >= 4 for i in ids) else float("nan"),
-            "identical": float(np.mean([a == b for a, b in zip(ids, reference)])),
+            "identical": float(np.mean([a == b for a, b in zip(ids, reference)])) if measured else float("nan"),
+            "cpu_seconds_per_token": ours["cpu_seconds"].sum(skipna=False) / ours["tokens"].sum(),
+            "cpu_ratio": cpu[0],
+            "cpu_low": cpu[1],
+            "cpu_high": cpu[2],
         }
 
     def table(
         self,
         confidence: float = 0.95,  # probability of the interval, in (0, 1)
     ) -> pd.DataFrame:
-        "One line a method: tokens/s, ratio to the baseline with interval, tokens per forward, efficiency, rep-4, share of identical outputs."
+        "One line a method: tokens/s, ratio to the baseline with interval, tokens per forward, efficiency, rep-4, identical outputs, processor time."
         return pd.DataFrame({m: self.figures(m, confidence) for m in self.methods()}).T.astype({"tokens": int}).rename_axis("method")
 
     def save(
@@ -193,6 +221,30 @@ def _checked(methods: Mapping[str, Any], prompts: list[Any], baseline: str | Non
     return baseline or next(iter(methods))
 
 
+def timed_rows(
+    methods: Mapping[str, Callable[[Any], Any]],  # name -> function of a prompt that returns ids or an output with `sequences`
+    prompts: list[Any],  # token ids [1, length], or what a tokenizer returns
+    repeats: int = 3,  # timed rounds a prompt (positive)
+    warmup: int = 1,  # rounds on the first prompt that are not timed
+    seed: int = 0,  # seed of the order and of sampling
+    eos_ids: Iterable[int] = (),  # ids that end a sequence
+    pad_id: int | None = None,  # id that fills rows up on the right
+    clock: Clock = time.perf_counter,  # seconds; tests bring their own
+    cpu_clock: Clock = time.process_time,  # seconds of the processor
+) -> Iterator[BenchRow]:
+    "Time `methods` in turns, one row after each call, so that whoever stops early keeps what there is."
+    order, ends = random.Random(seed), set(eos_ids)
+    with torch.random.fork_rng():
+        for _, name in turns(methods, warmup, order):
+            methods[name](prompts[0])
+        for i, prompt in enumerate(prompts):
+            for repeat, name in turns(methods, repeats, order):
+                torch.manual_seed(seed + i)
+                begun = cpu_clock()
+                seconds, out = timed(lambda name=name, prompt=prompt: methods[name](prompt), clock)  # type: ignore[misc]
+                yield _row((name, i, repeat), seconds, cpu_clock() - begun, out, prompt, ends, pad_id)
+
+
 def compare(
     methods: Mapping[str, Callable[[Any], Any]],  # name -> function of a prompt that returns ids or an output with `sequences`
     prompts: Iterable[Any],  # token ids [1, length], or what a tokenizer returns
@@ -200,22 +252,12 @@ def compare(
     repeats: int = 3,  # timed rounds a prompt (positive)
     warmup: int = 1,  # rounds on the first prompt that are not timed
     seed: int = 0,  # seed of the order and of sampling
-    eos_ids: Iterable[int] = (),  # ids that end a sequence
-    pad_id: int | None = None,  # id that fills rows up on the right
-    clock: Clock = time.perf_counter,  # seconds; tests bring their own
+    **ends_and_clocks: Any,  # eos_ids, pad_id, clock, cpu_clock: see `timed_rows`
 ) -> BenchResult:
     "Time `methods` on the same prompts in turns."
-    prompts, ends = list(prompts), set(eos_ids)
+    prompts = list(prompts)
     first = _checked(methods, prompts, baseline, repeats, warmup)
-    order, rows = random.Random(seed), []
-    with torch.random.fork_rng():
-        for _, name in turns(methods, warmup, order):
-            methods[name](prompts[0])
-        for i, prompt in enumerate(prompts):
-            for repeat, name in turns(methods, repeats, order):
-                torch.manual_seed(seed + i)
-                seconds, out = timed(lambda name=name, prompt=prompt: methods[name](prompt), clock)  # type: ignore[misc]
-                rows.append(_row((name, i, repeat), seconds, out, prompt, ends, pad_id))
+    rows = list(timed_rows(methods, prompts, repeats, warmup, seed, **ends_and_clocks))
     rank = {name: k for k, name in enumerate(methods)}
     rows.sort(key=lambda r: (rank[r.method], r.prompt, r.repeat))
     conditions = {**provenance(seed=seed, prompts=map(_prompt_ids, prompts)), "repeats": repeats, "warmup": warmup}

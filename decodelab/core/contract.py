@@ -7,332 +7,140 @@ Docs: https://decodelab.github.io/decodelab/core/contract.html.md"""
 # %% ../../nbs/core/contract.ipynb #2d6aec48
 from __future__ import annotations
 
+import collections.abc
 import functools
-import importlib
-import pkgutil
-import time
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+import inspect
+import numbers
+import types
+import typing
+import warnings
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerationMode
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+from transformers.generation.stopping_criteria import StopStringCriteria
 
-from .output import DecodeOutput, DecodeStats, Trace, TraceStep
-from .session import ChainSession, Session, context_length
-from .warp import check_finite, process
+from .call import Call
+from .capability import evaluating
+from .output import DecodeOutput
+from .registry import FAMILIES, Method, decoders, register
 
 # %% auto #0
-__all__ = ['FAMILIES', 'Call', 'Decoder', 'Method', 'register', 'decoders']
+__all__ = ['fits', 'type_words', 'field_types', 'Decoder', 'Bound']
 
-# %% ../../nbs/core/contract.ipynb #d74c42b1
-def _check_inputs(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder model; this decoder needs a decoder-only one")
-    if ids.ndim != 2 or ids.shape[1] == 0 or (mask is not None and not bool(mask.any(-1).all())):
-        raise ValueError(f"empty prompt: input_ids must be [batch, length] with at least one token a row, got {list(ids.shape)}")
-    if ids.device != model.device:
-        raise ValueError(f"input_ids are on {ids.device}, the model on {model.device}: move them with input_ids.to(model.device)")
-    if mask is not None and not bool(mask[:, -1].all()):
-        raise ValueError("the prompts are padded on the right: use padding_side='left'")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    strange = ids[(ids < 0) | (ids >= vocabulary)]
-    if len(strange):
-        raise ValueError(
-            f"token id {int(strange[0])} is outside the model's vocabulary of {vocabulary}: were the prompts encoded with its own tokenizer?"
-        )
+# %% ../../nbs/core/contract.ipynb #0e19f302
+_SINGLE: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str}
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
 
 
-def _check_config(config: Any) -> None:
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(
-            f"the generation config asks for {mode.value}, which another decoder would have to do: reset num_beams, penalty_alpha and the like"
-        )
-    asked = [n for n in ("output_scores", "output_logits", "output_attentions", "output_hidden_states") if getattr(config, n, None)]
-    if asked:
-        raise ValueError(
-            f"{', '.join(asked)} are not returned by decodelab decoders: leave them out (out.stats and trace=True tell what happened)"
-        )
-    if config.guidance_scale not in (None, 1, 1.0):
-        raise ValueError("guidance_scale runs a second model of its own and cannot be verified in parallel: leave it out")
-    if config.use_cache is False:
-        raise ValueError("decodelab decoders need the KV cache: leave out use_cache=False")
-
-# %% ../../nbs/core/contract.ipynb #3e83cf1e
-def _per_forward(of_token: list[int], forwards: int) -> list[int]:
-    counts = [0] * forwards
-    for n in of_token:
-        counts[n] += 1
-    return counts
+def fits(
+    value: Any,  # a value
+    kind: Any,  # an annotation
+) -> bool:
+    "Whether a value is of an annotated type; annotations that this does not know allow everything."
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, k) for k in arguments)
+    if origin is Literal:
+        return value in arguments
+    if kind in _SINGLE:
+        return isinstance(value, _SINGLE[kind]) and (kind is bool or not isinstance(value, bool))
+    if origin is collections.abc.Sequence:
+        return isinstance(value, collections.abc.Sequence) and not isinstance(value, str) and all(fits(v, arguments[0]) for v in value)
+    if origin is collections.abc.Mapping:
+        return isinstance(value, collections.abc.Mapping)
+    return isinstance(value, kind) if isinstance(kind, type) else True
 
 
-class Call:
-    "Everything about one decoding call that is not the method: prompts, limits, stops, streaming, bill and trace."
+def type_words(
+    kind: Any,  # an annotation
+) -> str:
+    "An annotation in words, for messages."
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(type_words, arguments))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin is collections.abc.Sequence:
+        return f"a list ({type_words(arguments[0])} each)"
+    if origin is collections.abc.Mapping:
+        return "a dictionary"
+    return str(_WORDS.get(kind) or getattr(kind, "__name__", kind))
 
-    def __init__(
-        self,
-        model: Any,  # decoder-only language model
-        input_ids: torch.Tensor,  # prompts, left-padded, [batch, length]
-        logits_processor: LogitsProcessorList,  # prepared by `generate`
-        stopping_criteria: StoppingCriteriaList,  # prepared by `generate`
-        generation_config: Any,  # prepared by `generate`
-        streamer: Any = None,  # a transformers streamer (batch 1)
-        trace: bool = False,  # whether to keep the story
-        compile: bool = False,  # whether forwards run as compiled code
-        **model_kwargs: Any,  # attention_mask, past_key_values and further forward arguments
-    ):
-        self.started = time.perf_counter()
-        self.model, self.prompt, self.streamer, self.compile = model, input_ids, streamer, compile
-        self.mask = model_kwargs.pop("attention_mask", None)
-        _check_inputs(model, input_ids, self.mask)
-        _check_config(generation_config)
-        self.do_sample = bool(generation_config.do_sample)
-        self.processors = logits_processor or None
-        self.criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria)))
-        self.cache = model_kwargs.pop("past_key_values", None)
-        for name in ("position_ids", "use_cache", "logits_to_keep", "cache_position"):
-            model_kwargs.pop(name, None)
-        self.extra = model_kwargs
-        self.stats = DecodeStats(emitted=[[] for _ in input_ids])
-        self.trace = Trace() if trace else None
-        self._limits(stopping_criteria, generation_config)
-        self._buffers()
 
-    def _limits(self, criteria: StoppingCriteriaList, config: Any) -> None:
-        length = self.prompt.shape[1]
-        ends = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
-        self.budget = min(ends) - length if ends else int(config.max_length) - length
-        limit = context_length(self.model)
-        if limit is not None and length + self.budget > limit:
-            raise ValueError(
-                f"prompt of {length} and {self.budget} new tokens exceed the model's context of {limit}: shorten the prompt or set max_new_tokens <= {limit - length}"
-            )
-        eos = config.eos_token_id
-        self.eos: tuple[int, ...] = () if eos is None else (eos,) if isinstance(eos, int) else tuple(int(e) for e in eos)
-        pad = config.pad_token_id if config.pad_token_id is not None else next(iter(self.eos), 0)
-        self.pad = int(pad)
-
-    def _buffers(self) -> None:
-        batch, length = self.prompt.shape
-        device = self.prompt.device
-        self.sequences = torch.full((batch, length + self.budget), self.pad, dtype=torch.long, device=device)
-        self.sequences[:, :length] = self.prompt
-        self.rows = list(range(batch))  # rows of the batch that still run
-        self.counts = [0] * batch  # new tokens of every row
-        self.ends = torch.tensor(self.eos, dtype=torch.long, device=device)  # ids that end a row, on the device
-        self._index = torch.arange(batch, device=device)  # rows, on the device
-        self._pushed = self._settled = 0
-        self._best = torch.zeros(1)  # best scores of the last forward
-        watched = self.streamer is not None or self.trace is not None or bool(self.criteria)
-        self._every = 1 if watched or device.type == "cpu" else 16
-        if self.streamer is not None:
-            if batch > 1:
-                raise ValueError("a streamer follows one row only: call with batch size 1")
-            self.streamer.put(self.prompt.cpu())
-
-    @property
-    def running(self) -> bool:
-        "Whether any row still wants tokens."
-        return bool(self.rows) and self.budget > 0
-
-    def open(self, cls: type[ChainSession] = Session) -> Any:
-        "A session of class `cls` on the call's model, cache and prompts; a compiled one when the call asks for it."
-        if self.compile or issubclass(cls, Session):
-            return Session(self.model, self.mask, self.cache, self.stats, compiled=self.compile, room=self.budget, **self.extra)
-        return cls(self.model, self.mask, self.cache, self.stats, **self.extra)
-
-    def history(
-        self,
-        padding: int | None = None,  # what stands in place of left padding; the prompt's own padding token when None
-    ) -> torch.Tensor:
-        "All tokens so far of the rows that run, [rows, length]; only for methods whose rows move together (`push`)."
-        tokens = self.sequences[:, : self.prompt.shape[1] + self._pushed]
-        whole = len(self.rows) == len(tokens)
-        tokens = tokens if whole else tokens[self._index]
-        if padding is not None and self.mask is not None:
-            real = torch.nn.functional.pad(self.mask if whole else self.mask[self._index], (0, self._pushed), value=1)
-            tokens = tokens.masked_fill(real == 0, padding)
-        return tokens
-
-    def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        "The user's processors applied to the last logits [rows, vocab]."
-        return self.processed(logits, self.history(), self.rows) if self.processors else logits.float()
-
-    def processed(
-        self,
-        logits: torch.Tensor,  # raw logits of some rows, [n, vocab]
-        ids: torch.Tensor,  # their histories, all of one length, [n, length]
-        rows: list[int],  # which rows of the batch they are
-    ) -> torch.Tensor:
-        "The user's processors applied to some rows, each standing where it stands in the batch: a processor may hold values for every row."
-        batch = len(self.sequences)
-        if self.processors is None or rows == list(range(batch)):
-            return process(logits, ids, self.processors)
-        beyond = max(0, ids.shape[1] - self.sequences.shape[1])  # a draft may reach beyond the budget
-        everyone = torch.nn.functional.pad(self.sequences[:, : ids.shape[1]], (0, beyond), value=self.pad)
-        everyone[rows] = ids
-        scores = logits.new_zeros(batch, logits.shape[-1], dtype=torch.float32)
-        scores[rows] = logits.float()
-        return process(scores, everyone, self.processors)[rows]
-
-    def watch(self, best: torch.Tensor) -> None:
-        "Note the best scores of a forward: the next time the call waits for the device it raises if they are NaN or infinite."
-        self._best = best
-
-    def remaining(self, row: int) -> int:
-        "How many tokens batch row `row` may still get."
-        return self.budget - self.counts[row]
-
-    # one token a row, on the device
-
-    def push(
-        self,
-        tokens: torch.Tensor,  # one token for each running row, [rows]
-        roles: Sequence[str] | None = None,  # a role for each, when the call is traced
-        notes: Sequence[str] | None = None,  # a note for each
-    ) -> torch.Tensor | None:
-        "Append one token to every running row; indices of the rows that go on when some have finished."
-        self.sequences[self._index, self.prompt.shape[1] + self._pushed] = tokens
-        self._pushed += 1
-        if self.trace is not None:
-            for i, (row, token) in enumerate(zip(self.rows, tokens.tolist())):
-                self.trace.append(TraceStep(row, [token], [roles[i] if roles else "token"], [notes[i]] if notes else []))
-        if self._pushed % self._every == 0 or self._pushed >= self.budget:
-            return self._settle()
-        return None
-
-    def _settle(self) -> torch.Tensor | None:
-        # the one place where a token-by-token method waits for the device
-        check_finite(self._best)
-        length = self.prompt.shape[1]
-        fresh = self.sequences[self._index, length + self._settled : length + self._pushed]
-        goes_on = []
-        for i, (row, new) in enumerate(zip(self.rows, fresh.tolist())):
-            kept, done = self._cut(row, new)
-            self.counts[row] += kept
-            self.stats.emitted[row] += [1] * kept
-            if kept < len(new):
-                self.sequences[row, length + self.counts[row] : length + self._pushed] = self.pad
-            self._stream(new[:kept])
-            if not done:
-                goes_on.append(i)
-        self._settled = self._pushed
-        return self._retire(goes_on)
-
-    # several tokens a row
-
-    def commit(
-        self,
-        new: list[list[int]],  # tokens for each running row
-        roles: list[list[str]] | None = None,  # their roles, when the call is traced
-        info: list[dict[str, Any]] | None = None,  # further facts for the trace, one a row
-        order: list[tuple[list[int], int]]
-        | None = None,  # when several forwards made them: number of each token's, from 0, and how many there were
-    ) -> torch.Tensor | None:
-        "Append a list of tokens to every running row; indices of the rows that go on when some have finished."
-        check_finite(self._best)
-        length = self.prompt.shape[1]
-        goes_on, starts, texts = [], [], []
-        for i, (row, tokens) in enumerate(zip(self.rows, new)):
-            start = length + self.counts[row]
-            if self.criteria:
-                room = tokens[: self.budget - self.counts[row]]
-                self.sequences[row, start : start + len(room)] = torch.tensor(room, device=self.sequences.device)
-            kept, done = self._cut(row, tokens)
-            written = tokens[:kept]
-            if self.criteria:
-                self.sequences[row, start + kept : start + len(tokens)] = self.pad
-            starts.append(start)
-            texts.append(written)
-            self.counts[row] += kept
-            self.stats.emitted[row] += [kept] if order is None else _per_forward(order[i][0][:kept], order[i][1])
-            self._stream(written)
-            if self.trace is not None:
-                names = roles[i][:kept] if roles else ["token"] * kept
-                facts = info[i] if info else {}
-                if order is not None:  # then lists hold a fact for each token
-                    facts = {k: v[:kept] if isinstance(v, list) else v for k, v in facts.items()}
-                self.trace.append(TraceStep(row, written, names, info=facts))
-            if not done:
-                goes_on.append(i)
-        self._write(starts, texts)
-        return self._retire(goes_on)
-
-    def _write(self, starts: list[int], texts: list[list[int]]) -> None:
-        # one write for all rows: in a large batch a write for each would cost more than the model
-        places = [(row, start + j, token) for row, start, text in zip(self.rows, starts, texts) for j, token in enumerate(text)]
-        if places:
-            rows, columns, tokens = torch.tensor(places, device=self.sequences.device).unbind(1)  # one copy to the device
-            self.sequences[rows, columns] = tokens
-
-    def _cut(self, row: int, new: list[int]) -> tuple[int, bool]:
-        # how many of the new tokens count, and whether the row is finished with them
-        start = self.prompt.shape[1] + self.counts[row]
-        for n, token in enumerate(new, start=1):
-            if token in self.eos or self.counts[row] + n >= self.budget:
-                return n, True
-            if self.criteria and bool(self.criteria(self.sequences[row : row + 1, : start + n], None).all()):
-                return n, True
-        return len(new), False
-
-    def _stream(self, tokens: list[int]) -> None:
-        if self.streamer is not None and tokens:
-            self.streamer.put(torch.tensor(tokens))
-
-    def _retire(self, goes_on: list[int]) -> torch.Tensor | None:
-        if len(goes_on) == len(self.rows):
-            return None
-        self.rows = [self.rows[i] for i in goes_on]
-        kept = torch.tensor(goes_on, dtype=torch.long, device=self.prompt.device)
-        self._index = self._index[kept]
-        return kept
-
-    def output(self) -> DecodeOutput:
-        "The finished output: sequences cut to the longest row, bill and trace."
-        self.stats.seconds = time.perf_counter() - self.started
-        end = self.prompt.shape[1] + max(self.counts)
-        sequences: Any = self.sequences[:, :end].clone()  # the buffer of the whole budget is let go
-        return DecodeOutput(sequences=sequences, stats=self.stats, trace=self.trace, prompt_length=self.prompt.shape[1])
+@functools.cache
+def field_types(
+    cls: type,  # a dataclass
+) -> dict[str, Any]:
+    "Types of the fields that can be given, in the order of the constructor."
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError:  # a class made inside a function, with types that only the function knows
+        hints = {}
+    given = [f for f in fields(cls) if f.init]
+    return {f.name: hints.get(f.name, Any) for f in sorted(given, key=lambda f: bool(f.kw_only))}
 
 # %% ../../nbs/core/contract.ipynb #5903498a
-@contextmanager
-def _evaluating(model: Any) -> Any:
-    # dropout off during the call; exactly the modules that were training train again afterwards
-    training = [m for m in model.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _lost_streamer() -> Any:
+    # the streamer that was given to the calling `generate`, which does not pass it on
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and "custom_generate" in frame.f_locals:
+            return frame.f_locals.get("streamer")
+        frame = frame.f_back
+    return None
 
 
 @dataclass
 class Decoder:
     "Base of all decoders: a dataclass of hyper-parameters that can be passed as `custom_generate`."
 
-    trace: bool = field(default=False, kw_only=True)  # keep the story of the call in `out.trace`
+    trace: bool = field(default=False, kw_only=True)  # keep what happened in `out.trace`
     compile: bool = field(default=False, kw_only=True)  # run the model's forwards as compiled code of fixed shapes (seconds of warm-up)
     method: ClassVar[Method]  # set by `register`
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        "Refuses unknown hyper-parameters with a list of the known ones."
-        known = [f.name for f in fields(cls) if f.init]
-        for name in kwargs:
+        "Refuses unknown hyper-parameters with a list of the known ones, and values of the wrong type."
+        if "logits_processor" in kwargs and "stopping_criteria" in kwargs:
+            raise TypeError(f"custom_generate got the class {cls.__name__}: pass a decoder, custom_generate={cls.__name__}()")
+        known = field_types(cls)  # type: ignore[arg-type]
+        for name, value in (dict(zip(known, args)) | kwargs).items():
             if name not in known:
                 raise TypeError(f"{cls.__name__} has no hyper-parameter {name!r}; it has: {', '.join(known)}")
+            if not fits(value, known[name]):
+                error = ValueError if typing.get_origin(known[name]) is Literal else TypeError
+                raise error(f"{cls.__name__}: {name} must be {type_words(known[name])}, got {value!r}")
         return super().__new__(cls)
+
+    # what a family or a paper supplies
 
     def decode(self, call: Call) -> None:
         "The loop: push or commit tokens to `call` until nothing is running."
         raise NotImplementedError(f"{type(self).__name__} must define decode(call)")
 
-    @torch.no_grad()
+    def check(self, call: Call) -> None:
+        "Hook for what a method cannot do: raise `ValueError` before anything is decoded."
+
+    def keep_rows(
+        self,
+        call: Call,  # the call
+        rows: torch.Tensor,  # indices of the rows that go on, [n]
+    ) -> None:
+        "Called when rows have ended: passes it on to the method's state of the call."
+        if hasattr(call.state, "keep_rows"):
+            call.state.keep_rows(rows)
+
+    def finish(self, call: Call) -> None:
+        "Called at the end, also after an error: closes the method's state of the call."
+        if hasattr(call.state, "close"):
+            call.state.close()
+        call.state = None
+
+    # what users call
+
     def __call__(
         self,
         model: Any,  # decoder-only language model
@@ -346,28 +154,45 @@ class Decoder:
         "Decode; this is what `model.generate(custom_generate=decoder)` calls."
         if logits_processor is None or stopping_criteria is None:
             return self.generate(model, input_ids, generation_config=generation_config, streamer=streamer, **model_kwargs)
-        try:
-            call = Call(
-                model,
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                streamer=streamer,
-                trace=self.trace,
-                compile=self.compile,
-                **model_kwargs,
+        if streamer is None and (lost := _lost_streamer()) is not None:
+            lost.end()  # or whoever reads it would wait for ever
+            warnings.warn(
+                "transformers does not hand `streamer` to custom_generate, so nothing is streamed: use decoder.generate(model, streamer=...) "
+                "or custom_generate=decoder.bind(streamer=...)",
+                stacklevel=2,
             )
+        # tables that outlive the call must not become inference tensors, which nobody may write to afterwards
+        with torch.inference_mode(False), torch.no_grad():
+            return self._run(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
+
+    def _run(
+        self, model: Any, ids: torch.Tensor, processors: Any, criteria: Any, config: Any, streamer: Any, model_kwargs: dict[str, Any]
+    ) -> DecodeOutput:
+        try:
+            more: dict[str, Any] = {"streamer": streamer, "trace": self.trace, "compile": self.compile}
+            call = Call(model, ids, processors, criteria, config, **more, **model_kwargs)
             self.check(call)
-            with _evaluating(model):
-                self.decode(call)
+            try:
+                with evaluating(model):
+                    self.decode(call)
+            finally:
+                self.finish(call)
         finally:
             if streamer is not None:
                 streamer.end()
         return call.output()
 
-    def check(self, call: Call) -> None:
-        "Hook for what a method cannot do: raise `ValueError` before anything is decoded."
+    def bind(
+        self,
+        *,
+        streamer: Any = None,  # transformers streamer, batch 1
+        stop_strings: str | list[str] | None = None,  # texts that end a row; needs `tokenizer`
+        tokenizer: Any = None,  # tokenizer of the model; also turns the trace into text
+    ) -> Bound:
+        "The decoder with what `model.generate` does not hand to a callable: `custom_generate=decoder.bind(streamer=...)`."
+        if stop_strings is not None and tokenizer is None:
+            raise ValueError("stop_strings need the tokenizer: pass tokenizer=...")
+        return Bound(self, streamer, stop_strings, tokenizer)
 
     def generate(
         self,
@@ -382,82 +207,40 @@ class Decoder:
         "Like `model.generate(custom_generate=self)`, with streaming and stop strings."
         if kwargs.get("assistant_model") is not None:
             raise ValueError(f"assistant_model is not used by {type(self).__name__}: a decoder's drafter is one of its fields")
-        if stop_strings is not None:
-            if tokenizer is None:
-                raise ValueError("stop_strings need the tokenizer: pass tokenizer=...")
-            stops = StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)
-            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), stops])
-        bound = functools.partial(self.__call__, streamer=streamer) if streamer is not None else self
-        out = model.generate(inputs, custom_generate=bound, **kwargs)
-        if out.trace is not None and tokenizer is not None:
-            out.trace.with_text(tokenizer)
+        given = {"streamer": streamer, "stop_strings": stop_strings, "tokenizer": tokenizer}
+        bound = self.bind(**given) if any(v is not None for v in given.values()) else self
+        return model.generate(inputs, custom_generate=bound, **kwargs)
+
+
+class Bound:
+    "A decoder with a streamer, stop strings or a tokenizer for its calls; made by `Decoder.bind`."
+
+    def __init__(
+        self,
+        decoder: Decoder,  # the decoder
+        streamer: Any = None,  # transformers streamer, batch 1
+        stop_strings: str | list[str] | None = None,  # texts that end a row
+        tokenizer: Any = None,  # tokenizer of the model
+    ):
+        self.decoder, self.streamer, self.stop_strings, self.tokenizer = decoder, streamer, stop_strings, tokenizer
+
+    def __call__(
+        self,
+        model: Any,  # decoder-only language model
+        input_ids: torch.Tensor,  # prompts, left-padded, [batch, length]
+        logits_processor: LogitsProcessorList | None = None,  # as prepared by `generate`
+        stopping_criteria: StoppingCriteriaList | None = None,  # as prepared by `generate`
+        generation_config: Any = None,  # limits, special tokens, sampling
+        **model_kwargs: Any,  # attention_mask, past_key_values, further forward arguments
+    ) -> DecodeOutput:
+        "Decode, with what is bound."
+        if logits_processor is None or stopping_criteria is None:
+            return model.generate(input_ids, custom_generate=self, generation_config=generation_config, **model_kwargs)
+        if self.stop_strings is not None:
+            stops = StopStringCriteria(tokenizer=self.tokenizer, stop_strings=self.stop_strings)
+            stopping_criteria = StoppingCriteriaList([*stopping_criteria, stops])
+        streamer = self.streamer
+        out = self.decoder(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs)
+        if out.trace is not None and self.tokenizer is not None:
+            out.trace.with_text(self.tokenizer)
         return out
-
-# %% ../../nbs/core/contract.ipynb #77bf2c8b
-FAMILIES = ("sampling", "search", "speculative", "diffusion", "structured", "memory", "training", "theory", "vision")
-
-
-@dataclass(frozen=True)
-class Method:
-    "What the registry knows about a decoder."
-
-    name: str  # short name, as on the command line
-    family: str  # one of FAMILIES
-    paper: str  # title of the paper
-    url: str  # where to read it
-    year: int  # year of publication
-    notebook: str  # path below nbs/, without suffix
-    lossless: bool  # whether the output law is the model's own
-    needs_training: bool  # whether something must be trained before use
-    samples: bool  # whether do_sample=True is supported
-    decoder: type[Decoder]  # the class
-    example: Callable[[Any], Decoder]  # target model -> a decoder ready to use with it
-
-
-_METHODS: dict[str, Method] = {}
-
-
-def register(
-    name: str,  # short name
-    *,
-    family: str,  # one of FAMILIES
-    paper: str,  # title
-    url: str,  # where to read it
-    year: int,  # of publication
-    notebook: str | None = None,  # path below nbs/; "family/name" when None
-    lossless: bool,  # output law is the model's own
-    needs_training: bool = False,  # something must be trained first
-    samples: bool = True,  # supports do_sample=True
-    example: Callable[[Any], Decoder] | None = None,  # target model -> decoder; the class with its defaults when None
-) -> Callable[[type[Decoder]], type[Decoder]]:
-    "Class decorator that files a decoder in the registry; a malformed or double entry is an error."
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
-
-    def file(cls: type[Decoder]) -> type[Decoder]:
-        known = _METHODS.get(name)
-        if known is not None and known.decoder.__qualname__ != cls.__qualname__:
-            raise ValueError(f"two decoders want the name {name!r}: {known.decoder.__qualname__} and {cls.__qualname__}")
-        make = example or (lambda model: cls())
-        cls.method = Method(name, family, paper, url, year, notebook or f"{family}/{name}", lossless, needs_training, samples, cls, make)
-        _METHODS[name] = cls.method
-        return cls
-
-    return file
-
-
-def decoders() -> dict[str, Method]:
-    "All registered decoders by name; imports the families' modules."
-    import decodelab
-
-    for family in FAMILIES:
-        try:
-            package = importlib.import_module(f"decodelab.{family}")
-        except ModuleNotFoundError as error:
-            if error.name != f"decodelab.{family}":
-                raise
-            continue  # a family without notebooks yet
-        for module in pkgutil.iter_modules(package.__path__):
-            if family != "training":  # recipes hold no decoders, and need the training extra
-                importlib.import_module(f"decodelab.{family}.{module.name}")
-    return dict(sorted(_METHODS.items()))

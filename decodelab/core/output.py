@@ -25,13 +25,18 @@ class DecodeStats:
     target_forwards: int = 0  # forwards of the target model, prefill included
     target_tokens: int = 0  # positions the target processed, prompt included, summed over rows
     draft_forwards: int = 0  # forwards of a draft model
-    drafted: int = 0  # guesses that were verified, summed over rows and forwards
+    draft_lengths: list[list[int]] = field(default_factory=list)  # [row][verification]: draft tokens that were verified
     compilations: int = 0  # shapes compiled during the call
     compile_seconds: float = 0.0  # of `seconds`, first calls of new shapes
     emitted: list[list[int]] = field(default_factory=list)  # [row][forward]: tokens each emitting forward gave that row
     seconds: float = 0.0  # wall-clock time inside the decoder, from its call to its result
     forward_seconds: float = 0.0  # of these, inside target forwards (on a GPU: time to launch them)
     draft_seconds: float = 0.0  # of these, inside forwards of a draft model
+
+    @property
+    def drafted(self) -> int:
+        "Draft tokens that were verified, all rows together."
+        return sum(map(sum, self.draft_lengths))
 
     @property
     def new_tokens(self) -> int:
@@ -84,6 +89,17 @@ class Trace(list[TraceStep]):
     def row(self, i: int) -> list[TraceStep]:
         "The steps of batch row `i`."
         return [s for s in self if s.row == i]
+
+    def cut(
+        self,
+        i: int,  # row of the batch
+        n: int,  # tokens
+    ) -> None:
+        "Take the last `n` tokens of a row back: a criterion has stopped it before them."
+        for step in reversed(self.row(i)):
+            kept = max(0, len(step.tokens) - n)
+            n -= len(step.tokens) - kept
+            step.tokens, step.roles, step.notes = step.tokens[:kept], step.roles[:kept], step.notes[:kept]
 
     def roles(self) -> dict[str, int]:
         "How many tokens had each role."

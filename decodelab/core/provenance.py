@@ -26,7 +26,7 @@ from typing import Any
 from .zoo import checkout_root
 
 # %% auto #0
-__all__ = ['to_plain', 'write_json', 'tree_state', 'prompt_fingerprint', 'provenance']
+__all__ = ['to_plain', 'write_whole', 'write_json', 'tree_state', 'prompt_fingerprint', 'provenance']
 
 # %% ../../nbs/core/provenance.ipynb #f9d315ea
 def to_plain(
@@ -40,7 +40,7 @@ def to_plain(
     if isinstance(value, (list, tuple, set, frozenset)):
         return [to_plain(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
     if isinstance(value, float) and type(value) is float:
-        return value if math.isfinite(value) else str(value)
+        return value if math.isfinite(value) else None if math.isnan(value) else str(value)
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, Path):
@@ -52,14 +52,12 @@ def to_plain(
     )
 
 # %% ../../nbs/core/provenance.ipynb #bb120233
-def write_json(
+def write_whole(
     path: str | Path,  # file to write; its folder is made when missing
-    content: Any,  # what to write, see `to_plain`
+    text: str,  # its content
 ) -> Path:
-    "Write `content` to `path` as JSON, whole or not at all."
-    path, text = Path(path), json.dumps(to_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    # a list of numbers on one line; text holds no line break of its own in JSON, so it is never touched
-    text = re.sub(r"\[\n[^\[\]{}\"]*\]", lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
+    "Write a text file, whole or not at all."
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -71,6 +69,17 @@ def write_json(
         Path(beside).unlink(missing_ok=True)
         raise
     return path
+
+
+def write_json(
+    path: str | Path,  # file to write; its folder is made when missing
+    content: Any,  # what to write, see `to_plain`
+) -> Path:
+    "Write `content` to `path` as JSON, whole or not at all."
+    text = json.dumps(to_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    # a list of numbers on one line; text holds no line break of its own in JSON, so it is never touched
+    text = re.sub(r"\[\n[^\[\]{}\"]*\]", lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
+    return write_whole(path, text)
 
 # %% ../../nbs/core/provenance.ipynb #1528e2c2
 def _git(root: Path, *arguments: str) -> str | None:

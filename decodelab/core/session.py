@@ -1,4 +1,4 @@
-"""One object that owns the KV cache: feed a chain, feed a tree, keep what was accepted, forget the rest, for rows that move at different speeds.
+"""One object that owns the KV cache: feed a tree of draft tokens, keep what was accepted, forget the rest, for rows that move at different speeds.
 
 Docs: https://decodelab.github.io/decodelab/core/session.html.md"""
 
@@ -7,81 +7,115 @@ Docs: https://decodelab.github.io/decodelab/core/session.html.md"""
 # %% ../../nbs/core/session.ipynb #e3b30b7e
 from __future__ import annotations
 
-import inspect
+import copy
 import time
-from functools import lru_cache
 from typing import Any, Self
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from decodelab.core.capability import (
+    TRIAL,
+    abilities,
+    agree,
+    context_length,
+    executed,
+    forward_arguments,
+    path_logits,
+    require_tree,
+    rope_change,
+)
+from .capability import trial_tokens
 from .output import DecodeStats
 from .slots import CompiledForward, Slots, bucket, padded_size
+from .steps import check_cached, holds_tensor
 from .tree import Tree
 
 # %% auto #0
-__all__ = ['forward_arguments', 'context_length', 'ChainSession', 'Session']
+__all__ = ['Session', 'tree_trial']
 
 # %% ../../nbs/core/session.ipynb #d6c46cf3
-@lru_cache(maxsize=64)
-def forward_arguments(
-    model_class: Any,  # class of a model
-) -> frozenset[str]:
-    "Names of the arguments that the model's forward takes."
-    return frozenset(inspect.signature(model_class.forward).parameters)  # type: ignore[attr-defined]
-
-
-def context_length(
-    model: Any,  # causal language model
-) -> int | None:
-    "Positions the model was made for (`max_position_embeddings`), or None when its config does not say."
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    return getattr(config, "max_position_embeddings", None)
-
-
-def _window(model: Any) -> int | None:
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-
-
-def _usable_cache(cache: Any) -> DynamicCache:
-    # an empty cache is replaced by one that keeps every position, so that sliding-window layers can be rolled back, too
-    if cache is None or (isinstance(cache, DynamicCache) and cache.get_seq_length() == 0):
+def _own_cache(cache: Any) -> DynamicCache:
+    # a copy that keeps every position; tensors are shared, as a growing cache never writes into them
+    if cache is None:
         return DynamicCache()
-    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])}) or [type(cache).__name__]
+    kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])}) or [type(cache).__name__]
+    plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
+    empty = plain and cache.get_seq_length() == 0  # layers of an empty cache are replaced: windows cannot be rolled back
+    if not plain or not (empty or kinds == [DynamicLayer.__name__]):
+        name = "an offloaded cache" if getattr(cache, "offloading", False) else f"a cache with {', '.join(kinds)}"
+        raise ValueError(f"{name} cannot be rolled back: leave out cache_implementation, or pass a plain DynamicCache() as past_key_values")
+    own = DynamicCache()
+    own.layers = [] if empty else [copy.copy(layer) for layer in cache.layers]
+    return own
+
+
+def _checked_arguments(further: dict[str, Any]) -> dict[str, Any]:
+    told = {"mm_encoder_outputs": "the prompt's images or sounds (mm_encoder_outputs, made of pixel_values and the like)"}
+    tensors = [told.get(name, name) for name, value in further.items() if name != "token_type_ids" and holds_tensor(value)]
+    if tensors:
         raise ValueError(
-            f"a cache with {', '.join(kinds)} cannot be rolled back: leave out cache_implementation / pass a plain DynamicCache"
+            f"{', '.join(tensors)} cannot be given to a draft tree: leave {'them' if len(tensors) > 1 else 'it'} out, "
+            "or use a token-by-token decoder such as Autoregressive"
         )
-    return cache
+    return further
+
+
+def _flat_positions(positions: torch.Tensor | None) -> torch.Tensor | None:
+    # models of images give each token several positions, which agree as long as the prompt is text
+    if positions is None or positions.ndim == 2:
+        return positions
+    if not bool((positions == positions[:1]).all()):
+        raise ValueError("the prompt has positions in several dimensions (images?): use a token-by-token decoder such as Autoregressive")
+    return positions[0]
 
 # %% ../../nbs/core/session.ipynb #396c62fc
-class _Fed:
-    "The model, its KV cache and what each row has been fed."
+class Session:
+    "The model, its KV cache and what each row has been fed; use as a context manager, or call `close`."
 
     def __init__(
         self,
         model: Any,  # causal language model
         attention_mask: torch.Tensor | None = None,  # [batch, prompt], 0 on padding (left); None when no row is padded
-        cache: Any = None,  # a DynamicCache that may already hold a part of the prompt
-        stats: DecodeStats | None = None,  # the bill to write to
+        cache: Any = None,  # a DynamicCache that may already hold a part of the prompt; it is copied
+        stats: DecodeStats | None = None,  # where costs are noted
+        *,
+        position_ids: torch.Tensor | None = None,  # of the prompt, [batch, prompt]; those of the real tokens when None
+        compiled: bool = False,  # run trees and chains (not the prefill) as compiled code
+        room: int = 0,  # tokens to come, if known: the cache then seldom grows
+        name: str = "",  # what the model is, if not the target, such as "the drafter "
+        trusted: bool = False,  # do not ask whether the model can verify a tree
         **forward_kwargs: Any,  # further arguments of the model's forward
     ):
-        self.model, self.extra, self.stats = model, forward_kwargs, stats or DecodeStats()
-        self.cache: Any = _usable_cache(cache)
-        self.accepts = forward_arguments(type(model))  # type: ignore[arg-type]
+        found = abilities(model) if trusted else require_tree(model, tree_trial, name)
+        self.model, self.stats = model, stats or DecodeStats()
+        self.extra = _checked_arguments(forward_kwargs)
+        self.cache: Any = _own_cache(cache)
+        self.accepts = forward_arguments(type(executed(model)))  # type: ignore[arg-type]
         padded = attention_mask is not None and not bool(attention_mask.all())
         self.prompt_mask = attention_mask.bool() if padded and attention_mask is not None else None
         self.valid: torch.Tensor | None = None
+        self.given = _flat_positions(position_ids)
         self.positions: torch.Tensor | int = 0  # next position id: an int while all rows agree, else [batch]
-        self.limit, self.window = context_length(model), _window(model)
+        self.limit, self.local = context_length(model), found.local
         self.output: Any = None  # the model's last output
+        self.compiled, self.room, self.name = compiled, room, name
+        self._compiled: CompiledForward | None = None
+        self._kept: list[list[int]] = []  # of each row, the slots of its tokens, in order
+        self._free: list[list[int]] = []  # of each row, slots to write to, the next one last
+        self._waiting: list[list[int]] = []  # of each row, the slots of nodes that await `commit`
+        self._at: torch.Tensor | None = None  # position in each slot, [rows, capacity]; where layers see a part of the text only
 
     @property
     def slots(self) -> int:
-        "Columns of the cache."
-        return self.cache.get_seq_length()
+        "Columns of the cache that a forward looks at."
+        return self.cache.place.width if isinstance(self.cache, Slots) else self.cache.get_seq_length()
+
+    @property
+    def pending(self) -> int:
+        "Nodes that await `commit`."
+        return len(self._waiting[0]) if self._waiting else 0
 
     def __enter__(self) -> Self:
         return self
@@ -93,31 +127,7 @@ class _Fed:
         "Drop the cache and the last output."
         self.cache, self.output, self.valid = DynamicCache(), None, None
 
-    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, keep: int, **more: Any) -> torch.Tensor:
-        arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, **self.extra, **more}
-        if "position_ids" in self.accepts:
-            arguments["position_ids"] = positions
-        if "logits_to_keep" in self.accepts:
-            arguments["logits_to_keep"] = keep
-        started = time.perf_counter()
-        self.output = self._run(arguments)
-        self.stats.forward_seconds += time.perf_counter() - started
-        self.stats.target_forwards += 1
-        self.stats.target_tokens += tokens.numel()
-        logits = self.output.logits
-        return logits[:, -keep:] if keep else logits
-
-    def _run(self, arguments: dict[str, Any]) -> Any:
-        return self.model(past_key_values=self.cache, use_cache=True, return_dict=True, **arguments)
-
-    def _next_positions(self, batch: int, depth: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.positions, int):
-            return (self.positions + depth).expand(batch, -1)
-        return self.positions[:, None] + depth
-
-# %% ../../nbs/core/session.ipynb #e7a37cd6
-class ChainSession(_Fed):
-    "A session that only ever appends and takes back: all that token-by-token methods need."
+    # the prompt
 
     def prefill(
         self,
@@ -127,117 +137,90 @@ class ChainSession(_Fed):
     ) -> torch.Tensor:
         "Feed the part of the prompts that the cache does not hold yet; logits [batch, keep, vocab]."
         done = self.slots
-        if done >= ids.shape[1]:
-            raise ValueError(f"the passed cache holds {done} positions, the prompt only {ids.shape[1]}: pass the whole text as input_ids")
+        check_cached(done, ids.shape[1])
         self.resume(ids)
-        if self.valid is not None:
+        if self.given is not None:
+            positions = self.given[:, done : ids.shape[1]]
+        elif self.valid is not None:
             positions = (self.valid.long().cumsum(-1) - 1).clamp_min(0)[:, done:]
         else:
             positions = torch.arange(done, ids.shape[1], device=ids.device).expand(len(ids), -1)
-        return self._forward(ids[:, done:], self.valid, positions, keep, **more)
+        self._check_rope(ids.shape[1])
+        logits = self._forward(ids[:, done:], self.valid, positions, keep, **more)
+        self._move_in(ids)
+        return logits
+
+    def _check_rope(self, length: int) -> None:
+        # tokens on both sides of the change cannot stand in one forward pass; a draft reaches a little beyond the text
+        change = rope_change(self.model) if self.room and not self.name else None
+        if change is not None and length <= change < length + self.room + 32:
+            raise ValueError(
+                f"the rotary embedding of {type(self.model).__name__} changes after {change} positions, within this text: "
+                f"set max_new_tokens <= {max(0, change - length - 32)}, or use a token-by-token decoder such as Autoregressive"
+            )
 
     def resume(
         self,
         ids: torch.Tensor,  # prompts that the cache holds, or is about to hold, [batch, length]
     ) -> None:
         "Go on behind `ids`, which a passed cache already holds."
-        if self.prompt_mask is not None:
-            self.valid = self.prompt_mask[:, : ids.shape[1]]
-            self.positions = self.valid.sum(-1)
+        length = ids.shape[1]
+        self.valid = None if self.prompt_mask is None else self.prompt_mask[:, :length]
+        if self.given is not None:
+            after = self.given[:, length] if length < self.given.shape[1] else self.given[:, -1] + 1
+        elif self.valid is not None:
+            after = self.valid.sum(-1)
         else:
-            self.positions = ids.shape[1]
+            self.positions = length
+            return
+        same = bool((after == after[0]).all())
+        self.positions = int(after[0]) if same else after
 
-    def feed(
-        self,
-        tokens: torch.Tensor,  # a chain for each row, [batch, n]
-        **more: Any,  # further forward arguments for this call
-    ) -> torch.Tensor:
-        "Append a chain to every row; logits of all its positions, [batch, n, vocab]."
-        batch, n = tokens.shape
-        if self.valid is not None:
-            self.valid = torch.cat([self.valid, self.valid.new_ones(batch, n)], dim=1)
-        positions = self._next_positions(batch, torch.arange(n, device=tokens.device))
-        logits = self._forward(tokens, self.valid, positions, 0, **more)
-        self.positions = self.positions + n
-        return logits
+    def _forward(self, tokens: torch.Tensor, mask: Any, positions: torch.Tensor, keep: int, **more: Any) -> torch.Tensor:
+        arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, **self.extra, **more}
+        if "logits_to_keep" in self.accepts:
+            arguments["logits_to_keep"] = keep
+        if (types := arguments.get("token_type_ids")) is not None:
+            n = tokens.shape[1]
+            arguments["token_type_ids"] = types[:, -n:] if not isinstance(self.cache, Slots) else types[:, -1:].expand(-1, n)
+        started = time.perf_counter()
+        self.output = self._run(arguments)
+        self.stats.forward_seconds += time.perf_counter() - started
+        self.stats.target_forwards += 1
+        self.stats.target_tokens += tokens.numel()
+        logits = self.output.logits
+        return logits[:, -keep:] if keep else logits
 
-    def rollback(self, n: int) -> None:
-        "Forget the last `n` fed tokens of every row."
-        if not 0 <= n <= self.slots:
-            raise ValueError(f"cannot roll back {n} of {self.slots} tokens")
-        self.cache.crop(-n)
-        self.positions = self.positions - n
-        if self.valid is not None:
-            self.valid = self.valid[:, : self.slots]
-
-    def select(
-        self,
-        rows: torch.Tensor,  # indices of the rows that go on, [n]
-    ) -> None:
-        "Keep only some rows: a finished row costs nothing any more."
-        self.cache.batch_select_indices(rows)
-        if self.valid is not None:
-            self.valid = self.valid[rows]
-        if self.prompt_mask is not None:
-            self.prompt_mask = self.prompt_mask[rows]
-        if isinstance(self.positions, torch.Tensor):
-            self.positions = self.positions[rows]
-
-# %% ../../nbs/core/session.ipynb #91cff5ea
-class Session(ChainSession):
-    "The model, its KV cache and what each row has been fed; use as a context manager, or call `close`."
-
-    def __init__(
-        self,
-        model: Any,  # causal language model
-        attention_mask: torch.Tensor | None = None,  # [batch, prompt], 0 on padding (left); None when no row is padded
-        cache: Any = None,  # a DynamicCache that may already hold a part of the prompt; it is copied
-        stats: DecodeStats | None = None,  # the bill to write to
-        *,
-        compiled: bool = False,  # run trees and chains (not the prefill) as compiled code
-        room: int = 0,  # tokens to come, if known: the cache then seldom grows
-        **forward_kwargs: Any,  # further arguments of the model's forward
-    ):
-        super().__init__(model, attention_mask, cache, stats, **forward_kwargs)
-        self.compiled, self.room = compiled, room
-        self._compiled: CompiledForward | None = None
-        self._kept: list[list[int]] = []  # of each row, the slots of its tokens, in order
-        self._free: list[list[int]] = []  # of each row, slots to write to, the next one last
-        self._waiting: list[list[int]] = []  # of each row, the slots of nodes that await `commit`
-
-    @property
-    def slots(self) -> int:
-        "Columns of the cache that a forward looks at."
-        return self.cache.place.width if isinstance(self.cache, Slots) else super().slots
-
-    @property
-    def pending(self) -> int:
-        "Nodes that await `commit`."
-        return len(self._waiting[0]) if self._waiting else 0
-
-    def prefill(self, ids: torch.Tensor, keep: int = 1, **more: Any) -> torch.Tensor:
-        logits = super().prefill(ids, keep, **more)
-        self._move_in(ids)
-        return logits
+    def _run(self, arguments: dict[str, Any]) -> Any:
+        if not self.compiled or not isinstance(self.cache, Slots):
+            return self.model(past_key_values=self.cache, use_cache=True, return_dict=True, **arguments)
+        forward = self._compiled = self._compiled or CompiledForward.of(self.model)
+        before = len(forward.shapes)
+        out = forward(self.model, self.cache, arguments)
+        if len(forward.shapes) > before:
+            self.stats.compilations += 1
+            self.stats.compile_seconds += next(reversed(forward.shapes.values()))
+        return out
 
     def _move_in(self, tokens: torch.Tensor) -> None:
         # from the cache that the prefill has filled, if any, to slots 0, 1, ...
         rows, length = len(tokens), self.cache.get_seq_length()
-        if "position_ids" not in self.accepts:
-            raise ValueError(
-                f"{type(self.model).__name__} takes no position_ids, so a token tree cannot be verified in one forward: use a token-by-token decoder"
-            )
         old = self.cache
         capacity = bucket(length + (self.room if self.compiled else min(self.room, 512)) + 64)
-        self.cache = Slots(self.model.config.get_text_config().num_hidden_layers, capacity)
+        self.cache = Slots(self.model.config.get_text_config(decoder=True).num_hidden_layers, capacity)
         self.cache.copy_from(old)
         self.cache.place.width = capacity if self.compiled else length
         real = torch.ones(rows, length, dtype=torch.bool, device=tokens.device) if self.valid is None else self.valid
         self.bias = tokens.new_full((rows, capacity), torch.finfo(self.model.dtype).min, dtype=self.model.dtype)
         self.bias[:, :length].masked_fill_(real, 0)
+        if self.local:
+            self._at = tokens.new_zeros(rows, capacity)
+            self._at[:, :length] = (real.long().cumsum(-1) - 1) if self.given is None else self.given[:, :length]
         self._kept = [[i for i, r in enumerate(row) if r] for row in real.tolist()]
         self._free = [list(range(capacity - 1, length - 1, -1)) for _ in range(rows)]
         self._waiting = [[] for _ in range(rows)]
+
+    # trees
 
     def _take(self, n: int) -> list[list[int]]:
         "`n` free slots of every row; the next forward writes there."
@@ -247,6 +230,7 @@ class Session(ChainSession):
             self.cache.grow(bucket(old + lack))
             more = self.cache.place.capacity - old
             self.bias = torch.nn.functional.pad(self.bias, (0, more), value=torch.finfo(self.bias.dtype).min)
+            self._at = None if self._at is None else torch.nn.functional.pad(self._at, (0, more))
             self._free = [[*range(old + more - 1, old - 1, -1), *free] for free in self._free]
         taken = [free[: -n - 1 : -1] for free in self._free]
         for free in self._free:
@@ -263,13 +247,12 @@ class Session(ChainSession):
         tree: Tree,  # the shape so far; its first nodes, if it has more than `n`, await their commit
         **more: Any,  # further forward arguments for this call
     ) -> torch.Tensor:
-        "Feed a tree of guesses; logits of the new nodes, [batch, n, vocab]. `commit` decides which stay."
+        "Feed a tree of draft tokens; logits of the new nodes, [batch, n, vocab]. `commit` decides which stay."
         rows, n = tokens.shape
         if not isinstance(self.cache, Slots):
             self._move_in(tokens)
         if len(tree) - n != self.pending:
             raise ValueError(f"{n} nodes were given for a tree of {len(tree)}, of which {self.pending} have been fed")
-        self._check_window(len(tree))
         size = padded_size(n) if self.compiled else n
         for waiting, taken, free in zip(self._waiting, self._take(size), self._free):
             waiting += taken[:n]
@@ -277,20 +260,20 @@ class Session(ChainSession):
         positions = self._next_positions(rows, tree.depth[..., -n:].to(tokens.device))
         if self.limit is not None:
             positions = positions.clamp_max(self.limit - 1)  # nodes beyond the context can never be accepted
-        billed = self.stats.target_tokens + n * rows  # without what fills up the shape
+        counted = self.stats.target_tokens + n * rows  # without what fills up the shape
         if size > n:
             tokens, positions = (torch.nn.functional.pad(t, (0, size - n)) for t in (tokens, positions))
         if self.compiled:  # code is made for strides, too
             tokens, positions = (t.clone(memory_format=torch.contiguous_format) for t in (tokens, positions))
-        logits = self._forward(tokens, self._tree_mask(tree, n, size), positions, 0, **more)
-        self.stats.target_tokens = billed
+        mask = self._seen(self._tree_mask(tree, n, size), positions)
+        logits = self._forward(tokens, mask, positions, 0, **more)
+        self.stats.target_tokens = counted
         return logits[:, :n]
 
-    def _check_window(self, nodes: int) -> None:
-        if self.window is not None and (past := max(map(len, self._kept))) + nodes > self.window:
-            raise ValueError(
-                f"the text and its draft ({past + nodes} positions) exceed the sliding window of {self.window}: use a shorter text or a token-by-token decoder"
-            )
+    def _next_positions(self, batch: int, depth: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.positions, int):
+            return (self.positions + depth).expand(batch, -1)
+        return self.positions[:, None] + depth
 
     def _tree_mask(self, tree: Tree, n: int, size: int) -> torch.Tensor:
         "Additive float mask of the new nodes: the kept slots, and in the tree's own slots its mask; [batch, 1, size, slots]."
@@ -304,16 +287,22 @@ class Session(ChainSession):
             mask[:, :n].scatter_(2, places, own.expand(rows, n, nodes))
         return mask[:, None]
 
-    def _run(self, arguments: dict[str, Any]) -> Any:
-        if not self.compiled or not isinstance(self.cache, Slots):
-            return super()._run(arguments)
-        forward = self._compiled = self._compiled or CompiledForward.of(self.model)
-        before = len(forward.shapes)
-        out = forward(self.model, self.cache, arguments)
-        if len(forward.shapes) > before:
-            self.stats.compilations += 1
-            self.stats.compile_seconds += next(reversed(forward.shapes.values()))
-        return out
+    def _seen(self, mask: torch.Tensor, positions: torch.Tensor) -> Any:
+        # the mask, or one for each kind of layer where some see only a part of the text; positions [rows, n]
+        if self._at is None or not self.local:
+            return mask
+        slots = self.cache.place.slots.expand(len(positions), -1)
+        self._at.scatter_(1, slots, positions)
+        key, query = self._at[:, None, : mask.shape[-1]], positions[..., None]
+        lowest, made = torch.finfo(mask.dtype).min, {}
+        for kind, local in self.local.items():
+            if local is None:
+                made[kind] = mask
+                continue
+            name, size = local
+            far = query - key >= size if name == "window" else query // size != key // size
+            made[kind] = mask.masked_fill(far[:, None], lowest)
+        return made if len(made) > 1 else next(iter(made.values()))
 
     def commit(
         self,
@@ -336,7 +325,14 @@ class Session(ChainSession):
         else:
             self.positions = self.positions + torch.tensor(counts, device=self.bias.device)
 
-    def feed(self, tokens: torch.Tensor, **more: Any) -> torch.Tensor:
+    # chains
+
+    def feed(
+        self,
+        tokens: torch.Tensor,  # a chain for each row, [batch, n]
+        **more: Any,  # further forward arguments for this call
+    ) -> torch.Tensor:
+        "Append a chain to every row; logits of all its positions, [batch, n, vocab]."
         rows, n = tokens.shape
         if rows == n == 1 and isinstance(self.cache, Slots) and isinstance(self.positions, int):
             return self._feed_one(tokens, **more)
@@ -346,15 +342,19 @@ class Session(ChainSession):
 
     def _feed_one(self, tokens: torch.Tensor, **more: Any) -> torch.Tensor:
         # a single token sees all kept slots and its own: the mask is `bias` as it stands, nothing waits and nothing is committed
-        self._check_window(1)
         self._kept[0] += self._take(1)[0]
         self.bias.view(-1).index_fill_(0, self.cache.place.slots, 0.0)
         positions = torch.full((1, 1), int(self.positions), device=tokens.device)
         self.positions = self.positions + 1
         tokens = tokens.clone(memory_format=torch.contiguous_format)
-        return self._forward(tokens, self.bias[:, None, None, : self.cache.place.width], positions, 0, **more)
+        mask = self._seen(self.bias[:, None, None, : self.cache.place.width], positions)
+        return self._forward(tokens, mask, positions, 0, **more)
 
-    def rollback(self, n: int) -> None:
+    def rollback(
+        self,
+        n: int,  # tokens of every row
+    ) -> None:
+        "Forget the last `n` fed tokens of every row."
         if not 0 <= n <= min(map(len, self._kept)):
             raise ValueError(f"cannot roll back {n} of {min(map(len, self._kept))} tokens")
         lost: list[int] = []
@@ -366,13 +366,33 @@ class Session(ChainSession):
         self.bias.view(-1).index_fill_(0, torch.tensor(lost, device=self.bias.device, dtype=torch.long), torch.finfo(self.bias.dtype).min)
         self.positions = self.positions - n
 
-    def select(self, rows: torch.Tensor) -> None:
-        if not isinstance(self.cache, Slots):
-            return super().select(rows)
+    def keep_rows(
+        self,
+        rows: torch.Tensor,  # indices of the rows that go on, [n]
+    ) -> None:
+        "Go on with some rows: a finished row costs nothing any more."
         chosen = rows.tolist()
-        self.cache.select(rows)
-        self.bias = self.bias[rows]
+        if isinstance(self.cache, Slots):
+            self.cache.select(rows)
+            self.bias = self.bias[rows]
+        self._at = None if self._at is None else self._at[rows]
         self._kept, self._free, self._waiting = ([part[r] for r in chosen] for part in (self._kept, self._free, self._waiting))
+        if (types := self.extra.get("token_type_ids")) is not None:
+            self.extra["token_type_ids"] = types[rows]
         if isinstance(self.positions, torch.Tensor):
             self.positions = self.positions[rows]
-        return None
+
+
+def tree_trial(
+    model: Any,  # causal language model
+) -> bool:
+    "Whether two draft trees, the second in slots that the first has left, give the logits of their paths fed one by one."
+    device = model.device if model.device.type != "meta" else torch.device("cpu")  # offloaded weights are moved by their hooks
+    length = max(1, min(9, (context_length(model) or 16) - 8))
+    text, first, second = (trial_tokens(model, n, 29 * i).to(device) for i, n in enumerate((length, len(TRIAL), len(TRIAL))))
+    with Session(model, trusted=True) as session:
+        session.prefill(text)
+        if not agree(session.feed_tree(first, TRIAL), path_logits(model, text, first)):
+            return False
+        session.commit([[0, 2, 4, 5]])  # the last column is kept, some before it are free again
+        return agree(session.feed_tree(second, TRIAL), path_logits(model, torch.cat([text, first[:, [0, 2, 4, 5]]], 1), second))

@@ -41,6 +41,7 @@ class Layer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         shown = []
         for block, new in ((self.keys, key_states), (self.values, value_states)):
+            new = new.to(block.dtype)  # under autocast, prompt and draft may differ
             if self.place.slots.ndim == 1:
                 block.index_copy_(2, self.place.slots, new)
             else:

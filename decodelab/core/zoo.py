@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['checkout_root', 'zoo_folders', 'zoo_path', 'safetensors_header', 'ZooModel', 'zoo_models', 'check_model_folder',
-           'resolve_dtype', 'load', 'model_card']
+           'resolve_dtype', 'locate', 'load', 'model_card']
 
 # %% ../../nbs/core/zoo.ipynb #6cb2e431
 def checkout_root() -> Path | None:
@@ -52,17 +53,38 @@ def _known() -> str:
     return ", ".join(_zoo()) or "none"
 
 
+# models of the checkout that the installed package leaves out, to stay small
+_CHECKOUT_ONLY = ("tales-mdm", "tales-specdec-pp", "tasks", "tasks-learn2pd", "tasks-mdm")
+
+
+def _elsewhere(name: str) -> None:
+    # a model that exists, though not here
+    if name in _CHECKOUT_ONLY and name not in _zoo():
+        raise FileNotFoundError(
+            f"{name} is not part of the installed package (which has: {_known()}): it lies in data/zoo of the repository "
+            f"(git clone https://github.com/decodelab/decodelab); run decodelab there, or give the path of that folder"
+        )
+
+
 def zoo_path(
     name: str,  # name of a zoo model, as listed by `zoo_models()`
 ) -> Path:
     "The folder of zoo model `name`."
     found = _zoo()
     if name not in found:
+        _elsewhere(name)
         raise ValueError(f"unknown zoo model {name!r}; known: {_known()}. `load` also takes a Hugging Face hub id or the path of a folder")
     return found[name]
 
 # %% ../../nbs/core/zoo.ipynb #1abafcb0
 _FETCH = "fetch it again"
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no UTF-8 is a ValueError, too
+        raise ValueError(f"{path} is no JSON text in UTF-8 ({error}); {_FETCH}") from error
 
 
 def safetensors_header(
@@ -116,12 +138,13 @@ def zoo_models() -> list[ZooModel]:
         files = sorted(path.glob("*.safetensors"))
         if files:
             numbers = sum(math.prod(t["shape"]) for f in files for t in safetensors_header(f).values())
-            kind = (json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or ["?"])[0]
+            kind = (_read_json(path / "config.json").get("architectures") or ["?"])[0]
             found.append(ZooModel(name, kind, numbers, sum(f.stat().st_size for f in files), path))
     return found
 
 # %% ../../nbs/core/zoo.ipynb #ae7926f9
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+_JSON_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def check_model_folder(
@@ -131,9 +154,12 @@ def check_model_folder(
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: it is not a Hugging Face model folder")
+    for name in _JSON_FILES:
+        if (folder / name).is_file():
+            _read_json(folder / name)
     files = _weights(folder)
     index = folder / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+    shards = set(_read_json(index)["weight_map"].values()) if index.is_file() else set()
     lacking = sorted(shards - {f.name for f in files})
     if lacking:
         raise FileNotFoundError(f"{folder} lacks {', '.join(lacking)} of its weights; {_FETCH}")
@@ -169,15 +195,20 @@ def _checked_device(device: str) -> Any:
     return where
 
 
-def _locate(name: str) -> str | Path:
-    # zoo first, then a folder, then the hub
-    found = _zoo()
-    if name in found or Path(name).expanduser().is_dir():
-        folder = found.get(name) or Path(name).expanduser()
+def locate(
+    name: str,  # zoo name, path of a folder, or Hugging Face hub id
+) -> str | Path:
+    "The folder of a model, checked, or the id to ask the hub for; imports neither torch nor transformers."
+    found, path = _zoo(), Path(name).expanduser()
+    if name in found or path.is_dir():
+        folder = found.get(name) or path
         check_model_folder(folder)
         return folder
-    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
-        raise FileNotFoundError(f"no model folder at {name}; zoo models: {_known()}; a hub id looks like owner/name")
+    if path.is_file():
+        raise ValueError(f"{name} is a file: give the folder of the model, {path.parent}")
+    _elsewhere(name)
+    if not name.strip() or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise FileNotFoundError(f"no model folder at {name!r}; zoo models: {_known()}; a hub id looks like owner/name")
     return name
 
 
@@ -209,8 +240,35 @@ def _fitting_class(place: str | Path, pin: dict[str, str]) -> Any:
     # a model is called masked by the class that its configuration names
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    kinds = AutoConfig.from_pretrained(place, trust_remote_code=False, **pin).architectures or [""]
-    return AutoModelForMaskedLM if kinds[0].endswith("ForMaskedLM") else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(place, trust_remote_code=False, **pin)
+    fitting = AutoModelForMaskedLM if (config.architectures or [""])[0].endswith("ForMaskedLM") else AutoModelForCausalLM
+    if type(config) not in fitting._model_mapping:
+        kind = "masked" if fitting is AutoModelForMaskedLM else "causal"
+        raise ValueError(
+            f"{place} is a {config.model_type} model, which transformers has no {kind} language model of: choose another model"
+        )
+    return fitting
+
+
+def _numberless(key: str) -> str:
+    return re.sub(r"\d+", "0", key)
+
+
+def _check_fit(name: str, model: Any, info: dict[str, Any]) -> None:
+    # a configuration with other layers than the weights is filled up at random or cut, and transformers only warns of it
+    shapes = {_numberless(k) for k in model.state_dict()}
+    beyond = [k for k in info["unexpected_keys"] if _numberless(k) in shapes]
+    for what, keys in (("lack", info["missing_keys"]), ("hold more than it describes:", beyond)):
+        if keys:
+            first = min(keys)
+            raise ValueError(f"config.json of {name} does not fit its weights: they {what} {first} and {len(keys) - 1} others; {_FETCH}")
+
+
+def _unloadable(name: str, error: Exception) -> ValueError:
+    # loaders throw errors of many types, some of them over a table that they have printed before
+    if "ignore_mismatched_sizes" in str(error):
+        return ValueError(f"config.json of {name} does not fit its weights: some tensors have other shapes than it says; {_FETCH}")
+    return ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}")
 
 
 def load(
@@ -222,16 +280,17 @@ def load(
     cls: Any = None,  # class with `from_pretrained`; a masked or causal language model, as the configuration says, when None
 ) -> tuple[Any, Any]:
     "Model `name` in evaluation mode, and its tokenizer."
+    where, kind = _checked_device(device), resolve_dtype(dtype)
+    place = locate(str(name))
+    pin = {"revision": revision} if revision and isinstance(place, str) else {}
     from transformers import AutoTokenizer
 
-    where, kind = _checked_device(device), resolve_dtype(dtype)
-    place = _locate(str(name))
-    pin = {"revision": revision} if revision and isinstance(place, str) else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **pin)
         with _no_bars(isinstance(place, Path)):
             fitting = cls or _fitting_class(place, pin)
-            model = fitting.from_pretrained(place, dtype=kind, use_safetensors=True, trust_remote_code=False, **pin)
+            settings = {"dtype": kind, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, **pin}
+            loaded = fitting.from_pretrained(place, **settings)
     except OSError as error:
         if isinstance(place, Path):
             raise
@@ -242,6 +301,10 @@ def load(
         raise ValueError(
             f"{name} needs code from its own repository, which is never run here: choose a model that transformers knows"
         ) from error
+    except Exception as error:
+        raise _unloadable(str(name), error) from error
+    model, info = loaded
+    _check_fit(str(name), model, info)
     return model.to(where).eval(), tokenizer
 
 # %% ../../nbs/core/zoo.ipynb #316ead2f
@@ -296,7 +359,7 @@ def model_card(
     folder = Path(folder)
     if not (folder / "training.json").is_file():
         raise FileNotFoundError(f"{folder} holds no training.json: train the model with a recipe of `decodelab.training`, which writes it")
-    figures = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    figures = _read_json(folder / "training.json")
     recipe = figures["recipe"]
     settings = "\n".join(f"| {k} | {v} |" for k, v in recipe.items())
     sections = {

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from ..core.contract import Call, Decoder, register
-from ..core.session import ChainSession, Session
 from ..core.tree import Tree
 from ..core.warp import draw, greedy, probabilities
 
@@ -28,46 +27,31 @@ class TokenDecoder(Decoder):
     2. while rows are running:
        a. apply the user's processors to the last logits
        b. `pick` one token for each row
-       c. push them to the books; drop rows that have finished (`select`)
+       c. push them; drop rows that have ended (`keep_rows`)
        d. feed the tokens, which gives the next logits
     """
 
     def pick(
         self,
-        call: Call,  # the call's books
+        call: Call,  # the call
         scores: torch.Tensor,  # processed scores, [rows, vocab]
     ) -> tuple[torch.Tensor, list[str] | None, list[str] | None]:
         "One token for each row [rows], and, when the call is traced, a role and a note for each."
         raise NotImplementedError(f"{type(self).__name__} must define pick(call, scores)")
 
-    def select(
-        self,
-        rows: torch.Tensor,  # indices of the rows that go on, [n]
-    ) -> None:
-        "Called when rows have finished."
-
-    def finish(self) -> None:
-        "Called at the end, also after an error: let go of what belongs to the call."
-
     def decode(self, call: Call) -> None:
-        try:
-            with call.open(ChainSession) as session:
-                self._loop(call, session)
-        finally:
-            self.finish()
-
-    def _loop(self, call: Call, session: ChainSession) -> None:
-        logits = session.prefill(call.prompt)[:, -1]  # 1.
-        while call.running:  # 2.
-            scores = call.scores(logits)  # a.
-            tokens, roles, notes = self.pick(call, scores)  # b.
-            rows = call.push(tokens, roles, notes)  # c.
-            if rows is not None and len(rows):
-                session.select(rows)
-                self.select(rows)
-                tokens = tokens[rows]
-            if call.running:
-                logits = session.feed(tokens[:, None])[:, -1]  # d.
+        with call.steps() as session:
+            logits = session.prefill(call.prompt)[:, -1]  # 1.
+            while call.running:  # 2.
+                scores = call.scores(logits)  # a.
+                tokens, roles, notes = self.pick(call, scores)  # b.
+                rows = call.push(tokens, roles, notes)  # c.
+                if rows is not None and len(rows):
+                    session.keep_rows(rows)
+                    self.keep_rows(call, rows)
+                    tokens = tokens[rows]
+                if call.running:
+                    logits = session.feed(tokens[:, None])[:, -1]  # d.
 
 # %% ../../nbs/sampling/base.ipynb #033afe4f
 @register(
@@ -126,7 +110,7 @@ class ContrastiveSearch(Decoder):
     def decode(self, call: Call) -> None:
         k = min(self.k, call.model.get_input_embeddings().num_embeddings)
         siblings = Tree.siblings(k)
-        with call.open(Session) as session:
+        with call.session() as session:
             logits = session.prefill(call.prompt, output_hidden_states=True)[:, -1]
             states = torch.nn.functional.normalize(session.output.hidden_states[-1].float(), dim=-1)
             if session.prompt_mask is not None:
@@ -145,5 +129,5 @@ class ContrastiveSearch(Decoder):
                 logits, states = ahead[index, best], torch.cat([states, new[index, best][:, None]], 1)
                 rows = call.push(candidates[index, best])
                 if rows is not None and len(rows):
-                    session.select(rows)
+                    session.keep_rows(rows)
                     logits, states = logits[rows], states[rows]

@@ -134,6 +134,22 @@ class MomentumLogitsProcessor(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens, value)
 
 # %% ../../nbs/sampling/momentum.ipynb #e72551f6
+class _Walked:
+    "Path lengths of the running rows, kept from token to token."
+
+    def __init__(self) -> None:
+        self.lengths: torch.Tensor | None = None  # [rows, length]
+
+    def extend(self, history: torch.Tensor, longest: int) -> torch.Tensor:
+        known = self.lengths
+        self.lengths = path_lengths(history, longest) if known is None else extend_path_lengths(known, history)
+        return self.lengths
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        assert self.lengths is not None
+        self.lengths = self.lengths[rows]
+
+
 @register(
     "momentum",
     family="sampling",
@@ -153,7 +169,6 @@ class Momentum(TokenDecoder):
 
     def __post_init__(self) -> None:
         self._rule = self.processor()
-        self._lengths: torch.Tensor | None = None  # path lengths of the running rows, [rows, length]
 
     def processor(
         self,
@@ -168,20 +183,13 @@ class Momentum(TokenDecoder):
 
     def pick(self, call: Call, scores: torch.Tensor) -> tuple[torch.Tensor, list[str] | None, list[str] | None]:
         history = call.history(padding=-1)
-        known = self._lengths
-        self._lengths = path_lengths(history, self._rule.longest) if known is None else extend_path_lengths(known, history)
-        tokens, p, r, value = self._rule.candidates(history, scores, self._lengths)
+        call.state = call.state or _Walked()
+        lengths = call.state.extend(history, self._rule.longest)
+        tokens, p, r, value = self._rule.candidates(history, scores, lengths)
         call.watch(p[:, 0])
         best = value.argmax(-1, keepdim=True)
         roles, notes = (None, None) if call.trace is None else self._story(p, r, best)
         return tokens.gather(1, best)[:, 0], roles, notes
-
-    def select(self, rows: torch.Tensor) -> None:
-        if self._lengths is not None:
-            self._lengths = self._lengths[rows]
-
-    def finish(self) -> None:
-        self._lengths = None
 
     def _story(self, p: torch.Tensor, r: torch.Tensor, best: torch.Tensor) -> tuple[list[str], list[str]]:
         roles = ["resisted" if b else ("seen" if first else "new") for b, first in zip(best[:, 0].tolist(), r[:, 0].tolist())]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from math import log, sqrt
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ import torch
 from ..core.bench import compare
 from ..core.contract import Call, Decoder, decoders, register
 from ..core.tree import Tree, trie
-from .base import Draft, SpeculativeDecoder
+from .base import LEARNING, Draft, SpeculativeDecoder
 from .measure import held_out_prompts, line_up, target_texts
 
 # %% auto #0
@@ -230,10 +231,9 @@ def most_visited(
     found, level = [], [(root, list[int]())]
     for node, path in level:  # breadth first: among equals, parents and heavier successors stand in front
         for token, visits, below in zip(node.row.tokens, node.visits, node.below):
-            if visits:
-                found.append((visits, [*path, token]))
-                if below is not None:
-                    level.append((below, found[-1][1]))
+            found.append((visits, [*path, token]))  # unvisited nodes too: where fewer are visited, they fill up
+            if below is not None:
+                level.append((below, found[-1][1]))
     found.sort(key=lambda entry: -entry[0])
     paths: dict[tuple[int, ...], None] = {}
     for _, path in found[: ktop - 1]:
@@ -298,10 +298,6 @@ def _check(decoder: ADED) -> None:
         raise ValueError(
             f"eta and c1 must be at least 0, cap and c2 above 0, got eta {decoder.eta}, c1 {decoder.c1}, cap {decoder.cap}, c2 {decoder.c2}"
         )
-    choices = {"score": "intended official", "budget": "trie official", "maker": "mcts best_first", "start_from": "hot cold"}
-    for name, known in choices.items():
-        if getattr(decoder, name) not in known.split():
-            raise ValueError(f"{name} must be one of {known.replace(' ', ', ')}, got {getattr(decoder, name)!r}")
 
 
 @register(
@@ -337,17 +333,23 @@ class ADED(SpeculativeDecoder):
     def __post_init__(self) -> None:
         _check(self)
         self._start = TrigramTable() if self.corpus is None else self.corpus.prune(self.kp)
-        self._vocabulary = 0
         self.reset()
 
     def reset(self) -> None:
         "Forget what was learnt; the corpus stays."
-        self.table = TrigramTable(self._start, self.branching)
+        self.table = TrigramTable(self._start, self.branching)  # of the last call's vocabulary
+        self._vocabulary = 0  # no call yet
+        self._tables: dict[int, TrigramTable] = {}  # vocabulary -> its table
 
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
-        vocabulary = call.model.get_input_embeddings().num_embeddings
+        with LEARNING:
+            table = self._table_for(call.model.get_input_embeddings().num_embeddings)
+        first = [0] * len(call.prompt) if call.mask is None else (call.mask == 0).sum(1).tolist()
+        call.state = SimpleNamespace(table=table, first=first)
+
+    def _table_for(self, vocabulary: int) -> TrigramTable:
         anew = self.start_from == "cold" or self._vocabulary not in (0, vocabulary)
-        if self._vocabulary != vocabulary:  # the first call, or another model
+        if vocabulary not in self._tables:
             tables = [self._start] if anew else [self._start, self.table]
             largest = max((token for table in tables for row in table.weights.values() for token in row), default=-1)
             if largest >= vocabulary:
@@ -355,17 +357,19 @@ class ADED(SpeculativeDecoder):
                     f"the table holds token {largest}, the model's vocabulary ends at {vocabulary - 1}: use the model's own tokenizer, for the corpus and for texts to learn"
                 )
         if anew:
-            self.reset()
-        self._vocabulary = vocabulary
-        self._first = [0] * len(call.prompt) if call.mask is None else (call.mask == 0).sum(1).tolist()
+            known = None if self.start_from == "cold" else self._tables.get(vocabulary)
+            self.table = known or TrigramTable(self._start, self.branching)
+        self._vocabulary, self._tables[vocabulary] = vocabulary, self.table
+        return self.table
 
     def draft(self, call: Call, roots: torch.Tensor) -> Draft:
-        texts = []
-        for row in call.rows:
-            end = call.prompt.shape[1] + call.counts[row]
-            texts.append(call.sequences[row, max(self._first[row], end - self.window) : end].tolist())
-            self.learn(texts[-1])
-        guesses = [self.guess(text, call.remaining(row) - 1) for row, text in zip(call.rows, texts)]
+        texts, table = [], call.state.table
+        with LEARNING:
+            for row in call.rows:
+                end = call.prompt.shape[1] + call.counts[row]
+                texts.append(call.sequences[row, max(call.state.first[row], end - self.window) : end].tolist())
+                self.learn(texts[-1], table)
+            guesses = [self.guess(text, call.remaining(row) - 1, table) for row, text in zip(call.rows, texts)]
         widest = max(len(tokens) for tokens, _ in guesses)
         tokens = [t + [0] * (widest - len(t)) for t, _ in guesses]
         parents = [p + [-1] * (widest - len(p)) for _, p in guesses]
@@ -374,25 +378,28 @@ class ADED(SpeculativeDecoder):
     def learn(
         self,
         text: Sequence[int],  # a text, the pending token included; only its end is read
+        table: TrigramTable | None = None,  # table that learns; the decoder's own when None
     ) -> None:
         "Lean the table towards the last tokens of a text."
         if self.eta:
-            self.table.adapt(text[-self.window :], self.eta, self.cap)
+            (self.table if table is None else table).adapt(text[-self.window :], self.eta, self.cap)
 
     def guess(
         self,
         text: Sequence[int],  # a text, the pending token included
         longest: int,  # no guess is longer
+        table: TrigramTable | None = None,  # table that is searched; the decoder's own when None
     ) -> tuple[list[int], list[int]]:
         "Tokens and parents of the tree of guesses; nothing but the pending token when the table knows nothing."
         paths: list[list[int]] = []
+        table = self.table if table is None else table
         if len(text) > 1 and longest > 0:
             pair = (text[-2], text[-1])
             if self.maker == "best_first":
-                paths = best_first(self.table, pair, self.nodes, self.depth)
+                paths = best_first(table, pair, self.nodes, self.depth)
             else:
-                root = search(self.table, pair, self.iterations, self.depth, self.c1, self.c2, self.score, self.seed)
-                paths = most_visited(self.table, pair, root, self.ktop) if root else []
+                root = search(table, pair, self.iterations, self.depth, self.c1, self.c2, self.score, self.seed)
+                paths = most_visited(table, pair, root, self.ktop) if root else []
         paths = fit_budget(paths, self.nodes, self.budget)
         return trie(text[-1], [path[:longest] for path in paths], self.nodes + 1)[:2]
 

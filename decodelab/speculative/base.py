@@ -8,6 +8,7 @@ Docs: https://decodelab.github.io/decodelab/speculative/base.html.md"""
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..core.warp import greedy, probabilities
 from .acceptance import Rule, SampleAndMatch, TypicalAcceptance
 
 # %% auto #0
-__all__ = ['Draft', 'walk', 'SpeculativeDecoder', 'draw_draft']
+__all__ = ['LEARNING', 'Draft', 'walk', 'SpeculativeDecoder', 'draw_draft']
 
 # %% ../../nbs/speculative/base.ipynb #9eeea0d0
 @dataclass
@@ -33,6 +34,7 @@ class Draft:
     offers: list[list[list[int]]] | None = (
         None  # [row][node]: its children in the order they are tested, repeats allowed; those of the tree when None
     )
+    facts: list[dict[str, Any]] | None = None  # what the trace shows besides, one dictionary a row
 
     def guesses(
         self,
@@ -42,10 +44,12 @@ class Draft:
         return self.offers[row] if self.offers is not None else self.tree.children_of(row)
 
     @property
-    def size(self) -> int:
-        "Guesses of all rows together; nodes that only fill up a row do not count."
+    def lengths(self) -> list[int]:
+        "Draft tokens of each row; nodes that only fill up a row do not count."
         rows, nodes = self.tokens.shape
-        return rows * (nodes - 1) - self.tree.fillers * (rows if self.tree.shared else 1)
+        if self.tree.shared or not self.tree.fillers:
+            return [nodes - 1 - self.tree.fillers] * rows
+        return (self.tree.parents[:, 1:] >= 0).sum(1).tolist()
 
 # %% ../../nbs/speculative/base.ipynb #e6aa525b
 def _scores(call: Call, logits: torch.Tensor, rows: list[int], histories: list[torch.Tensor]) -> torch.Tensor:
@@ -78,9 +82,15 @@ class _Walk:
         for r, token, node in zip(self.live, tokens, nodes):
             self.emitted[r].append(token)
             if node is not None and len(self.emitted[r]) < self.room[r]:
-                self.paths[r].append(node)
-                still.append(r)
-        self.live = still
+                if token in self.call.eos:  # the row ends here: nobody asks what would follow
+                    self.paths[r].append(node)
+                else:
+                    still.append((r, node))
+        if self.call.in_step and (len(still) < len(self.tokens) or self.call.criteria):
+            still = []  # processors are asked for all rows together, and never behind a token that a criterion may still refuse
+        for r, node in still:
+            self.paths[r].append(node)
+        self.live = [r for r, _ in still]
 
     def find(self, row: int, token: int) -> int | None:
         "The first child of the row's node that carries `token`."
@@ -109,8 +119,8 @@ class _Walk:
 
 
 def walk(
-    call: Call,  # the call's books
-    draft: Draft,  # what was guessed
+    call: Call,  # the call
+    draft: Draft,  # what was drafted
     logits: torch.Tensor,  # the target's answer at every node, [rows, nodes, vocab]
     rule: Rule | None = None,  # who decides when sampling; `SampleAndMatch` when None
 ) -> tuple[list[list[int]], list[list[int]]]:
@@ -176,6 +186,9 @@ def _walk_typically(state: _Walk, rule: TypicalAcceptance) -> None:
     state.live = []
 
 # %% ../../nbs/speculative/base.ipynb #7efe8f97
+LEARNING = threading.RLock()  # held while a decoder writes to what it learns across calls
+
+
 @dataclass
 class SpeculativeDecoder(Decoder):
     """The loop of speculative methods.
@@ -185,9 +198,11 @@ class SpeculativeDecoder(Decoder):
        a. `draft` a tree of guesses below each root
        b. verify: one forward of the target over the whole tree
        c. walk: follow the target's own choices as long as a guess carries them
-       d. commit the path to the cache and the tokens to the books
+       d. commit the path to the cache and the tokens to the call
        e. `observe`: let the drafter learn from the target's answer
-       f. drop finished rows; the last emitted tokens are the next roots
+       f. drop rows that have ended; the last emitted tokens are the next roots
+
+    A decoder holds settings, and what it learns across calls (written under `LEARNING`); what belongs to a call lies in `call.state`.
     """
 
     lossy: TypicalAcceptance | None = field(default=None, kw_only=True)  # NOT lossless: a rule in place of the exact one, when sampling
@@ -197,8 +212,15 @@ class SpeculativeDecoder(Decoder):
         "Who decides, when sampling, which guesses stay; exact for the way in which `draft` makes its guesses."
         return SampleAndMatch()
 
+    def check(self, call: Call) -> None:
+        if call.in_step and self.lossy is not None and call.do_sample:
+            raise ValueError(
+                "typical acceptance asks the processors about several texts at once, which a processor with a memory does not bear: "
+                "leave out lossy=, or use only processors of transformers that look at one row"
+            )
+
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
-        "Called once after the prefill; `prompt_logits` [rows, length - 1, vocab] when `reads_prompt`, else None."
+        "Called once after the prefill: sets `call.state`; `prompt_logits` [rows, length - 1, vocab] when `reads_prompt`, else None."
 
     @property
     def reads_prompt(self) -> bool:
@@ -207,46 +229,43 @@ class SpeculativeDecoder(Decoder):
 
     def draft(
         self,
-        call: Call,  # the call's books
+        call: Call,  # the call
         roots: torch.Tensor,  # last certain token of each running row, [rows]
     ) -> Draft:
         "A tree of guesses for each row."
         raise NotImplementedError(f"{type(self).__name__} must define draft(call, roots)")
 
-    def observe(self, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
-        "Called after each verification with the target's logits [rows, nodes, vocab] and the accepted paths."
-
-    def select(
+    def observe(
         self,
-        rows: torch.Tensor,  # indices of the rows that go on, [n]
+        call: Call,  # the call
+        draft: Draft,  # what was verified
+        logits: torch.Tensor,  # the target's, [rows, nodes, vocab]
+        paths: list[list[int]],  # accepted path of each row
     ) -> None:
-        "Called when rows have finished."
-
-    def finish(self) -> None:
-        "Called at the end, also after an error: let go of what belongs to the call."
+        "Called after each verification."
 
     def decode(self, call: Call) -> None:
-        try:
-            with call.open(Session) as session:
-                self._loop(call, session)
-        finally:
-            self.finish()
+        with call.session() as session:
+            self._loop(call, session)
 
     def _loop(self, call: Call, session: Session) -> None:
         self.start(call, self._prefill(call, session))  # 1.
         roots = call.prompt[:, -1]
+        call.stats.draft_lengths = [[] for _ in call.rows]
         while call.running:  # 2.
+            before = call.rows
             draft = self.draft(call, roots)  # a.
             logits = session.feed_tree(draft.tokens, draft.tree)  # b.
             paths, emitted = walk(call, draft, logits, self.lossy or self.rule)  # c.
             session.commit(paths)  # d.
             rows = call.commit(emitted, *self._story(call, draft, paths))
-            self.observe(draft, logits, paths)  # e.
-            call.stats.drafted += draft.size
+            for row, n in zip(before, draft.lengths):
+                call.stats.draft_lengths[row].append(n)
+            self.observe(call, draft, logits, paths)  # e.
             roots = torch.tensor([tokens[-1] for tokens in emitted], device=call.prompt.device)  # f.
             if rows is not None and len(rows):
-                session.select(rows)
-                self.select(rows)
+                session.keep_rows(rows)
+                self.keep_rows(call, rows)
                 roots = roots[rows]
 
     def _prefill(self, call: Call, session: Session) -> torch.Tensor | None:
@@ -261,7 +280,8 @@ class SpeculativeDecoder(Decoder):
             return None, None
         roles = [["accepted"] * (len(path) - 1) + ["bonus"] for path in paths]
         parents = torch.atleast_2d(draft.tree.parents).expand(len(paths), -1).tolist()
-        info = [{"tokens": t, "parents": p, "path": path} for t, p, path in zip(draft.tokens.tolist(), parents, paths)]
+        facts = draft.facts or [{}] * len(paths)
+        info = [{"tokens": t, "parents": p, "path": path, **f} for t, p, path, f in zip(draft.tokens.tolist(), parents, paths, facts)]
         return roles, info
 
 # %% ../../nbs/speculative/base.ipynb #03a7450f

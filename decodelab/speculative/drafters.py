@@ -8,18 +8,21 @@ Docs: https://decodelab.github.io/decodelab/speculative/drafters.html.md"""
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..core.contract import Call, register
+from ..core.call import Call, check_context
+from ..core.capability import context_length, evaluating, require_tree
+from ..core.registry import register
 from ..core.output import DecodeStats
-from ..core.session import Session
+from ..core.session import Session, tree_trial
 from ..core.tree import Tree, shape
 from ..core.warp import draw, greedy, probabilities
 from .acceptance import RecursiveRejection, Rule
-from .base import Draft, SpeculativeDecoder
+from .base import LEARNING, Draft, SpeculativeDecoder
 
 # %% auto #0
 __all__ = ['check_drafter', 'end_ids', 'DraftModelSession', 'processed_scores', 'ModelDrafter', 'example_drafter', 'DraftModel',
@@ -31,6 +34,8 @@ def check_drafter(
     model: Any,  # target model
 ) -> None:
     "Raise `ValueError` when a drafter's tokens cannot mean what the target's mean, or when it cannot be run beside it."
+    if not callable(getattr(drafter, "get_input_embeddings", None)):
+        raise ValueError(f"drafter must be a causal language model, such as load('tales-draft')[0], got {drafter!r}")
     own, other = (m.get_input_embeddings().num_embeddings for m in (drafter, model))
     if own != other:
         raise ValueError(
@@ -42,8 +47,9 @@ def check_drafter(
         raise ValueError(
             f"the drafter ends a text with token {sorted(ends[0])}, the target with {sorted(ends[1])}: their tokenizers differ, so ids mean other words"
         )
-    if drafter.device != model.device:
+    if drafter.device != model.device and "meta" not in (drafter.device.type, model.device.type):
         raise ValueError(f"the drafter is on {drafter.device}, the target on {model.device}: move it with drafter.to(model.device)")
+    require_tree(drafter, tree_trial, "the drafter ")
 
 
 def end_ids(
@@ -63,12 +69,10 @@ class DraftModelSession:
         call: Call,  # the target's call
         **forward_kwargs: Any,  # further arguments of every forward, such as output_hidden_states=True
     ):
-        check_drafter(drafter, call.model)
         self.call, self.more = call, forward_kwargs
-        self._training = [m for m in drafter.modules() if m.training]
-        for module in self._training:
-            module.training = False
-        self.session = Session(drafter, call.mask, stats=DecodeStats(), compiled=call.compile, room=call.budget + 64)
+        self.session = Session(drafter, call.mask, stats=DecodeStats(), compiled=call.compile, room=call.budget + 64, name="the drafter ")
+        self._held = ExitStack()
+        self._held.enter_context(evaluating(drafter))
         self.before = call.stats.draft_forwards, call.stats.draft_seconds
         rows = len(call.prompt)
         self.behind = torch.full((rows,), -1, dtype=torch.long, device=call.prompt.device)  # an accepted token that was not read yet
@@ -144,28 +148,27 @@ class DraftModelSession:
         self.session.commit(kept)
         self.behind = torch.tensor(behind, device=self.behind.device)
 
-    def select(
+    def keep_rows(
         self,
         rows: torch.Tensor,  # indices of the rows that go on, [n]
     ) -> None:
-        "Keep only some rows."
-        self.session.select(rows)
+        "Go on with some rows."
+        self.session.keep_rows(rows)
         self.behind = self.behind[rows]
 
     def close(self) -> None:
         "Let go of the cache, and leave the drafter as it was."
         self.session.close()
-        for module in self._training:
-            module.training = True
+        self._held.close()
 
 # %% ../../nbs/speculative/drafters.ipynb #6d1ad8b9
 def processed_scores(
-    call: Call,  # the call's books
+    call: Call,  # the call
     logits: torch.Tensor,  # drafter's logits behind each row's path, [rows, vocab]
     path: torch.Tensor,  # tokens drafted on the way there, [rows, n]
 ) -> torch.Tensor:
-    "The user's processors applied to a drafter's logits, each row behind its own history and path, [rows, vocab]."
-    if call.processors is None:
+    "The user's processors applied to a drafter's logits, each row behind its own history and path, [rows, vocab]; only those without a memory."
+    if call.draft_processors is None:
         return logits.float()
     start, scores = call.prompt.shape[1], torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     lengths = [call.counts[row] for row in call.rows]
@@ -173,44 +176,32 @@ def processed_scores(
         group = [i for i, n in enumerate(lengths) if n == length]
         rows = [call.rows[i] for i in group]
         ids = torch.cat([call.sequences[rows, : start + length], path[group]], 1)
-        scores[group] = call.processed(logits[group], ids, rows)
+        scores[group] = call.processed(logits[group], ids, rows, drafting=True)
     return scores
 
 # %% ../../nbs/speculative/drafters.ipynb #a0a33458
 @dataclass
 class ModelDrafter(SpeculativeDecoder):
-    "Base of decoders whose guesses a draft model makes: they define `draft`, with the model at work in `ahead`."
+    "Base of decoders whose drafts a model makes: they define `draft`, with the model at work in `call.state`."
 
     drafter: Any  # a causal language model with the target's tokenizer
 
     forward_arguments: ClassVar[dict[str, Any]] = {}  # further arguments of the draft model's forward
 
-    def __post_init__(self) -> None:
-        self._ahead: DraftModelSession | None = None
-
     @property
     def rule(self) -> Rule:
         return RecursiveRejection()
 
-    @property
-    def ahead(self) -> DraftModelSession:
-        "The draft model at work; only during a call."
-        assert self._ahead is not None
-        return self._ahead
+    def check(self, call: Call) -> None:
+        super().check(call)
+        check_drafter(self.drafter, call.model)
+        check_context(context_length(self.drafter), call.prompt.shape[1], call.budget, "the drafter's")
 
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
-        self._ahead = DraftModelSession(self.drafter, call, **self.forward_arguments)
+        call.state = DraftModelSession(self.drafter, call, **self.forward_arguments)
 
-    def observe(self, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
-        self.ahead.keep(draft, paths)
-
-    def select(self, rows: torch.Tensor) -> None:
-        self.ahead.select(rows)
-
-    def finish(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
-        self._ahead = None
+    def observe(self, call: Call, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
+        call.state.keep(draft, paths)
 
 # %% ../../nbs/speculative/drafters.ipynb #377189af
 def example_drafter(
@@ -246,7 +237,6 @@ class DraftModel(ModelDrafter):
     gamma: int = 5  # guesses a round (at least 0; 0 is plain decoding)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.gamma < 0:
             raise ValueError(f"gamma must be at least 0, got {self.gamma}")
 
@@ -254,13 +244,13 @@ class DraftModel(ModelDrafter):
         length = min(self.gamma, max(call.remaining(row) for row in call.rows) - 1)
         tokens, laws = [roots], []
         for i in range(length):
-            logits = self.ahead.open(roots) if i == 0 else self.ahead.grow(tokens[-1][:, None], [i - 1])[:, 0]
+            logits = call.state.open(roots) if i == 0 else call.state.grow(tokens[-1][:, None], [i - 1])[:, 0]
             scores = processed_scores(call, logits, torch.stack(tokens[1:], 1) if i else roots[:, None][:, :0])
             if call.do_sample:
                 laws.append(probabilities(scores))
             tokens.append(draw(laws[-1]) if call.do_sample else greedy(scores)[0])
         if length == 0:
-            self.ahead.open(roots)
+            call.state.open(roots)
         laws = [*laws, torch.zeros_like(laws[0])] if laws else []
         return Draft(torch.stack(tokens, 1), Tree.chain(length), torch.stack(laws, 1) if laws else None)
 
@@ -291,28 +281,32 @@ class _Index:
 class TextDrafter(SpeculativeDecoder):
     "Base of drafters that read the text of each row and guess a chain: they define `follow` and what a row remembers."
 
-    def memory(self) -> Any:
+    def memory(
+        self,
+        vocabulary: int,  # tokens of the model
+    ) -> Any:
         "What a row remembers; has `extend(tokens)`."
-        raise NotImplementedError(f"{type(self).__name__} must define memory()")
+        raise NotImplementedError(f"{type(self).__name__} must define memory(vocabulary)")
 
     def follow(self, memory: Any) -> list[int]:
         "Guesses for what follows."
         raise NotImplementedError(f"{type(self).__name__} must define follow(memory)")
 
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
-        self._rows = []
         real = torch.ones_like(call.prompt) if call.mask is None else call.mask
-        for ids, mask in zip(call.prompt, real.bool()):
-            self._rows.append(self.memory())
-            self._rows[-1].extend(ids[mask].tolist())
-        self._seen = [0] * len(self._rows)
+        with LEARNING:
+            vocabulary = call.model.get_input_embeddings().num_embeddings
+            call.state = _Texts([self.memory(vocabulary) for _ in call.rows])
+            for memory, ids, mask in zip(call.state.rows, call.prompt, real.bool()):
+                memory.extend(ids[mask].tolist())
 
     def draft(self, call: Call, roots: torch.Tensor) -> Draft:
-        start, texts = call.prompt.shape[1], []
-        for i, row in enumerate(call.rows):
-            self._rows[i].extend(call.sequences[row, start + self._seen[i] : start + call.counts[row]].tolist())
-            self._seen[i] = call.counts[row]
-            texts.append(self.follow(self._rows[i])[: call.remaining(row) - 1])
+        start, state, texts = call.prompt.shape[1], call.state, []
+        with LEARNING:
+            for i, row in enumerate(call.rows):
+                state.rows[i].extend(call.sequences[row, start + state.seen[i] : start + call.counts[row]].tolist())
+                state.seen[i] = call.counts[row]
+                texts.append(self.follow(state.rows[i])[: call.remaining(row) - 1])
         longest = max(map(len, texts))
         tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts], dtype=torch.long, device=roots.device)
         if all(len(text) == longest for text in texts):
@@ -321,11 +315,15 @@ class TextDrafter(SpeculativeDecoder):
             tree = Tree([[*range(-1, len(text))] + [-1] * (longest - len(text)) for text in texts])
         return Draft(torch.cat([roots[:, None], tokens.view(len(texts), longest)], 1), tree)
 
-    def select(self, rows: torch.Tensor) -> None:
-        self._rows, self._seen = ([part[r] for r in rows.tolist()] for part in (self._rows, self._seen))
 
-    def finish(self) -> None:
-        self._rows, self._seen = [], []
+class _Texts:
+    "What each running row remembers, and how many of its new tokens that includes."
+
+    def __init__(self, rows: list[Any]):
+        self.rows, self.seen = rows, [0] * len(rows)
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        self.rows, self.seen = ([part[r] for r in rows.tolist()] for part in (self.rows, self.seen))
 
 
 @register(
@@ -348,7 +346,7 @@ class PromptLookup(TextDrafter):
         if self.w_max < 1 or self.k < 1:
             raise ValueError(f"w_max and k must be at least 1, got {self.w_max} and {self.k}")
 
-    def memory(self) -> _Index:
+    def memory(self, vocabulary: int) -> _Index:
         return _Index(self.w_max)
 
     def follow(self, memory: _Index) -> list[int]:
@@ -358,14 +356,17 @@ class PromptLookup(TextDrafter):
 class _Table:
     "Latest successor of each n-gram; shared by all rows and calls of a decoder, while each row has its own last tokens."
 
-    def __init__(self, successors: dict[tuple[int, ...], int], n: int):
-        self.successors, self.n, self.last = successors, n, tuple[int, ...]()
+    def __init__(self, successors: dict[tuple[int, ...], int], n: int, capacity: int):
+        self.successors, self.n, self.capacity, self.last = successors, n, capacity, tuple[int, ...]()
 
     def extend(self, new: list[int]) -> None:
         for token in new:
             for w in range(1, len(self.last) + 1):
+                self.successors.pop(self.last[-w:], None)  # what was seen last stands last
                 self.successors[self.last[-w:]] = token
             self.last = (*self.last, token)[-self.n :]
+        while len(self.successors) > self.capacity:
+            del self.successors[next(iter(self.successors))]
 
 
 @register(
@@ -383,23 +384,31 @@ class NGram(TextDrafter):
 
     n: int = 2  # tokens that a successor depends on (at least 1)
     gamma: int = 5  # guesses a round (at least 1)
+    start_from: Literal["hot", "cold"] = "hot"  # inherit what earlier calls have taught, or start each call from nothing
+    capacity: int = 200_000  # n-grams that are remembered (at least 1); those seen longest ago are forgotten first
 
     def __post_init__(self) -> None:
-        if self.n < 1 or self.gamma < 1:
-            raise ValueError(f"n and gamma must be at least 1, got {self.n} and {self.gamma}")
-        self.successors: dict[tuple[int, ...], int] = {}
+        for name in ("n", "gamma", "capacity"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.reset()
 
     def reset(self) -> None:
         "Forget what earlier calls have taught."
-        self.successors.clear()
+        self.learnt: dict[int, dict[tuple[int, ...], int]] = {}  # vocabulary -> latest successor of each n-gram
 
-    def memory(self) -> _Table:
-        return _Table(self.successors, self.n)
+    def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
+        if self.start_from == "cold":
+            self.reset()
+        super().start(call, prompt_logits)
+
+    def memory(self, vocabulary: int) -> _Table:
+        return _Table(self.learnt.setdefault(vocabulary, {}), self.n, self.capacity)
 
     def follow(self, memory: _Table) -> list[int]:
         text = list(memory.last)
         for _ in range(self.gamma):
-            found = (self.successors.get(tuple(text[-w:])) for w in range(min(self.n, len(text)), 0, -1))
+            found = (memory.successors.get(tuple(text[-w:])) for w in range(min(self.n, len(text)), 0, -1))
             token = next((t for t in found if t is not None), None)
             if token is None:
                 break

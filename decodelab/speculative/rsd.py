@@ -90,10 +90,6 @@ def _agreed(parents: torch.Tensor) -> torch.Tensor:
 class TreeOfDraws(ModelDrafter):
     "Base of decoders whose draft model draws a tree, level by level: they define `levels` and `branch`."
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._state: Any = None  # what `branch` remembers from level to level
-
     @property
     def levels(self) -> int:
         "Depth of the tree."
@@ -105,11 +101,12 @@ class TreeOfDraws(ModelDrafter):
         alive: torch.Tensor,  # which of these may have children, [rows, n]
         level: int,  # 0 below the root
         sample: bool,  # draw, or take the best
+        memory: dict[str, Any],  # what is remembered from level to level of one draft
     ) -> tuple[torch.Tensor, torch.Tensor]:
         "Tokens of the next nodes [rows, m], and the places of their parents among the newest nodes [rows, m]; -1: fills up the row."
-        raise NotImplementedError(f"{type(self).__name__} must define branch(q, alive, level, sample)")
+        raise NotImplementedError(f"{type(self).__name__} must define branch(q, alive, level, sample, memory)")
 
-    def offers(self, rows: int) -> list[list[list[int]]] | None:
+    def offers(self, rows: int, memory: dict[str, Any]) -> list[list[list[int]]] | None:
         "[row][node]: children in the order they are tested, where the tree itself does not say it."
         return None
 
@@ -121,31 +118,29 @@ class TreeOfDraws(ModelDrafter):
         levels = min(self.levels, max(call.remaining(row) for row in call.rows) - 1)
         tokens, parents, laws = [roots[:, None]], [torch.full_like(roots, -1)[:, None]], []
         paths, alive, first = roots.new_empty(len(roots), 1, 0), torch.ones_like(roots, dtype=torch.bool)[:, None], 0
-        self._state = None
-        logits = self.ahead.open(roots)[:, None]
+        memory: dict[str, Any] = {}
+        logits = call.state.open(roots)[:, None]
         for level in range(levels):
             if level:
-                logits = self.ahead.grow(tokens[-1], _agreed(parents[-1]))
+                logits = call.state.grow(tokens[-1], _agreed(parents[-1]))
             laws.append(self._laws(call, logits, paths))
-            new, up = self.branch(laws[-1], alive, level, call.do_sample)
+            new, up = self.branch(laws[-1], alive, level, call.do_sample, memory)
             parents.append(torch.where(up < 0, -1, up + first))
             first, at = first + tokens[-1].shape[1], up.clamp_min(0)
             paths = torch.cat([paths.gather(1, at[..., None].expand(-1, -1, level)), new[..., None]], -1)
             tokens.append(new)
             alive = (up >= 0) & ~torch.isin(new, call.ends)
-        return self._finished(torch.cat(tokens, 1), _agreed(torch.cat(parents, 1)), laws if call.do_sample else [])
+        offers = self.offers(len(roots), memory)
+        return self._finished(torch.cat(tokens, 1), _agreed(torch.cat(parents, 1)), laws if call.do_sample else [], offers)
 
-    def _finished(self, tokens: torch.Tensor, parents: torch.Tensor, laws: list[torch.Tensor]) -> Draft:
+    @staticmethod
+    def _finished(tokens: torch.Tensor, parents: torch.Tensor, laws: list[torch.Tensor], offers: list[list[list[int]]] | None) -> Draft:
         tree = shape(tuple(parents.tolist())) if parents.ndim == 1 else Tree(parents)
         if not laws:
-            return Draft(tokens, tree, None, self.offers(len(tokens)))
+            return Draft(tokens, tree, None, offers)
         leaves = tokens.shape[1] - sum(q.shape[1] for q in laws)
         laws = [*laws, laws[0].new_zeros(len(tokens), leaves, laws[0].shape[-1])]
-        return Draft(tokens, tree, torch.cat(laws, 1), self.offers(len(tokens)))
-
-    def finish(self) -> None:
-        super().finish()
-        self._state = None
+        return Draft(tokens, tree, torch.cat(laws, 1), offers)
 
 # %% ../../nbs/speculative/rsd.ipynb #edca23dd
 @register(
@@ -165,15 +160,16 @@ class RSDC(TreeOfDraws):
     b: Sequence[int] = (2, 1, 1)  # children of each node, level by level (each at least 1); () is plain decoding
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.b, int) or not all(isinstance(n, int) and n >= 1 for n in self.b):
+        if not all(n >= 1 for n in self.b):
             raise ValueError(f"b must list whole numbers of at least 1, one a level, such as (2, 1, 1); got {self.b!r}")
 
     @property
     def levels(self) -> int:
         return len(self.b)
 
-    def branch(self, q: torch.Tensor, alive: torch.Tensor, level: int, sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def branch(
+        self, q: torch.Tensor, alive: torch.Tensor, level: int, sample: bool, memory: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         k = min(self.b[level], q.shape[-1])
         tokens = draw_siblings(q, k) if sample else q.topk(k).indices
         up = torch.arange(q.shape[1], device=q.device)[:, None].expand(tokens.shape)
@@ -198,7 +194,6 @@ class RSDS(TreeOfDraws):
     L: int = 3  # levels (at least 0; 0 is plain decoding)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.W < 1 or self.L < 0:
             raise ValueError(f"W must be at least 1 and L at least 0, got {self.W} and {self.L}")
 
@@ -206,14 +201,16 @@ class RSDS(TreeOfDraws):
     def levels(self) -> int:
         return self.L
 
-    def branch(self, q: torch.Tensor, alive: torch.Tensor, level: int, sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        phi, top = (q.new_zeros(q.shape[:2]),) * 2 if level == 0 else self._state
+    def branch(
+        self, q: torch.Tensor, alive: torch.Tensor, level: int, sample: bool, memory: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        phi, top = (q.new_zeros(q.shape[:2]),) * 2 if level == 0 else memory["beam"]
         top = top.masked_fill(~alive, -torch.inf)
         phi, scores = sbs_scores(q, phi, top) if sample else (phi[..., None] + q.log(),) * 2
         scores = scores.masked_fill(~alive[..., None], -torch.inf)
         best, up, tokens = keep_best(scores, self.W)
         rows = torch.arange(len(q), device=q.device)[:, None]
-        self._state = phi[rows, up.clamp_min(0), tokens], best
+        memory["beam"] = phi[rows, up.clamp_min(0), tokens], best
         return tokens, up
 
 # %% ../../nbs/speculative/rsd.ipynb #8a202962
@@ -236,11 +233,8 @@ class IIDChains(TreeOfDraws):
     test: Literal["kseq", "recursive"] = "kseq"  # K-SEQ, or recursive rejection with replacement
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.K < 1 or self.L < 0:
             raise ValueError(f"K must be at least 1 and L at least 0, got {self.K} and {self.L}")
-        if self.test not in ("kseq", "recursive"):
-            raise ValueError(f"test must be kseq or recursive, got {self.test!r}")
 
     @property
     def levels(self) -> int:
@@ -250,20 +244,22 @@ class IIDChains(TreeOfDraws):
     def rule(self) -> Rule:
         return KSeq() if self.test == "kseq" else RecursiveRejection(replacement=True)
 
-    def branch(self, q: torch.Tensor, alive: torch.Tensor, level: int, sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def branch(
+        self, q: torch.Tensor, alive: torch.Tensor, level: int, sample: bool, memory: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         chains = torch.arange(self.K, device=q.device)
-        self._state = self._state or [(torch.zeros_like(chains).expand(len(q), -1), alive.expand(-1, self.K))]
-        at = self._state[-1][0]  # place of each chain's newest node
+        levels = memory.setdefault("chains", [(torch.zeros_like(chains).expand(len(q), -1), alive.expand(-1, self.K))])
+        at = levels[-1][0]  # place of each chain's newest node
         laws = q.gather(1, at[..., None].expand(-1, -1, q.shape[-1]))
         tokens = draw(laws) if sample else greedy(laws)[0]
         # chains at the same node with the same token go on together, in the place of the first of them
         same = (at[:, :, None] == at[:, None]) & (tokens[:, :, None] == tokens[:, None])
         leader, lives = same.int().argmax(-1), alive.gather(1, at)
-        self._state.append((leader, lives))
+        levels.append((leader, lives))
         return tokens, torch.where((leader == chains) & lives, at, -1)
 
-    def offers(self, rows: int) -> list[list[list[int]]] | None:
-        levels = [(at.tolist(), lives.tolist()) for at, lives in self._state or []]
+    def offers(self, rows: int, memory: dict[str, Any]) -> list[list[list[int]]] | None:
+        levels = [(at.tolist(), lives.tolist()) for at, lives in memory.get("chains", [])]
         offers: list[list[list[int]]] = [[[] for _ in range(1 + self.K * max(0, len(levels) - 1))] for _ in range(rows)]
         for level in range(1, len(levels)):
             below, above = 1 + (level - 1) * self.K, max(0, 1 + (level - 2) * self.K)

@@ -148,24 +148,21 @@ class SpecDecPP(ModelDrafter):
     forward_arguments: ClassVar[dict[str, Any]] = {"output_hidden_states": True}
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.h < 0:
             raise ValueError(f"h is compared with a probability: it must be at least 0, got {self.h}")
         if not 1 <= self.K_min <= self.K_max:
             raise ValueError(f"K_min must be positive and at most K_max, got {self.K_min} and {self.K_max}")
         if self.head is None and self.reads_hidden and self.h < 1:
             raise ValueError("a head is needed to stop: train one (`decodelab train specdec-pp`), `load_head` it, or set h=1")
-        self.candidates: list[list[int]] = []  # of the last call, [row][round]: how many were submitted
 
-    def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
+    def check(self, call: Call) -> None:
+        super().check(call)
         if self.head is not None:
             width, own = self.drafter.config.get_text_config().hidden_size, self.head.config.hidden_size
             if width != own:
                 raise ValueError(f"the head reads hidden states of width {own}, the drafter has {width}: train a head for this drafter")
             if self.head.device != call.prompt.device:
                 raise ValueError(f"the head is on {self.head.device}, the prompt on {call.prompt.device}: move it with head.to(...)")
-        super().start(call, prompt_logits)
-        self.candidates = [[] for _ in call.rows]
 
     def most(self, call: Call) -> list[int]:
         "How many candidates each running row may submit: the last token of a call is the target's own."
@@ -184,13 +181,13 @@ class SpecDecPP(ModelDrafter):
     def draft(self, call: Call, roots: torch.Tensor) -> Draft:
         most = torch.tensor(self.most(call), device=roots.device)
         on, cum = most > 0, torch.ones(len(roots), device=roots.device)
-        tokens, parents, laws, self._factors = [roots], [torch.full_like(roots, -1)], list[torch.Tensor](), list[torch.Tensor]()
-        logits = self.ahead.open(roots)
+        tokens, parents, laws, factors = [roots], [torch.full_like(roots, -1)], list[torch.Tensor](), list[torch.Tensor]()
+        logits = call.state.open(roots)
         while bool(on.any()):  # the length depends on the data: one wait for the device a candidate
             k = len(tokens)
             scores = processed_scores(call, logits, torch.stack(tokens, 1)[:, 1:])
-            self._factors.append(self.factor(self.ahead.hidden_states[:, -1] if k > 1 else None, scores))
-            cum = cum * self._factors[-1]
+            factors.append(self.factor(call.state.hidden_states[:, -1] if k > 1 else None, scores))
+            cum = cum * factors[-1]
             if call.do_sample:
                 laws.append(probabilities(scores))
             drawn = draw(laws[-1]) if call.do_sample else greedy(scores)[0]
@@ -199,33 +196,23 @@ class SpecDecPP(ModelDrafter):
             # stop at the end of the text, at K_max, or when a rejection has become likely: 1 - cum > h
             on = on & ~torch.isin(drawn, call.ends) & (k < most) & ((k < self.K_min) | (1 - cum <= self.h))
             if bool(on.any()):
-                logits = self.ahead.grow(tokens[-1][:, None], self._place(parents[-1], k))[:, 0]
+                logits = call.state.grow(tokens[-1][:, None], self._place(parents[-1], k))[:, 0]
         laws = [*laws, torch.zeros_like(laws[0])] if laws else []
-        return self._submit(call, torch.stack(tokens, 1), torch.stack(parents, 1), torch.stack(laws, 1) if laws else None)
+        draft = self._submitted(torch.stack(tokens, 1), torch.stack(parents, 1), torch.stack(laws, 1) if laws else None)
+        if call.trace is not None:  # estimates for Y_1, Y_2, ...; the last candidate has none
+            answers = torch.stack(factors, 1).tolist() if factors else [[] for _ in call.rows]
+            draft.facts = [{"answers": row[1:]} for row in answers]
+        return draft
 
     @staticmethod
     def _place(parents: torch.Tensor, k: int) -> Any:
         # one number while all rows draft: then the shape is shared
         return parents[:, None] if bool((parents < 0).any()) else [k - 1]
 
-    def _submit(self, call: Call, tokens: torch.Tensor, parents: torch.Tensor, laws: torch.Tensor | None) -> Draft:
-        lengths = (parents >= 0).sum(1).tolist()
-        for row, length in zip(call.rows, lengths):
-            self.candidates[row].append(length)
-        longest = tokens.shape[1] - 1
-        return Draft(tokens, Tree.chain(longest) if min(lengths) == longest else Tree(parents), laws)
-
-    def finish(self) -> None:
-        super().finish()
-        self._factors = []
-
-    def _story(self, call: Call, draft: Draft, paths: list[list[int]]) -> tuple[Any, Any]:
-        roles, info = super()._story(call, draft, paths)
-        if info is not None:
-            answers = torch.stack(self._factors, 1).tolist() if self._factors else [[] for _ in info]
-            for row, facts in enumerate(info):
-                facts["answers"] = answers[row][1:]  # estimates for Y_1, Y_2, ...; the last candidate has none
-        return roles, info
+    @staticmethod
+    def _submitted(tokens: torch.Tensor, parents: torch.Tensor, laws: torch.Tensor | None) -> Draft:
+        longest, shortest = tokens.shape[1] - 1, int((parents >= 0).sum(1).min())
+        return Draft(tokens, Tree.chain(longest) if shortest == longest else Tree(parents), laws)
 
 # %% ../../nbs/speculative/specdec_pp.ipynb #6f759971
 @dataclass
@@ -248,20 +235,19 @@ class HeuristicLength(SpecDecPP):
 
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
         super().start(call, prompt_logits)
-        self._lengths = [self.K_start for _ in call.rows]
+        call.state.K = [self.K_start for _ in call.rows]
 
     def most(self, call: Call) -> list[int]:
-        return [min(K, n) for K, n in zip(self._lengths, super().most(call))]
+        return [min(K, n) for K, n in zip(call.state.K, super().most(call))]
 
-    def observe(self, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
-        super().observe(draft, logits, paths)
-        submitted = torch.atleast_2d(draft.tree.parents).expand(len(paths), -1)[:, 1:].ge(0).sum(1).tolist()
-        pairs = zip(self._lengths, paths, submitted)
-        self._lengths = [K + 2 if len(path) - 1 == n else max(1, K - 1) for K, path, n in pairs]
+    def observe(self, call: Call, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
+        super().observe(call, draft, logits, paths)
+        triples = zip(call.state.K, paths, draft.lengths)
+        call.state.K = [K + 2 if len(path) - 1 == n else max(1, K - 1) for K, path, n in triples]
 
-    def select(self, rows: torch.Tensor) -> None:
-        super().select(rows)
-        self._lengths = [self._lengths[row] for row in rows.tolist()]
+    def keep_rows(self, call: Call, rows: torch.Tensor) -> None:
+        super().keep_rows(call, rows)
+        call.state.K = [call.state.K[row] for row in rows.tolist()]
 
 # %% ../../nbs/speculative/specdec_pp.ipynb #39319d20
 @torch.no_grad()
@@ -321,7 +307,7 @@ def run_policies(
         for name, decoder in made.items():
             torch.manual_seed(seed)
             stats: Any = decoder.generate(model, **{**inputs, **settings}).stats
-            counts[name] = [[sum(row), len(row), sum(submitted)] for row, submitted in zip(stats.emitted, decoder.candidates)]
+            counts[name] = [[sum(row), len(row), sum(submitted)] for row, submitted in zip(stats.emitted, stats.draft_lengths)]
     return counts
 
 # %% ../../nbs/speculative/specdec_pp.ipynb #f4ab9f34

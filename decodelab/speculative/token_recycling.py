@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from ..core.bench import compare
 from ..core.cost import forward_curve
 from ..core.contract import Call, Decoder, decoders, register
 from ..core.tree import Tree
-from .base import Draft, SpeculativeDecoder
+from .base import LEARNING, Draft, SpeculativeDecoder
 from .measure import held_out_prompts, line_up, target_texts
 
 # %% auto #0
@@ -122,18 +123,15 @@ class TokenRecycling(SpeculativeDecoder):
     def __post_init__(self) -> None:
         if not 1 <= self.k <= 10:
             raise ValueError(f"k must lie in 1..10, got {self.k}")
-        for name, known in (("start_from", ("hot", "cold")), ("update", ("all", "accepted")), ("writes", ("last", "first"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         self.paths = [p for p in rank_paths(self.template) if max(map(int, p)) < self.k]
         self.tree = template_tree(self.paths)
-        self.table: torch.Tensor | None = None  # successors [vocab, k]
-        self.hits = [0] * len(self.tree)  # how often each node was accepted, root: verifications
+        self.reset()
 
     def reset(self) -> None:
         "Forget the table and the acceptance counts."
-        self.table = None
-        self.hits = [0] * len(self.tree)
+        self.table: torch.Tensor | None = None  # successors [vocab, k], of the last call's vocabulary
+        self._tables: dict[Any, torch.Tensor] = {}  # (vocabulary, device) -> its table
+        self.hits = [0] * len(self.tree)  # how often each node was accepted, root: verifications
 
     @property
     def reads_prompt(self) -> bool:
@@ -143,32 +141,42 @@ class TokenRecycling(SpeculativeDecoder):
         vocabulary, device = call.model.get_input_embeddings().num_embeddings, call.prompt.device
         if vocabulary < self.k:
             raise ValueError(f"k = {self.k} successors do not exist in a vocabulary of {vocabulary}: set k <= {vocabulary}")
-        if self.table is None or self.start_from == "cold" or self.table.shape[0] != vocabulary or self.table.device != device:
-            self.table = torch.zeros(vocabulary, self.k, dtype=torch.long, device=device)
-        self._levels = [(parents.to(device), ranks.to(device)) for parents, ranks in template_levels(self.paths)]
+        levels = [(parents.to(device), ranks.to(device)) for parents, ranks in template_levels(self.paths)]
+        call.state = SimpleNamespace(table=self._table_for(vocabulary, device), levels=levels)
         if prompt_logits is not None:
             fed = slice(-prompt_logits.shape[1] - 1, -1)
             real = torch.ones_like(call.prompt, dtype=torch.bool) if call.mask is None else call.mask.bool()
-            self._learn(call.prompt[:, fed][real[:, fed]], prompt_logits[real[:, fed]])
+            self._learn(call.state.table, call.prompt[:, fed][real[:, fed]], prompt_logits[real[:, fed]])
+
+    def _table_for(self, vocabulary: int, device: Any) -> torch.Tensor:
+        with LEARNING:
+            table = self.table
+            if table is None or table.shape[0] != vocabulary or table.device != device:
+                table = self._tables.get((vocabulary, device))
+            if table is None or self.start_from == "cold":
+                table = torch.zeros(vocabulary, self.k, dtype=torch.long, device=device)
+            self.table = self._tables[vocabulary, device] = table
+            return table
 
     def draft(self, call: Call, roots: torch.Tensor) -> Draft:
-        assert self.table is not None
-        return Draft(read_table(self.table, roots, self._levels), self.tree)
+        return Draft(read_table(call.state.table, roots, call.state.levels), self.tree)
 
-    def observe(self, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
-        for path in paths:
-            for node in path:
-                self.hits[node] += 1
+    def observe(self, call: Call, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
+        with LEARNING:
+            for path in paths:
+                for node in path:
+                    self.hits[node] += 1
         if self.update == "all":
-            self._learn(draft.tokens.flatten(), logits.flatten(0, 1))
+            self._learn(call.state.table, draft.tokens.flatten(), logits.flatten(0, 1))
         else:
             rows = [r for r, path in enumerate(paths) for _ in path]
             nodes = [n for path in paths for n in path]
-            self._learn(draft.tokens[rows, nodes], logits[rows, nodes])
+            self._learn(call.state.table, draft.tokens[rows, nodes], logits[rows, nodes])
 
-    def _learn(self, tokens: torch.Tensor, logits: torch.Tensor) -> None:
-        assert self.table is not None
-        write_table(self.table, tokens, logits.topk(self.k).indices, self.writes == "last")
+    def _learn(self, table: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        best = logits.topk(self.k).indices
+        with LEARNING:
+            write_table(table, tokens, best, self.writes == "last")
 
 # %% ../../nbs/speculative/token_recycling.ipynb #5cc76ee6
 def learn_template(

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import safe_open, save_file
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from ..core.tasks import CountdownTask, SudokuTask
 from ..core.text_tasks import LIST_PROMPTS, ArithmeticTask, Example, ListTask, Task
+from .checkpoints import keep_tensors, kept_tensors, tokenizer_fingerprint
+from .language_model import check_length
 from .masked_loss import mask_answers
 
 # %% auto #0
@@ -79,11 +80,12 @@ def task_examples(
     path: Path | None = None,  # file to keep them in; read when it was made with the same `n` and `seed`
 ) -> Examples:
     "`n` examples of the mixture as token ids; each answer ends with an end of sequence."
-    key = {"made_from": json.dumps([n, seed, len(tokenizer)])}
-    if path is not None and path.is_file():
-        with safe_open(path, "pt") as f:
-            if f.metadata() == key:
-                return Examples(*(f.get_tensor(k) for k in ("tokens", "starts", "cuts")))
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no token for the end of a sequence, with which every answer ends: set its eos_token")
+    key = {"made_from": json.dumps([n, seed]), "tokenizer": tokenizer_fingerprint(tokenizer)} if path is not None else {}
+    kept = kept_tensors(path, **key) if path is not None else None
+    if kept is not None:
+        return Examples(**kept)
     spans = [range(i, min(n, i + 2000)) for i in range(0, n, 2000)]
     encode = partial(_encoded, tokenizer, seed)
     if processes > 1:
@@ -95,8 +97,7 @@ def task_examples(
     ends = torch.nn.functional.pad(lengths.flatten().cumsum(0), (1, 0))
     found = Examples(tokens, ends[::2].contiguous(), ends[1::2].contiguous())
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: getattr(found, k) for k in ("tokens", "starts", "cuts")}, path, key)
+        keep_tensors(path, vars(found), **key)
     return found
 
 # %% ../../nbs/training/denoising_data.ipynb #e158e39b
@@ -134,7 +135,9 @@ class TaskBatches(Dataset):
             raise ValueError(f"the longest prompt has {longest[0]} tokens and the longest answer {longest[1]}: raise prompt_room or room")
         self.examples, self.count, self.rows, self.seed, self.causal = examples, count, batch_size, seed, causal
         self.prompt_room, self.room, self.long_share = prompt_room, room, long_share
-        self.pad, self.eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+        self.eos = tokenizer.eos_token_id
+        # padding is never seen: any token will do
+        self.pad = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def __len__(self) -> int:
         return self.count
@@ -172,8 +175,7 @@ class TextBatches(Dataset):
         prefix_share: float = 0.5,  # share of windows whose beginning, of random length, stays visible, in [0, 1]
         short_share: float = 0.01,  # share of batches cut to a random length, in [0, 1]
     ):
-        if len(stream) <= block:
-            raise ValueError(f"the text has {len(stream)} tokens, fewer than a block of {block}: give more text or a smaller block")
+        check_length(stream, block)
         self.stream, self.count, self.rows, self.seed = torch.from_numpy(stream.astype(np.int64)), count, batch_size, seed
         self.block, self.prefix_share, self.short_share = block, prefix_share, short_share
 

@@ -7,23 +7,23 @@ Docs: https://decodelab.github.io/decodelab/training/language_model.html.md"""
 # %% ../../nbs/training/language_model.ipynb #a11f13a7
 from __future__ import annotations
 
-import json
 import math
-import os
-import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .checkpoints import fingerprint, tokenizer_fingerprint, write_training
+from .runs import RunTrainer, TrainingRun, check_recipe, training_arguments
 
 # %% auto #0
-__all__ = ['SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'RECIPES', 'train_tokenizer', 'Windows', 'encode_stream', 'LanguageModelRecipe',
-           'wandb_report', 'fast_bfloat16', 'training_arguments', 'train_language_model', 'last_checkpoint',
+__all__ = ['SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'RECIPES', 'train_tokenizer', 'check_length', 'Windows', 'encode_stream',
+           'LanguageModelRecipe', 'vocabulary_size', 'fast_bfloat16', 'cosine_adamw', 'train_language_model',
            'save_model', 'held_out_figures']
 
 # %% ../../nbs/training/language_model.ipynb #e2e9f6ed
@@ -55,6 +55,16 @@ def train_tokenizer(
     return tokenizer
 
 # %% ../../nbs/training/language_model.ipynb #8b340caf
+def check_length(
+    stream: np.ndarray,  # token ids of a text, [length]
+    block: int,  # tokens a window
+    name: str = "text",  # of the text, for the message
+) -> None:
+    "Raise `ValueError` when there is no window to choose."
+    if len(stream) <= block:
+        raise ValueError(f"the {name} has {len(stream)} tokens, too few for blocks of {block}: give more text or a smaller block")
+
+
 class Windows(Dataset):
     "Windows of `block` tokens from one stream; window `i` starts at a place that depends only on `(seed, i)`."
 
@@ -65,8 +75,7 @@ class Windows(Dataset):
         count: int,  # number of windows
         seed: int = 0,  # seed of the starts
     ):
-        if len(stream) <= block:
-            raise ValueError(f"the text has {len(stream)} tokens, fewer than a block of {block}: give more text or a smaller block")
+        check_length(stream, block)
         self.stream, self.block = stream, block
         self.starts = np.random.default_rng(seed).integers(0, len(stream) - block, size=count)
 
@@ -79,14 +88,15 @@ class Windows(Dataset):
 
 
 def encode_stream(
-    tokenizer: PreTrainedTokenizerFast,  # the zoo tokenizer
+    tokenizer: Any,  # any tokenizer
     texts: Iterable[str],  # books
 ) -> np.ndarray:
-    "All texts as one array of token ids, each between `<bos>` and `<eos>`."
+    "All texts as one array of token ids, each between `<bos>` and `<eos>` where the tokenizer has them."
+    begin, end = ([i for i in [mark] if i is not None] for mark in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     ids: list[int] = []
     for text in texts:
-        ids += [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False, verbose=False).input_ids, tokenizer.eos_token_id]
-    return np.array(ids, dtype=np.uint16)
+        ids += [*begin, *tokenizer(text, add_special_tokens=False, verbose=False).input_ids, *end]
+    return np.array(ids, dtype=np.int32)
 
 # %% ../../nbs/training/language_model.ipynb #04345842
 @dataclass
@@ -112,6 +122,7 @@ class LanguageModelRecipe:
     seed: int = 0  # seed of weights, windows and order
 
     def __post_init__(self) -> None:
+        check_recipe(self, "hidden_size", "intermediate_size", "layers", "heads", "vocab_size", "block")
         if self.hidden_size % self.heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of heads {self.heads}")
         if self.block > self.context:
@@ -121,7 +132,7 @@ class LanguageModelRecipe:
         "A freshly initialised model for `tokenizer`."
         torch.manual_seed(self.seed)
         config = LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=vocabulary_size(tokenizer),
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_hidden_layers=self.layers,
@@ -135,6 +146,13 @@ class LanguageModelRecipe:
         return LlamaForCausalLM(config)
 
 
+def vocabulary_size(
+    tokenizer: Any,  # any tokenizer
+) -> int:
+    "Rows that an embedding needs: one more than the largest id, as not every vocabulary is without gaps."
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 RECIPES = {
     "tales": LanguageModelRecipe(),
     "tales-draft": LanguageModelRecipe(
@@ -143,37 +161,16 @@ RECIPES = {
 }
 
 # %% ../../nbs/training/language_model.ipynb #3bcee4ef
-def wandb_report() -> list[str]:
-    "W&B when installed, offline unless the user chose otherwise."
-    try:
-        import wandb
-    except ImportError:
-        return []
-    os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ.setdefault("WANDB_PROJECT", "decodelab")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    return ["wandb"] if os.environ["WANDB_MODE"] != "disabled" else []
-
-
 def fast_bfloat16() -> bool:
     "Whether this machine multiplies in bfloat16 faster than in float32: with a GPU, or with a processor made for it."
     return torch.cuda.is_available() or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
-def training_arguments(
-    recipe: Any,  # name, steps, batch_size, learning_rate, warmup, weight_decay, compile, eval_every, save_every and seed
-    run: Path,  # folder of the checkpoints
-    **changes: Any,  # further arguments of `TrainingArguments`, or others than these
-) -> TrainingArguments:
-    "What all recipes share: AdamW, warm-up, cosine to a tenth, evaluations, checkpoints, W&B."
-    gpu = torch.cuda.is_available()
-    common: dict[str, Any] = {
-        "output_dir": str(run),
-        "run_name": recipe.name,
-        "max_steps": recipe.steps,
-        "per_device_train_batch_size": recipe.batch_size,
-        "per_device_eval_batch_size": recipe.batch_size,
-        "learning_rate": recipe.learning_rate,
+def cosine_adamw(
+    recipe: Any,  # warmup, weight_decay and compile
+) -> dict[str, Any]:
+    "Arguments of AdamW with warm-up and a cosine to a tenth, in bfloat16 where that is fast."
+    return {
         "warmup_steps": recipe.warmup,
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
@@ -181,19 +178,8 @@ def training_arguments(
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
         "bf16": fast_bfloat16(),
-        "use_cpu": not gpu,
         "torch_compile": recipe.compile,
-        "dataloader_pin_memory": gpu,
-        "logging_steps": 20,
-        "eval_strategy": "steps",
-        "eval_steps": recipe.eval_every,
-        "save_steps": recipe.save_every,
-        "save_total_limit": 2,
-        "seed": recipe.seed,
-        "report_to": wandb_report(),
-        "prediction_loss_only": True,
     }
-    return TrainingArguments(**common | changes)
 
 # %% ../../nbs/training/language_model.ipynb #c71a914a
 def train_language_model(
@@ -203,37 +189,28 @@ def train_language_model(
     held_out: list[str],  # books never trained on
     out: str | Path,  # folder of the finished model; checkpoints go to `out/run`
 ) -> dict[str, Any]:
-    "Train `recipe`, resuming from the last checkpoint below `out`; returns the run's figures (also written to `out/training.json`)."
-    out, run = Path(out), Path(out) / "run"
-    train = encode_stream(tokenizer, train_text)
-    test = encode_stream(tokenizer, held_out)
+    "Train `recipe`, resuming from the newest whole checkpoint below `out`; returns the figures (also written to `out/training.json`)."
+    out, recipe = Path(out), replace(recipe, vocab_size=vocabulary_size(tokenizer))
+    train, test = (encode_stream(tokenizer, texts) for texts in (train_text, held_out))
+    check_length(train, recipe.block, "training text")
+    check_length(test, recipe.block, "held-out text")
     windows = Windows(train, recipe.block, recipe.steps * recipe.batch_size, recipe.seed)
     probe = Windows(test, recipe.block, min(64, max(1, len(test) // recipe.block)), seed=1)
-    model = recipe.model(tokenizer)
-    trainer = Trainer(model, training_arguments(recipe, run), train_dataset=windows, eval_dataset=probe)
-    started = time.time()
-    trainer.train(resume_from_checkpoint=last_checkpoint(run))
-    figures = {
-        "recipe": asdict(recipe),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens_seen": recipe.steps * recipe.batch_size * recipe.block,
-        "train_tokens": len(train),
-        "seconds_this_run": round(time.time() - started),
-        "curve": [{k: r[k] for k in ("step", "loss", "eval_loss") if k in r} for r in trainer.state.log_history],
-        **held_out_figures(model, tokenizer, held_out, recipe.block),
-    }
-    save_model(model, tokenizer, out)
-    (out / "training.json").write_text(json.dumps(figures, indent=1))
-    return figures
-
-
-def last_checkpoint(
-    run: Path,  # folder of a training run
-) -> str | None:
-    "The newest checkpoint below `run`, or None."
-    from transformers.trainer_utils import get_last_checkpoint
-
-    return get_last_checkpoint(str(run)) if run.is_dir() else None
+    with TrainingRun(out / "run", recipe) as run:
+        model = recipe.model(tokenizer)
+        arguments = training_arguments(recipe, run.folder, **cosine_adamw(recipe))
+        trainer = RunTrainer(model, arguments, train_dataset=windows, eval_dataset=probe)
+        made_of = {"tokenizer": tokenizer_fingerprint(tokenizer), "training_text": fingerprint(train), "held_out_text": fingerprint(test)}
+        run.train(trainer, **made_of)
+        figures = run.figures(trainer)
+        figures |= {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "tokens_seen": figures["steps"] * trainer.get_total_train_batch_size(trainer.args) * recipe.block,
+            "train_tokens": len(train),
+            **held_out_figures(model, tokenizer, held_out, recipe.block),
+        }
+        save_model(model, tokenizer, out)
+        return write_training(out, figures)
 
 
 def save_model(
@@ -257,6 +234,9 @@ def held_out_figures(
 ) -> dict[str, float]:
     "Negative log-likelihood per token (nats), bits per byte and top-1 accuracy on held-out text."
     stream = torch.from_numpy(encode_stream(tokenizer, texts).astype(np.int64))[:limit]
+    size = len(tokenizer.decode(stream, skip_special_tokens=True).encode())
+    if not size:
+        raise ValueError("there is no held-out text to score: give at least one text that is not empty")
     step = block // 2
     starts = range(0, max(1, len(stream) - step), step)
     total, hits, scored = 0.0, 0, 0
@@ -275,6 +255,5 @@ def held_out_figures(
         hits += int((logits.argmax(-1) == labels).sum())
         scored += int((labels >= 0).sum())
     model.train(was_training)
-    size = len(tokenizer.decode(stream, skip_special_tokens=True).encode())
     figures = {"nats_per_token": total / scored, "bits_per_byte": total / size / math.log(2), "top1": hits / scored, "tokens": scored}
     return {f"held_out_{k}": v for k, v in figures.items()}

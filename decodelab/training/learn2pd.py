@@ -8,26 +8,24 @@ Docs: https://decodelab.github.io/decodelab/training/learn2pd.html.md"""
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from ..core.text_tasks import Example
 from ..diffusion.learn2pd import ConfidenceFilter, FilterConfig, InHindsight
 from ..diffusion.step import Step
+from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint, write_training
 from .denoising_data import task_example
-from .language_model import last_checkpoint, wandb_report
+from .runs import FREE, RunTrainer, TrainingRun, check_recipe, training_arguments
 
 # %% auto #0
 __all__ = ['EDGES', 'Records', 'Recorder', 'static_texts', 'record', 'split_by_prompt', 'auc', 'logistic_curve', 'filter_figures',
@@ -99,22 +97,19 @@ def static_texts(
     block_length: int = 32,  # B
     batch_size: int = 16,  # prompts decoded together
     path: Path | None = None,  # file for what has been decoded so far: a run that was stopped goes on
-    key: str = "",  # what the texts depend on; a file with another key is not read
+    made_from: Mapping[str, str] | None = None,  # what the texts depend on; a file made from something else is not read
 ) -> torch.Tensor:
     "y* of every prompt, with all that stands behind its end, [prompts, N]; this is where the time goes."
     if new_tokens % block_length:
         raise ValueError(f"new_tokens must be a multiple of block_length, got {new_tokens} and {block_length}")
     final = torch.full((len(prompts), new_tokens), -1)
-    if path is not None and path.is_file():
-        with safe_open(path, "pt") as f:
-            final = f.get_tensor("final") if (f.metadata() or {}).get("made_from") == key else final
+    final = ((path and kept_tensors(path, **(made_from or {}))) or {}).get("final", final)
     for which, asked in _batches(tokenizer, prompts, batch_size, model.device):
         if bool((final[which] < 0).any()):
             oracle = InHindsight(block_length=block_length)
             final[which] = oracle.prepare(model, asked.input_ids, asked.attention_mask, new_tokens).cpu()
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_file({"final": final}, path, {"made_from": key})
+                keep_tensors(path, {"final": final}, **(made_from or {}))
     return final
 
 
@@ -238,8 +233,9 @@ class FilterRecipe:
     seed: int = 0  # seed of the split and the weights
 
     def __post_init__(self) -> None:
-        if min(self.block_length, self.depth, self.steps, self.batch_size) < 1 or self.new_tokens % self.block_length:
-            raise ValueError("block_length, depth, steps and batch_size must be positive, and new_tokens a multiple of block_length")
+        check_recipe(self, "block_length", "depth", "new_tokens")
+        if self.new_tokens % self.block_length:
+            raise ValueError(f"new_tokens must be a multiple of block_length, got {self.new_tokens} and {self.block_length}")
         if self.prompts < 10:
             raise ValueError(f"at least 10 prompts are needed to hold some out, got {self.prompts}")
 
@@ -264,16 +260,17 @@ def cached_records(
     models: tuple[Any, Any] | None = None,  # masked model and tokenizer; those that the recipe names when None
 ) -> Records:
     "Records of `recipe`: read from `run` when they were made for it, else made and written there."
-    path = run / "records.safetensors"
-    if path.is_file():
-        with safe_open(path, "pt") as f:
-            if (f.metadata() or {}).get("made_from") == recipe.data_key:
-                return Records(*(f.get_tensor(field.name) for field in fields(Records)))
+    path, names = run / "records.safetensors", [field.name for field in fields(Records)]
+    given = {"model": fingerprint(models[0]), "tokenizer": tokenizer_fingerprint(models[1])} if models else {}
+    kept = kept_tensors(path, made_from=recipe.data_key, **given)
+    if kept is not None:
+        return Records(**kept)
     model, tokenizer = models or _load(recipe.model)
-    prompts, sizes = [e.prompt for e in recipe.examples()], (recipe.block_length, recipe.batch_size)
-    final = static_texts(model, tokenizer, prompts, recipe.new_tokens, *sizes, run / "final.safetensors", recipe.data_key)
-    records = record(model, tokenizer, prompts, final, *sizes)
-    save_file({f.name: getattr(records, f.name).contiguous() for f in fields(Records)}, path, {"made_from": recipe.data_key})
+    made_from = {"made_from": recipe.data_key, "model": fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    prompts, B, rows = [e.prompt for e in recipe.examples()], recipe.block_length, recipe.batch_size
+    final = static_texts(model, tokenizer, prompts, recipe.new_tokens, B, rows, path=run / "final.safetensors", made_from=made_from)
+    records = record(model, tokenizer, prompts, final, B, rows)
+    keep_tensors(path, {name: getattr(records, name) for name in names}, **made_from)
     return records
 
 
@@ -281,7 +278,10 @@ def _load(name: str) -> tuple[Any, Any]:
     from decodelab.core.lab import resolve_device
     from decodelab.core.zoo import load
 
-    return load(name, device=resolve_device("auto"))
+    model, tokenizer = load(name, device=resolve_device("auto"))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token will do
+    return model, tokenizer
 
 # %% ../../nbs/training/learn2pd.ipynb #e0b31fe7
 class WholeBatch(Dataset):
@@ -305,7 +305,7 @@ def _first(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return items[0]
 
 
-class FilterTrainer(Trainer):
+class FilterTrainer(RunTrainer):
     "Trains a filter: mean cross entropy of all places of all records, without those that have been cut off."
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
@@ -319,41 +319,46 @@ def train_filter(
     out: str | Path,  # folder of the finished filter; checkpoints and records go to `out/run`
     models: tuple[Any, Any] | None = None,  # masked model and tokenizer; those that the recipe names when None
 ) -> dict[str, Any]:
-    "Train `recipe`, resuming from the last checkpoint below `out`; returns the run's figures (also written to `out/training.json`)."
-    out, run, started = Path(out), Path(out) / "run", time.time()
-    records = cached_records(recipe, run, models)
-    train, validation, test = split_by_prompt(records, seed=recipe.seed)
-    tasks = [e.task for e in recipe.examples()]
-    known = torch.tensor([t.startswith(recipe.learn_from) for t in tasks])
-    train, validation = (part[known[part.prompt] & (~part.cut | recipe.cuts)] for part in (train, validation))
+    "Train `recipe`, resuming from the newest whole checkpoint below `out`; returns the figures (also written to `out/training.json`)."
+    out = Path(out)
+    # when to evaluate decides which weights are kept, so that it may not change while a run goes on
+    with TrainingRun(out / "run", recipe, free=tuple(name for name in FREE if name != "save_every")) as run:
+        records = cached_records(recipe, run.folder, models)
+        train, validation, test = split_by_prompt(records, seed=recipe.seed)
+        tasks = [e.task for e in recipe.examples()]
+        known = torch.tensor([t.startswith(recipe.learn_from) for t in tasks])
+        train, validation = (part[known[part.prompt] & (~part.cut | recipe.cuts)] for part in (train, validation))
+        if not len(train) or not len(validation):
+            raise ValueError(f"no prompt of a task that begins with {recipe.learn_from!r} is among those to learn from")
+        filter, sets = recipe.filter(), (WholeBatch(train, recipe.steps), WholeBatch(validation, 1))
+        arguments = _arguments(recipe, run.folder)
+        trainer = FilterTrainer(filter, arguments, data_collator=_first, train_dataset=sets[0], eval_dataset=sets[1])
+        run.train(trainer, data=fingerprint(*vars(records).values()))
+        figures = run.figures(trainer) | {
+            "kept_step": trainer.state.best_global_step,
+            "oracle_passes_a_block": _passes_a_block(records),
+            **_filter_report(filter.cpu().eval(), train, validation, test, tasks),
+        }
+        filter.save_pretrained(out)
+        return write_training(out, figures)
+
+
+def _filter_report(filter: ConfidenceFilter, train: Records, validation: Records, test: Records, tasks: list[str]) -> dict[str, Any]:
+    # sizes of the three sets, and figures on each of them
+    sets = {"train": train, "validation": validation, "test": test}
     whole, short = test[~test.cut], test[test.cut]
-    if not len(train) or not len(validation):
-        raise ValueError(f"no prompt of a task that begins with {recipe.learn_from!r} is among those to learn from")
-    filter = recipe.filter()
-    sets = WholeBatch(train, recipe.steps), WholeBatch(validation, 1)
-    trainer = FilterTrainer(filter, _arguments(recipe, run), data_collator=_first, train_dataset=sets[0], eval_dataset=sets[1])
-    trainer.train(resume_from_checkpoint=last_checkpoint(run))
-    filter = filter.cpu().eval()
     curve = logistic_curve(train.c[train.masked], train.correct[train.masked])
     kinds = {t.split("_")[0]: torch.tensor([u.startswith(t.split("_")[0]) for u in tasks]) for t in tasks}
-    figures = {
-        "recipe": asdict(recipe),
+    return {
         "parameters": sum(p.numel() for p in filter.parameters()),
-        "prompts": {"train": len(train.prompt.unique()), "validation": len(validation.prompt.unique()), "test": len(test.prompt.unique())},
-        "records": {"train": len(train), "validation": len(validation), "test": len(test)},
-        "oracle_passes_a_block": _passes_a_block(records),
-        "seconds_this_run": round(time.time() - started),
-        "curve": [{k: r[k] for k in ("step", "loss", "eval_loss") if k in r} for r in trainer.state.log_history],
-        "kept_step": int((trainer.state.best_model_checkpoint or "checkpoint-0").rpartition("-")[2]),
+        "prompts": {name: len(part.prompt.unique()) for name, part in sets.items()},
+        "records": {name: len(part) for name, part in sets.items()},
         "logistic_curve": curve,
         "train": filter_figures(filter, train, curve),
         "held_out": filter_figures(filter, whole, curve),
         "held_out_cut": filter_figures(filter, short, curve),
         "by_task": {k: filter_figures(filter, whole[of[whole.prompt]], curve) for k, of in kinds.items() if bool(of[whole.prompt].any())},
     }
-    filter.save_pretrained(out)
-    (out / "training.json").write_text(json.dumps(figures, indent=1))
-    return figures
 
 
 def _passes_a_block(records: Records) -> float:
@@ -364,31 +369,10 @@ def _passes_a_block(records: Records) -> float:
 
 
 def _arguments(recipe: FilterRecipe, run: Path) -> TrainingArguments:
-    gpu = torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=str(run),
-        run_name=recipe.name,
-        max_steps=recipe.steps,
-        per_device_train_batch_size=1,
-        per_device_eval_batch_size=1,
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        use_cpu=not gpu,
-        dataloader_pin_memory=False,
-        logging_steps=min(500, recipe.steps),
-        eval_strategy="steps",
-        eval_steps=min(recipe.save_every, recipe.steps),
-        save_steps=min(recipe.save_every, recipe.steps),
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        seed=recipe.seed,
-        report_to=wandb_report(),
-        prediction_loss_only=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-    )
+    settings: dict[str, Any] = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "dataloader_pin_memory": False}
+    settings |= {"weight_decay": recipe.weight_decay, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    settings |= {"logging_steps": min(500, recipe.steps), "load_best_model_at_end": True}
+    return training_arguments(recipe, run, **settings, remove_unused_columns=False, label_names=["labels"])
 
 # %% ../../nbs/training/learn2pd.ipynb #43176562
 def filter_card(
@@ -405,7 +389,7 @@ def filter_card(
     rows = {"holes": "holes", "all places": "all", "holes, logistic curve of the own confidence": "own confidence, holes"}
     sets = {"": held, ", cut canvases": figures["held_out_cut"]}
     quality = [
-        f"| {name}{what} | {found[k]['bce']:.4f} | {found[k]['auc']:.4f} | {found[k]['tau 0.96']['wrong']:.4f} |"
+        f"| {name}{what} | {shown(found[k]['bce'], '.4f')} | {shown(found[k]['auc'], '.4f')} | {shown(found[k]['tau 0.96']['wrong'], '.4f')} |"
         for what, found in sets.items()
         for name, k in rows.items()
     ]
@@ -416,7 +400,13 @@ def filter_card(
         "Data and licence": f"What the oracle sees while it decodes prompts of the task mixture: {counts} prompts, split by prompt; "
         f"{figures['records']['train']:,} records to learn from. The prompts are made by the lab's own code. Weights: apache-2.0.",
         "Recipe": "| setting | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in recipe.items()),
-        "Training": f"{recipe['steps']:,} steps on all records; the weights of step {figures['kept_step']:,} were kept.\n\n| step | loss on validation prompts |\n|---:|---:|\n"
+        "Training": "\n\n".join(
+            [
+                f"{recipe['steps']:,} steps on all records; the weights of step {figures['kept_step']:,} were kept.",
+                *figures.get("remarks", ()),
+            ]
+        )
+        + "\n\n| step | loss on validation prompts |\n|---:|---:|\n"
         + "\n".join(f"| {p['step']:,} | {float(p['eval_loss']):.4f} |" for p in points),
         "On held-out prompts": "| places | cross entropy | area under ROC | wrong among taken, tau 0.96 |\n|---|---:|---:|---:|\n"
         + "\n".join(quality),

@@ -8,19 +8,17 @@ Docs: https://decodelab.github.io/decodelab/training/masked_diffusion.html.md"""
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from ..core.contract import Decoder
-from ..core.provenance import provenance
 from ..core.tasks import TASKS
 from ..core.text_tasks import LIST_PROMPTS, ListTask, Task
 from ..core.zoo import load, model_card
@@ -28,9 +26,11 @@ from ..diffusion.base import LLaDA
 from ..diffusion.canvas import Denoiser
 from ..diffusion.measure import frontier
 from ..sampling.base import Autoregressive
+from .checkpoints import fingerprint, tokenizer_fingerprint, write_training
 from .denoising_data import TaskBatches, TextBatches, task_examples
-from .language_model import encode_stream, fast_bfloat16, last_checkpoint, save_model, training_arguments
+from .language_model import check_length, cosine_adamw, encode_stream, fast_bfloat16, save_model, vocabulary_size
 from .masked_loss import likelihood_bound, masked_loss
+from .runs import RunTrainer, TrainingRun, check_recipe, training_arguments
 
 # %% auto #0
 __all__ = ['MDM_RECIPES', 'BOUND', 'SOURCES', 'MaskedDiffusionRecipe', 'DenoiserTrainer', 'evaluation_tasks', 'accuracy',
@@ -59,12 +59,13 @@ class MaskedDiffusionRecipe:
     seed: int = 0  # seed of data and masks
 
     def __post_init__(self) -> None:
+        check_recipe(self, "examples", "room")
         if self.data not in ("tasks", "tales"):
             raise ValueError(f"data must be 'tasks' or 'tales', got {self.data!r}")
         if self.causal and self.data == "tales":
             raise ValueError("a causal model of the books is trained by `train_language_model`: use data='tasks' or causal=False")
-        if min(self.examples, self.room, self.batch_size, self.steps) < 1 or self.block < 2:
-            raise ValueError("examples, room, batch_size and steps must be positive, and block at least 2")
+        if self.block < 2:
+            raise ValueError(f"block must be at least 2, got {self.block}")
 
 
 MDM_RECIPES = {
@@ -79,7 +80,7 @@ def _whole(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return items[0]
 
 
-class DenoiserTrainer(Trainer):
+class DenoiserTrainer(RunTrainer):
     "Trains a model on batches that bring their holes and weights along."
 
     def __init__(
@@ -151,6 +152,7 @@ def held_out_bound(
 ) -> dict[str, float]:
     "Upper bound of the negative log-likelihood per token (nats) and of the bits per byte on held-out text."
     stream = torch.from_numpy(encode_stream(tokenizer, texts).astype(np.int64))
+    check_length(stream.numpy(), block, "held-out text")
     windows = stream[: len(stream) // block * block].view(-1, block)[:limit].to(model.device)
     answers = torch.ones_like(windows, dtype=torch.bool)
     answers[:, 0] = False
@@ -177,37 +179,50 @@ def train_masked_diffusion(
     callbacks: Sequence[TrainerCallback] = (),  # as for `Trainer`
     **changes: Any,  # other arguments of `TrainingArguments`
 ) -> dict[str, Any]:
-    "Train `recipe`, resuming from the last checkpoint below `out`; returns the run's figures (also written to `out/training.json`)."
-    out, run, started = Path(out), Path(out) / "run", time.time()
+    "Train `recipe`, resuming from the newest whole checkpoint below `out`; returns the figures (also written to `out/training.json`)."
+    out = Path(out)
     model, tokenizer = start or load(recipe.start_from)
+    _check_start(model, tokenizer)
+    made_of = {"start": fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer)}
     if not recipe.causal:
         model.config.mask_token_id, model.config.shift_logits = tokenizer.mask_token_id, True
     books = texts or _books() if recipe.data == "tales" else ([], [])
-    train, probe, facts = _batches(recipe, tokenizer, books, run, processes)
     common: dict[str, Any] = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "bf16": False, "torch_compile": False}
-    common |= {"remove_unused_columns": False, "label_names": ["ids"], "logging_nan_inf_filter": False}
-    arguments = training_arguments(recipe, run, **common | changes)
-    denoiser = Denoiser(model.train(), tokenizer.mask_token_id, shift_logits=True)
-    trainer = DenoiserTrainer(recipe, denoiser, args=arguments, train_dataset=train, eval_dataset=probe, callbacks=list(callbacks))
-    trainer.train(resume_from_checkpoint=last_checkpoint(run))
-    seconds, conditions = round(time.time() - started), provenance()["machine"]
-    save_model(model, tokenizer, out)
-    figures = {
-        "recipe": asdict(recipe),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens_seen": round(recipe.steps * recipe.batch_size * facts.pop("tokens_a_row")),
-        **facts,
-        "machine": conditions["gpu"] or f"{conditions['cpu']}, {conditions['cores']} cores",
-        "seconds_this_run": seconds,
-        "curve": [{k: r[k] for k in ("step", "loss", "eval_loss") if k in r} for r in trainer.state.log_history],
-    }
-    model.float()
+    common |= {"remove_unused_columns": False, "label_names": ["ids"]}
+    with TrainingRun(out / "run", recipe) as run:
+        train, probe, facts = _batches(recipe, tokenizer, books, run.folder, processes)
+        arguments = training_arguments(recipe, run.folder, **cosine_adamw(recipe) | common | changes)
+        denoiser = Denoiser(model.train(), tokenizer.mask_token_id, shift_logits=True)
+        trainer = DenoiserTrainer(recipe, denoiser, args=arguments, train_dataset=train, eval_dataset=probe, callbacks=list(callbacks))
+        run.train(trainer, **made_of, data=facts.pop("data"))
+        rows, machine = trainer.get_total_train_batch_size(arguments) * recipe.batch_size, run.segments[-1]["machine"]
+        figures = run.figures(trainer)
+        figures |= {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "tokens_seen": round(figures["steps"] * rows * facts.pop("tokens_a_row")),
+            "machine": machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores",
+            **facts,
+        }
+        save_model(model, tokenizer, out)
+        return write_training(out, _evaluated(recipe, model.float(), tokenizer, books[1], evaluate, figures))
+
+
+def _check_start(model: Any, tokenizer: Any) -> None:
+    if tokenizer.mask_token_id is None:
+        raise ValueError("the tokenizer has no mask token: start from a model that has one, or add one to tokenizer and embedding")
+    known = model.get_input_embeddings().num_embeddings
+    if vocabulary_size(tokenizer) > known:
+        raise ValueError(f"the tokenizer has ids up to {vocabulary_size(tokenizer) - 1}, the model only {known} embeddings: resize them")
+
+
+def _evaluated(
+    recipe: MaskedDiffusionRecipe, model: Any, tokenizer: Any, held_out: list[str], evaluate: int, figures: dict[str, Any]
+) -> dict[str, Any]:
     if evaluate and recipe.data == "tasks":
-        figures |= {"accuracy": accuracy(model, tokenizer, recipe.causal, evaluate, recipe.room), "examples_a_task": evaluate}
-    elif evaluate:
-        figures |= held_out_bound(model, tokenizer, books[1], recipe.block, limit=evaluate)
-        figures["remarks"] = [BOUND.format(evaluate=evaluate, block=recipe.block)]
-    (out / "training.json").write_text(json.dumps(figures, indent=1))
+        return figures | {"accuracy": accuracy(model, tokenizer, recipe.causal, evaluate, recipe.room), "examples_a_task": evaluate}
+    if evaluate:
+        remarks = [*figures.get("remarks", ()), BOUND.format(evaluate=evaluate, block=recipe.block)]
+        return figures | held_out_bound(model, tokenizer, held_out, recipe.block, limit=evaluate) | {"remarks": remarks}
     return figures
 
 
@@ -226,12 +241,15 @@ def _batches(
     rows, seed = recipe.batch_size, recipe.seed
     if recipe.data == "tales":
         train, test = (encode_stream(tokenizer, texts) for texts in books)
-        facts: dict[str, Any] = {"tokens_a_row": recipe.block, "train_tokens": len(train)}
+        for stream, name in ((train, "training text"), (test, "held-out text")):
+            check_length(stream, recipe.block, name)
+        facts: dict[str, Any] = {"tokens_a_row": recipe.block, "train_tokens": len(train), "data": fingerprint(train, test)}
         windows = (TextBatches(s, n, rows, k, block=recipe.block) for s, n, k in ((train, recipe.steps, seed), (test, 8, seed + 1)))
         return next(windows), next(windows), facts
     examples = task_examples(tokenizer, recipe.examples, seed, processes, run / "examples.safetensors")
     others = task_examples(tokenizer, min(2000, recipe.examples), seed + 1)
     facts = {"tokens_a_row": len(examples.tokens) / len(examples), "train_tokens": len(examples.tokens)}
+    facts["data"] = fingerprint(*vars(examples).values(), *vars(others).values())
     tasks = (
         TaskBatches(e, tokenizer, n, rows, k, causal=recipe.causal, room=recipe.room)
         for e, n, k in ((examples, recipe.steps, seed), (others, 8, seed + 1))

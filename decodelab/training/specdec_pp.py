@@ -8,23 +8,21 @@ Docs: https://decodelab.github.io/decodelab/training/specdec_pp.html.md"""
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from ..core.warp import draw
 from ..speculative.drafters import end_ids
 from ..speculative.specdec_pp import AcceptanceHead, AcceptanceHeadConfig
-from .language_model import last_checkpoint, wandb_report
+from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint, write_training
+from .runs import RunTrainer, TrainingRun, check_recipe, training_arguments
 
 # %% auto #0
 __all__ = ['log_law', 'acceptance', 'label_batch', 'acceptance_loss', 'pessimistic', 'calibrated', 'AcceptanceHeadRecipe',
@@ -129,10 +127,11 @@ class AcceptanceHeadRecipe:
     seed: int = 0  # seed of data, weights and order
 
     def __post_init__(self) -> None:
+        check_recipe(self, "prompts", "held_out", "new_tokens")
         if not 0 <= self.r < 1 or self.temperature < 0:
             raise ValueError(f"r must lie in [0, 1) and temperature be at least 0, got {self.r} and {self.temperature}")
-        if min(self.prompts, self.held_out, self.new_tokens, self.batch_size, self.steps) < 1:
-            raise ValueError("prompts, held_out, new_tokens, batch_size and steps must be positive")
+        if self.w_rej <= 0 or self.D < 0:
+            raise ValueError(f"w_rej must be positive and D at least 0, got {self.w_rej} and {self.D}")
 
     def head(
         self,
@@ -223,22 +222,20 @@ def cached_data(
     path: Path,  # where the data are kept
 ) -> tuple[HeadData, HeadData]:
     "Training and held-out data of `recipe`: read from `path` when they were built for it, else built and written there."
-    if path.is_file():
-        with safe_open(path, "pt") as f:
-            if (f.metadata() or {}).get("made_from") == recipe.data_key:
-                train, test = (HeadData(f.get_tensor(f"{s}_ids"), f.get_tensor(f"{s}_labels")) for s in ("train", "test"))
-                return train, test
+    made_from = {"made_from": recipe.data_key, "models": fingerprint(target, drafter), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    kept = kept_tensors(path, **made_from)
+    if kept is not None:
+        return tuple(HeadData(kept[f"{part}_ids"], kept[f"{part}_labels"]) for part in ("train", "test"))  # type: ignore[return-value]
     torch.manual_seed(recipe.seed)
     prompts = head_prompts(recipe.prompts + recipe.held_out, recipe.seed)
     parts = (prompts[: recipe.prompts], prompts[recipe.prompts :])
     train, test = (build_data(target, drafter, tokenizer, part, recipe) for part in parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"train_ids": train.input_ids, "train_labels": train.labels, "test_ids": test.input_ids, "test_labels": test.labels}
-    save_file(tensors, path, {"made_from": recipe.data_key})
+    keep_tensors(path, tensors, **made_from)
     return train, test
 
 # %% ../../nbs/training/specdec_pp.ipynb #89eadf7f
-class HeadTrainer(Trainer):
+class HeadTrainer(RunTrainer):
     "Trains an acceptance head on the hidden states of a frozen drafter."
 
     def __init__(
@@ -305,28 +302,25 @@ def train_acceptance_head(
     out: str | Path,  # folder of the finished head; checkpoints and data go to `out/run`
     models: tuple[Any, Any, Any] | None = None,  # target, drafter and tokenizer; those that the recipe names when None
 ) -> dict[str, Any]:
-    "Train `recipe`, resuming from the last checkpoint below `out`; returns the run's figures (also written to `out/training.json`)."
-    out, run = Path(out), Path(out) / "run"
+    "Train `recipe`, resuming from the newest whole checkpoint below `out`; returns the figures (also written to `out/training.json`)."
+    out = Path(out)
     target, drafter, tokenizer = models or _load_pair(recipe)
-    started = time.time()
-    train, test = cached_data(target, drafter, tokenizer, recipe, run / "data.safetensors")
-    head = recipe.head(drafter.config.get_text_config().hidden_size).to(drafter.device)
-    before = head_figures(head, drafter, test)
-    trainer = HeadTrainer(drafter, head, _arguments(recipe, run), train_dataset=train, eval_dataset=test)
-    trainer.train(resume_from_checkpoint=last_checkpoint(run))
-    figures = {
-        "recipe": asdict(recipe),
-        "parameters": sum(p.numel() for p in head.parameters()),
-        "texts": len(train),
-        "labelled_positions": int((~train.labels.isnan()).sum()),
-        "seconds_this_run": round(time.time() - started),
-        "curve": [{k: r[k] for k in ("step", "loss", "eval_loss") if k in r} for r in trainer.state.log_history],
-        "untrained": before,
-        "held_out": head_figures(head, drafter, test),
-    }
-    head.save_pretrained(out)
-    (out / "training.json").write_text(json.dumps(figures, indent=1))
-    return figures
+    with TrainingRun(out / "run", recipe) as run:
+        train, test = cached_data(target, drafter, tokenizer, recipe, run.folder / "data.safetensors")
+        head = recipe.head(drafter.config.get_text_config().hidden_size).to(drafter.device)
+        before = head_figures(head, drafter, test)
+        trainer = HeadTrainer(drafter, head, _arguments(recipe, run.folder), train_dataset=train, eval_dataset=test)
+        data = fingerprint(train.input_ids, train.labels, test.input_ids, test.labels)
+        run.train(trainer, drafter=fingerprint(drafter), data=data)
+        figures = run.figures(trainer) | {
+            "parameters": sum(p.numel() for p in head.parameters()),
+            "texts": len(train),
+            "labelled_positions": int((~train.labels.isnan()).sum()),
+            "untrained": before,
+            "held_out": head_figures(head, drafter, test),
+        }
+        head.save_pretrained(out)
+        return write_training(out, figures)
 
 
 def _load_pair(recipe: AcceptanceHeadRecipe) -> tuple[Any, Any, Any]:
@@ -335,33 +329,14 @@ def _load_pair(recipe: AcceptanceHeadRecipe) -> tuple[Any, Any, Any]:
 
     device = resolve_device("auto")
     target, tokenizer = load(recipe.target, device=device)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token will do
     return target, load(recipe.drafter, device=device)[0], tokenizer
 
 
 def _arguments(recipe: AcceptanceHeadRecipe, run: Path) -> TrainingArguments:
-    gpu = torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=str(run),
-        run_name=recipe.name,
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=max(1, round(0.03 * recipe.steps)),
-        lr_scheduler_type="cosine",
-        use_cpu=not gpu,
-        dataloader_pin_memory=gpu,
-        logging_steps=min(50, recipe.steps),
-        eval_strategy="steps",
-        eval_steps=recipe.eval_every,
-        save_steps=recipe.save_every,
-        save_total_limit=2,
-        seed=recipe.seed,
-        report_to=wandb_report(),
-        prediction_loss_only=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-    )
+    schedule = {"warmup_steps": max(1, round(0.03 * recipe.steps)), "lr_scheduler_type": "cosine", "logging_steps": min(50, recipe.steps)}
+    return training_arguments(recipe, run, **schedule, remove_unused_columns=False, label_names=["labels"])
 
 # %% ../../nbs/training/specdec_pp.ipynb #a6939623
 def head_card(
@@ -382,9 +357,10 @@ def head_card(
         "Data and licence": f"{figures['texts']:,} {data}; {figures['labelled_positions']:,} labelled positions. "
         "Books: public domain (Project Gutenberg). Weights: apache-2.0.",
         "Recipe": "| setting | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in recipe.items()),
-        "Training": f"{recipe['steps'] * recipe['batch_size']:,} texts seen.\n\n| step | held-out loss |\n|---:|---:|\n"
+        "Training": "\n\n".join([f"{recipe['steps'] * recipe['batch_size']:,} texts seen.", *figures.get("remarks", ())])
+        + "\n\n| step | held-out loss |\n|---:|---:|\n"
         + "\n".join(f"| {p['step']:,} | {float(p['eval_loss']):.4f} |" for p in curve),
-        "On held-out prompts": "\n".join(f"- {k.replace('_', ' ')}: {v:,.4g}" for k, v in held.items() if k != "calibration"),
+        "On held-out prompts": "\n".join(f"- {k.replace('_', ' ')}: {shown(v, ',.4g')}" for k, v in held.items() if k != "calibration"),
         "Retrain": "```\ndecodelab train specdec-pp" + "".join(f" --set {s}" for s in changed) + "\n```",
     }
     head = f"---\nlibrary_name: transformers\nlicense: apache-2.0\nlanguage: en\ntags: [decodelab]\n---\n\n# {recipe['name']}\n"
