@@ -1032,8 +1032,10 @@ def test_export_refuses(tmp_path):
     assert "is a file" in refused("export", "hub", "momentum", tmp_path / "file")
     assert "k must be" in refused("export", "hub", "momentum", tmp_path / "m", "--set", "k=0")
     assert not (tmp_path / "m").exists()
+    decoder = make_decoder("momentum", {})
+    decoder.alpha = torch.tensor(0.5)
     with pytest.raises(ValueError, match="only plain values"):
-        export_hub(make_decoder("momentum", {"alpha": torch.tensor(0.5)}), tmp_path / "m")
+        export_hub(decoder, tmp_path / "m")
 
 
 # the README

@@ -1038,7 +1038,7 @@ def test_the_command_refuses_in_one_line(books, tmp_path):
     (tmp_path / "empty").mkdir()
     for more, message in (
         (("--set", "magic=1"), "recipe tales-draft has no setting 'magic'; it has: name, hidden_size"),
-        (("--set", "steps=2.5"), "steps must be a whole number, got 2.5"),
+        (("--set", "steps=2.5"), "steps=2.5 does not fit: steps is a whole number"),
         (("--set", "block=1000", "--set", "context=1000"), "the training text has"),
         (("--set", "learning_rate=1e30", "--steps", "40", "--set", "save_every=100"), "the run has diverged"),
         (("--tokenizer", tmp_path / "empty"), "empty holds no tokenizer that transformers can read"),
