@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-import decodelab.core.contract as contract
+import decodelab.core.registry as registry
 from decodelab.core.contract import Decoder, Method, decoders, register
 from decodelab.core.output import DecodeOutput
 
@@ -715,8 +715,8 @@ def test_the_entry_is_whole(name):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(contract, "_METHODS", dict(contract._METHODS))
-    return contract._METHODS
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    return registry._METHODS
 
 
 ENTRY = {"paper": "P", "url": "https://x", "year": 2024, "lossless": False}
