@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-import decodelab.core.registry as registry
+import decodelab.core.registry as registry_module
 from decodelab.core.contract import Decoder, Method, decoders, register
 from decodelab.core.output import DecodeOutput
 
@@ -706,7 +706,7 @@ def test_the_entry_is_whole(name):
     assert isinstance(method, Method)
     assert method.name == name
     assert method.decoder.method is method
-    assert method.family in contract.FAMILIES
+    assert method.family in registry_module.FAMILIES
     assert method.url.startswith("https://")
     assert method.paper
     assert 1990 < method.year < 2100
@@ -715,8 +715,8 @@ def test_the_entry_is_whole(name):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    return registry._METHODS
+    monkeypatch.setattr(registry_module, "_METHODS", dict(registry_module._METHODS))
+    return registry_module._METHODS
 
 
 ENTRY = {"paper": "P", "url": "https://x", "year": 2024, "lossless": False}
