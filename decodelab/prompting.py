@@ -14,7 +14,7 @@ import torch
 
 from .core.contract import Decoder
 from .core.output import DecodeOutput
-from .core.session import context_length
+from .core.capability import context_length
 
 # %% auto #0
 __all__ = ['chat_text', 'encode_prompts', 'left_padded', 'in_batches']

@@ -19,8 +19,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+from .core.fields import type_words
+
 # %% auto #0
-__all__ = ['decode_text', 'read_text', 'read_prompts', 'type_words', 'read_value', 'kinds_of', 'split_setting', 'typed_settings',
+__all__ = ['decode_text', 'read_text', 'read_prompts', 'read_value', 'kinds_of', 'split_setting', 'typed_settings',
            'decoder_files', 'check_decoder', 'decoder_kinds', 'function_kinds']
 
 # %% ../nbs/reading.ipynb #e9a4c276
@@ -97,8 +99,6 @@ def read_prompts(
 
 # %% ../nbs/reading.ipynb #8a3d6e95
 _FREE = inspect.Parameter.empty  # no annotation: any literal, or text
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "none"}
-_LISTS = {int: "[2, 1]", float: "[0.5, 1]", str: "['a', 'b']"}
 
 
 def _literal(text: str) -> Any:
@@ -119,22 +119,6 @@ def _plain_text(text: str) -> str:
     # quotes are taken off, as in Python
     value = _free(text)
     return value if isinstance(value, str) else text
-
-
-def type_words(
-    kind: Any,  # a type
-) -> str:
-    "What a value of this type looks like, in words."
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return " or ".join(type_words(part) for part in parts)
-    if origin is Literal:
-        return " or ".join(map(str, parts))
-    if origin is not None and issubclass(origin, Mapping):
-        return "a table such as {1: 0.5}"
-    if origin is not None and issubclass(origin, Iterable):
-        return f"a list such as {_LISTS.get(parts[0], '[...]')}"
-    return _WORDS.get(kind, "an object, which no text can name")
 
 # %% ../nbs/reading.ipynb #f04b7a2c
 def _read_scalar(text: str, kind: Any) -> Any:

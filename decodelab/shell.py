@@ -30,8 +30,7 @@ from .reading import check_decoder, decoder_kinds, read_value, split_setting, ty
 __all__ = ['ModelOption', 'DraftOption', 'JsonOption', 'SetOption', 'PromptsOption', 'NumberOption', 'ChatOption', 'TokensOption',
            'MethodOption', 'SeedOption', 'ThreadsOption', 'SampleOption', 'TemperatureOption', 'TopKOption',
            'TopPOption', 'say', 'emit_json', 'waiting', 'show_table', 'check_folder', 'check_place', 'LabGroup',
-           'sampling_settings', 'parse_settings', 'decoder_settings', 'check_drafter', 'make_decoder', 'check_model',
-           'load_for']
+           'sampling_settings', 'decoder_settings', 'check_drafter', 'make_decoder', 'check_model', 'load_for']
 
 # %% ../nbs/shell.ipynb #120be7dc
 def say(
@@ -198,13 +197,6 @@ def sampling_settings(
     return {"do_sample": sample or bool(given), **given}
 
 # %% ../nbs/shell.ipynb #f3f3b929
-def parse_settings(
-    texts: Iterable[str] | None,  # settings as name=value
-) -> dict[str, Any]:
-    "Settings by name where no types are known: values are read as Python literals, and as text when they are none."
-    return {name: read_value(value, Parameter.empty) for name, value in map(split_setting, texts or ())}
-
-
 def decoder_settings(
     name: str,  # name in the registry
     texts: Iterable[str] | None,  # settings as name=value

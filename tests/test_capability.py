@@ -7,7 +7,7 @@ from conftest import small_model
 
 from decodelab.core.capability import TRIAL, abilities, agree, evaluating, path_logits, trial_tokens
 from decodelab.core.session import Session, tree_trial
-from decodelab.sampling.base import Autoregressive
+from decodelab.sampling.base import Autoregressive, ContrastiveSearch
 from decodelab.speculative.drafters import PromptLookup
 
 BEYOND = {
@@ -15,6 +15,7 @@ BEYOND = {
     "blt": "chooses by a rule of its own what a token sees",
     "moshi": "has a cache that forgets what its mask still shows",
     "phi3:longrope": "rotary embedding of Phi3ForCausalLM changes after 24 positions, within this text",
+    "llama:dynamic": "rotary embedding of LlamaForCausalLM changes after 24 positions, within this text",
 }
 
 
@@ -26,6 +27,22 @@ def test_what_no_trial_reaches_is_refused_before_a_token_is_made(name):
     assert Autoregressive().generate(model, prompt, **settings).sequences.equal(model.generate(prompt, **settings))
     with pytest.raises(ValueError, match=BEYOND[name]):
         PromptLookup().generate(model, prompt, **settings)
+
+
+def test_contrastive_search_wants_one_hidden_state_a_token():
+    model = build("gemma3n_text").eval()
+    with pytest.raises(ValueError, match="has no single hidden state a token to compare"):
+        ContrastiveSearch().generate(model, torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
+
+
+def test_errors_of_a_users_hook_are_the_users():
+    model = small_model()
+    hook = model.register_forward_hook(lambda *_: {}["mine"])
+    with pytest.raises(KeyError, match="mine"):
+        PromptLookup().generate(model, torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False)
+    hook.remove()
+    assert abilities(model).tree_error is None
+    Session(model)
 
 
 def test_a_trial_sees_a_wrong_tree():

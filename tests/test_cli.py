@@ -22,7 +22,8 @@ from decodelab.demo import masked_decoders, masked_table
 from decodelab.demo_page import DemoRow, DemoTable, comparison_page, demo_table, draft_svg
 from decodelab.diffusion.measure import POLICIES
 from decodelab.hub import export_hub
-from decodelab.shell import make_decoder, parse_settings, show_table
+from decodelab.reading import typed_settings
+from decodelab.shell import make_decoder, show_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "Once upon a time there was a king who"
@@ -197,24 +198,9 @@ def test_a_pipe_has_no_edge(monkeypatch, capsys):
 # settings
 
 
-def test_parse_settings():
-    assert parse_settings(None) == {}
-    assert parse_settings(["a=1", "b=0.5", "c=cold", "d=[1, 2]", "e=None", "f = 'x=y'"]) == {
-        "a": 1,
-        "b": 0.5,
-        "c": "cold",
-        "d": [1, 2],
-        "e": None,
-        "f": "x=y",
-    }
-    for bad in ("k", "=4", "1k=4"):
-        with pytest.raises(ValueError, match="write name=value"):
-            parse_settings([bad])
-
-
 def test_settings_are_data_not_code(tmp_path):
     value = f"__import__('os').mkdir('{tmp_path / 'made'}')"
-    assert parse_settings([f"k={value}"]) == {"k": value}
+    assert typed_settings(lambda k: None, [f"k={value}"]) == {"k": value}
     assert not (tmp_path / "made").exists()
 
 

@@ -23,7 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from decodelab.core.contract import Call
+from decodelab.core import call
 from decodelab.core.session import Session
 from decodelab.core.tree import Tree
 from decodelab.core.warp import draw, greedy, probabilities, process
@@ -551,16 +551,16 @@ def test_wrong_position_ids_are_rejected(toy, llama, case, monkeypatch):
 
 def test_an_end_accepted_in_mid_draft_is_rejected(toy, llama, case, monkeypatch):
     prompt, truth = case
-    cut = Call._cut
+    cut = call._Ends.cut
 
-    def looks_at_the_last_token_only(self, row, new):
-        n, done = cut(self, row, new)
+    def looks_at_the_last_token_only(self, count, new):
+        n, done = cut(self, count, new)
         if n < len(new) and new[n - 1] in self.eos:
-            n = min(len(new), self.remaining(row))
-            done = new[n - 1] in self.eos or n == self.remaining(row)
+            n = min(len(new), self.budget - count)
+            done = new[n - 1] in self.eos or count + n >= self.budget
         return n, done
 
-    monkeypatch.setattr(Call, "_cut", looks_at_the_last_token_only)
+    monkeypatch.setattr(call._Ends, "cut", looks_at_the_last_token_only)
     end = truth[1]
     out = Scripted(truth=[truth], accept=3).generate(
         llama, prompt, max_new_tokens=20, do_sample=False, repetition_penalty=1.3, eos_token_id=end

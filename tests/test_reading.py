@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from decodelab.core.contract import decoders
+from decodelab.core.fields import type_words
 from decodelab.prompting import encode_prompts, in_batches, left_padded
 from decodelab.reading import (
     check_decoder,
@@ -22,7 +23,6 @@ from decodelab.reading import (
     read_prompts,
     read_text,
     read_value,
-    type_words,
     typed_settings,
 )
 from decodelab.sampling.base import Autoregressive
@@ -81,7 +81,7 @@ def test_values_are_read_by_their_type(kind, text, value):
         (float, "many", "a number"),
         (float, "nan", "a number"),
         (float | None, "[1]", "a number or none"),
-        (Literal["hot", "cold"], "warm", "hot or cold"),
+        (Literal["hot", "cold"], "warm", "one of 'hot', 'cold'"),
         (Sequence[int], "2", "a list such as [2, 1]"),
         (Sequence[int], "[2.5]", "a list such as [2, 1]"),
         (Sequence[float], "{1: 2}", "a list such as [0.5, 1]"),

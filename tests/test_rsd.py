@@ -468,8 +468,8 @@ def test_greedy_uses_no_randomness_and_the_best_siblings(llama):
     ("make", "message"),
     [
         (lambda: RSDC(None, (2, 0)), r"b must list whole numbers of at least 1, one a level, such as \(2, 1, 1\); got \(2, 0\)"),
-        (lambda: RSDC(None, 3), "RSDC: b must be a list .a whole number each., got 3"),
-        (lambda: RSDC(None, (1.5,)), "RSDC: b must be a list .a whole number each., got "),
+        (lambda: RSDC(None, 3), "RSDC: b must be a list such as .2, 1., got 3"),
+        (lambda: RSDC(None, (1.5,)), "RSDC: b must be a list such as .2, 1., got "),
         (lambda: RSDS(None, W=0), "W must be at least 1 and L at least 0, got 0 and 3"),
         (lambda: RSDS(None, L=-1), "W must be at least 1 and L at least 0, got 2 and -1"),
         (lambda: IIDChains(None, K=0), "K must be at least 1 and L at least 0, got 0 and 3"),

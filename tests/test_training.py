@@ -939,7 +939,7 @@ def test_settings_that_no_run_can_have(recipe, setting, message):
 
 
 def test_settings_of_one_recipe():
-    with pytest.raises(ValueError, match="compile must be True or False, got 'false'"):
+    with pytest.raises(ValueError, match="compile must be true or false, got 'false'"):
         replace(MINI, compile="false")
     with pytest.raises(ValueError, match="layers, heads, vocab_size and block must be positive"):
         replace(MINI, layers=0)

@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMode, logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from .capability import context_length
+from .capability import context_length, embedding_size
 from .output import DecodeOutput, DecodeStats, Trace, TraceStep
 from .session import Session
 from .steps import StepSession, further_arguments
@@ -37,7 +37,7 @@ def _check_inputs(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, more
         raise ValueError(f"input_ids are on {ids.device}, the model on {model.device}: move them with input_ids.to(model.device)")
     if mask is not None and not bool(mask[:, -1].all()):
         raise ValueError("the prompts are padded on the right: use padding_side='left'")
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = embedding_size(model)
     strange = ids[(ids < 0) | (ids >= vocabulary)]
     if len(strange):
         raise ValueError(

@@ -26,8 +26,9 @@ from transformers.generation import GenerationMixin
 from .tree import Tree
 
 # %% auto #0
-__all__ = ['Local', 'TRIAL', 'executed', 'forward_arguments', 'text_config', 'context_length', 'local_layers', 'trial_tokens',
-           'path_logits', 'agree', 'Abilities', 'abilities', 'rope_change', 'require_tree', 'evaluating']
+__all__ = ['Local', 'TRIAL', 'executed', 'forward_arguments', 'text_config', 'embedding_size', 'context_length', 'local_layers',
+           'trial_tokens', 'path_logits', 'agree', 'Abilities', 'abilities', 'rope_change', 'require_tree',
+           'evaluating']
 
 # %% ../../nbs/core/capability.ipynb #7134c704
 def executed(
@@ -54,12 +55,27 @@ def text_config(
     return model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
 
 
+def embedding_size(
+    model: Any,  # language model
+) -> int:
+    "How many token ids the model's embedding table knows."
+    table = model.get_input_embeddings()
+    return int(table.num_embeddings if hasattr(table, "num_embeddings") else len(table.weight))  # quantised tables have weights only
+
+
 def context_length(
     model: Any,  # causal language model
 ) -> int | None:
-    "Positions the model was made for (`max_position_embeddings`), or None when its config does not say."
+    "Positions the model was made for (`max_position_embeddings`), or None when its config does not say, or its rotary embedding stretches (dynamic)."
     length = getattr(text_config(model), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
+    stretches = any(rope.get("rope_type") == "dynamic" for rope in _ropes(model))
+    return length if isinstance(length, int) and length > 0 and not stretches else None
+
+
+def _ropes(model: Any) -> list[dict[str, Any]]:
+    # parameters of the rotary embeddings: one set for all layers, or one for each kind of layer
+    rope = getattr(text_config(model), "rope_parameters", None)
+    return [part for part in (rope, *rope.values()) if isinstance(part, dict)] if isinstance(rope, dict) else []
 
 # %% ../../nbs/core/capability.ipynb #cdda6ae0
 Local = dict[str, tuple[str, int] | None]  # layer type -> ("window" or "chunk", size); None: sees everything
@@ -106,7 +122,7 @@ def trial_tokens(
     offset: int = 0,  # where to begin
 ) -> torch.Tensor:
     "Some ids of the model's vocabulary, the same at every call, [1, n]."
-    size = model.get_input_embeddings().num_embeddings
+    size = embedding_size(model)
     return (torch.arange(offset, offset + n)[None] * 7919 + 13) % size
 
 
@@ -171,7 +187,8 @@ def abilities(
         if key not in known:
             kinds = _cache_kinds(inner)
             plain = bool(kinds) and kinds <= _PLAIN
-            standard = plain and _steps_are_standard(inner, accepts)
+            # an embedding that follows the longest row of the batch wants all rows to stay
+            standard = plain and _steps_are_standard(inner, accepts) and rope_change(inner) is None
             known[key] = Abilities(standard, local_layers(inner) if plain else None, _structural_error(inner, accepts, kinds - _PLAIN))
         return known[key]
 
@@ -186,12 +203,13 @@ def _masks_windows(model: Any, kinds: set[str]) -> bool:
 def rope_change(
     model: Any,  # causal language model
 ) -> int | None:
-    "Positions after which the rotary embedding is another one (LongRoPE); None when it never changes."
-    config = text_config(model)
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))] if isinstance(rope, dict) else []
-    found = [part for part in kinds if part.get("rope_type") == "longrope"]
-    places = [part.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) for part in found]
+    "Positions after which the rotary embedding changes with the length of the text (LongRoPE, dynamic); None when it never does."
+    config, places = text_config(model), []
+    for rope in _ropes(model):
+        if rope.get("rope_type") == "longrope":
+            places.append(rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None))
+        elif rope.get("rope_type") == "dynamic":
+            places.append(config.max_position_embeddings)
     return min((int(place) for place in places if place), default=None)
 
 
@@ -238,8 +256,8 @@ def _tried(model: Any, trial: Callable[[Any], bool]) -> str:
     try:
         with torch.no_grad(), evaluating(model):
             right = trial(model)
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
-        return f"does not take the mask of a draft tree ({type(error).__name__})"
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        return f"does not take the mask of a draft tree ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
     return "" if right else "gives other logits for a draft tree than for its paths one by one (ALiBi, or a mask of its own)"
 
 # %% ../../nbs/core/capability.ipynb #e04987e3

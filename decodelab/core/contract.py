@@ -7,15 +7,10 @@ Docs: https://decodelab.github.io/decodelab/core/contract.html.md"""
 # %% ../../nbs/core/contract.ipynb #2d6aec48
 from __future__ import annotations
 
-import collections.abc
-import functools
 import inspect
-import numbers
-import types
-import typing
 import warnings
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_origin
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -23,65 +18,12 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from .call import Call
 from .capability import evaluating
+from .fields import field_types, fits, type_words
 from .output import DecodeOutput
 from .registry import FAMILIES, Method, decoders, register
 
 # %% auto #0
-__all__ = ['fits', 'type_words', 'field_types', 'Decoder', 'Bound']
-
-# %% ../../nbs/core/contract.ipynb #0e19f302
-_SINGLE: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str}
-_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
-
-
-def fits(
-    value: Any,  # a value
-    kind: Any,  # an annotation
-) -> bool:
-    "Whether a value is of an annotated type; annotations that this does not know allow everything."
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, k) for k in arguments)
-    if origin is Literal:
-        return value in arguments
-    if kind in _SINGLE:
-        return isinstance(value, _SINGLE[kind]) and (kind is bool or not isinstance(value, bool))
-    if origin is collections.abc.Sequence:
-        return isinstance(value, collections.abc.Sequence) and not isinstance(value, str) and all(fits(v, arguments[0]) for v in value)
-    if origin is collections.abc.Mapping:
-        return isinstance(value, collections.abc.Mapping)
-    return isinstance(value, kind) if isinstance(kind, type) else True
-
-
-def type_words(
-    kind: Any,  # an annotation
-) -> str:
-    "An annotation in words, for messages."
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(type_words, arguments))
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, arguments))
-    if origin is collections.abc.Sequence:
-        return f"a list ({type_words(arguments[0])} each)"
-    if origin is collections.abc.Mapping:
-        return "a dictionary"
-    return str(_WORDS.get(kind) or getattr(kind, "__name__", kind))
-
-
-@functools.cache
-def field_types(
-    cls: type,  # a dataclass
-) -> dict[str, Any]:
-    "Types of the fields that can be given, in the order of the constructor."
-    try:
-        hints = typing.get_type_hints(cls)
-    except NameError:  # a class made inside a function, with types that only the function knows
-        hints = {}
-    given = [f for f in fields(cls) if f.init]
-    return {f.name: hints.get(f.name, Any) for f in sorted(given, key=lambda f: bool(f.kw_only))}
+__all__ = ['Decoder', 'Bound']
 
 # %% ../../nbs/core/contract.ipynb #5903498a
 def _lost_streamer() -> Any:
@@ -111,7 +53,7 @@ class Decoder:
             if name not in known:
                 raise TypeError(f"{cls.__name__} has no hyper-parameter {name!r}; it has: {', '.join(known)}")
             if not fits(value, known[name]):
-                error = ValueError if typing.get_origin(known[name]) is Literal else TypeError
+                error = ValueError if get_origin(known[name]) is Literal else TypeError
                 raise error(f"{cls.__name__}: {name} must be {type_words(known[name])}, got {value!r}")
         return super().__new__(cls)
 

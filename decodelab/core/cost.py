@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from transformers import DynamicCache
 
-from .session import context_length
+from .capability import context_length
 
 # %% auto #0
 __all__ = ['Clock', 'timed', 'turns', 'interleaved_seconds', 'forward_curve', 'draft_cost', 'SpeedPrediction', 'expected_tokens',

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .session import context_length
+from .capability import context_length
 from .warp import greedy
 
 # %% auto #0

@@ -151,12 +151,14 @@ class Session:
         return logits
 
     def _check_rope(self, length: int) -> None:
-        # tokens on both sides of the change cannot stand in one forward pass; a draft reaches a little beyond the text
+        # what a token becomes there depends on the length of the text; a draft reaches a little beyond it
         change = rope_change(self.model) if self.room and not self.name else None
-        if change is not None and length <= change < length + self.room + 32:
+        if change is not None and change < length + self.room + 32:
+            room = change - length - 32
+            shorter = f"set max_new_tokens <= {room}, or " if room > 0 else ""
             raise ValueError(
-                f"the rotary embedding of {type(self.model).__name__} changes after {change} positions, within this text: "
-                f"set max_new_tokens <= {max(0, change - length - 32)}, or use a token-by-token decoder such as Autoregressive"
+                f"the rotary embedding of {type(executed(self.model)).__name__} changes after {change} positions, within this text: "
+                f"{shorter}use a token-by-token decoder such as Autoregressive"
             )
 
     def resume(

@@ -17,7 +17,7 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..core.output import DecodeStats
-from ..core.session import context_length, forward_arguments
+from ..core.capability import context_length, embedding_size, forward_arguments
 from ..core.slots import CompiledForward, Slots, bucket, padded_size
 
 # %% auto #0
@@ -25,12 +25,6 @@ __all__ = ['CACHES', 'mask_token', 'shifts_logits', 'both_ways', 'Denoiser', 'lo
            'check_model', 'Block', 'Canvas']
 
 # %% ../../nbs/diffusion/canvas.ipynb #8087dfbf
-def _vocabulary(model: Any) -> int:
-    # not every table of embeddings is an `nn.Embedding` (I-BERT)
-    table = model.get_input_embeddings()
-    return table.num_embeddings if hasattr(table, "num_embeddings") else len(table.weight)
-
-
 def mask_token(
     model: Any,  # masked language model
     given: int | None = None,  # id to use instead of the config's
@@ -41,7 +35,7 @@ def mask_token(
         raise ValueError(
             f"the config of {type(model).__name__} names no mask token: set model.config.mask_token_id, or pass mask_token_id to the decoder"
         )
-    size = _vocabulary(model)
+    size = embedding_size(model)
     if not 0 <= found < size:
         raise ValueError(f"mask_token_id {found} is outside the model's vocabulary of {size}")
     return int(found)
@@ -165,7 +159,7 @@ def sees_ahead(
     denoiser: Denoiser,  # a model
 ) -> bool:
     "Whether a change of the last of four tokens reaches every position before it."
-    size = _vocabulary(denoiser.model)
+    size = embedding_size(denoiser.model)
     ids = torch.arange(4, device=denoiser.model.device)[None] % size
     one, other = (denoiser.raw(x) for x in (ids, torch.where(ids == ids[0, -1], (ids + 1) % size, ids)))
     noise = 16 * torch.finfo(one.dtype).eps * one.abs().max()

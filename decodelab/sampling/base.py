@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.capability import embedding_size
 from ..core.contract import Call, Decoder, register
 from ..core.tree import Tree
 from ..core.warp import draw, greedy, probabilities
@@ -108,11 +109,14 @@ class ContrastiveSearch(Decoder):
             raise ValueError("contrastive search needs the hidden states of the whole prompt: call without past_key_values")
 
     def decode(self, call: Call) -> None:
-        k = min(self.k, call.model.get_input_embeddings().num_embeddings)
+        k = min(self.k, embedding_size(call.model))
         siblings = Tree.siblings(k)
         with call.session() as session:
             logits = session.prefill(call.prompt, output_hidden_states=True)[:, -1]
-            states = torch.nn.functional.normalize(session.output.hidden_states[-1].float(), dim=-1)
+            last = session.output.hidden_states[-1]
+            if last.ndim != 3:  # Gemma 3n keeps several streams, none of which is the token's state
+                raise ValueError(f"{type(call.model).__name__} has no single hidden state a token to compare: use another decoder")
+            states = torch.nn.functional.normalize(last.float(), dim=-1)
             if session.prompt_mask is not None:
                 states = states * session.prompt_mask[..., None]  # a zero state is like nothing
             while call.running:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 
 from ..core.bench import compare
+from ..core.capability import embedding_size
 from ..core.contract import Call, Decoder, decoders, register
 from ..core.tree import Tree, trie
 from .base import LEARNING, Draft, SpeculativeDecoder
@@ -343,7 +344,7 @@ class ADED(SpeculativeDecoder):
 
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
         with LEARNING:
-            table = self._table_for(call.model.get_input_embeddings().num_embeddings)
+            table = self._table_for(embedding_size(call.model))
         first = [0] * len(call.prompt) if call.mask is None else (call.mask == 0).sum(1).tolist()
         call.state = SimpleNamespace(table=table, first=first)
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ..core.call import Call, check_context
-from ..core.capability import context_length, evaluating, require_tree
+from ..core.capability import context_length, embedding_size, evaluating, require_tree
 from ..core.registry import register
 from ..core.output import DecodeStats
 from ..core.session import Session, tree_trial
@@ -36,7 +36,7 @@ def check_drafter(
     "Raise `ValueError` when a drafter's tokens cannot mean what the target's mean, or when it cannot be run beside it."
     if not callable(getattr(drafter, "get_input_embeddings", None)):
         raise ValueError(f"drafter must be a causal language model, such as load('tales-draft')[0], got {drafter!r}")
-    own, other = (m.get_input_embeddings().num_embeddings for m in (drafter, model))
+    own, other = (embedding_size(m) for m in (drafter, model))
     if own != other:
         raise ValueError(
             f"the drafter has a vocabulary of {own} tokens, the target one of {other}: use a drafter with the target's tokenizer, "
@@ -210,7 +210,7 @@ def example_drafter(
     "A drafter to try things with: the zoo's `tales-draft` for the zoo's models, else the target's own first layer."
     from decodelab.core.zoo import load
 
-    if model.get_input_embeddings().num_embeddings == 4096 and model.generation_config.eos_token_id == 2:
+    if embedding_size(model) == 4096 and model.generation_config.eos_token_id == 2:
         return load("tales-draft", device=str(model.device), dtype=model.dtype)[0]
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = 1
@@ -295,7 +295,7 @@ class TextDrafter(SpeculativeDecoder):
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
         real = torch.ones_like(call.prompt) if call.mask is None else call.mask
         with LEARNING:
-            vocabulary = call.model.get_input_embeddings().num_embeddings
+            vocabulary = embedding_size(call.model)
             call.state = _Texts([self.memory(vocabulary) for _ in call.rows])
             for memory, ids, mask in zip(call.state.rows, call.prompt, real.bool()):
                 memory.extend(ids[mask].tolist())

@@ -16,6 +16,7 @@ import torch
 
 from ..core.bench import compare
 from ..core.cost import forward_curve
+from ..core.capability import embedding_size
 from ..core.contract import Call, Decoder, decoders, register
 from ..core.tree import Tree
 from .base import LEARNING, Draft, SpeculativeDecoder
@@ -138,7 +139,7 @@ class TokenRecycling(SpeculativeDecoder):
         return self.update_prompt
 
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
-        vocabulary, device = call.model.get_input_embeddings().num_embeddings, call.prompt.device
+        vocabulary, device = embedding_size(call.model), call.prompt.device
         if vocabulary < self.k:
             raise ValueError(f"k = {self.k} successors do not exist in a vocabulary of {vocabulary}: set k <= {vocabulary}")
         levels = [(parents.to(device), ranks.to(device)) for parents, ranks in template_levels(self.paths)]

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
+from ..core.capability import embedding_size
 from ..core.contract import Decoder
 from ..core.tasks import TASKS
 from ..core.text_tasks import LIST_PROMPTS, ListTask, Task
@@ -210,7 +211,7 @@ def train_masked_diffusion(
 def _check_start(model: Any, tokenizer: Any) -> None:
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token: start from a model that has one, or add one to tokenizer and embedding")
-    known = model.get_input_embeddings().num_embeddings
+    known = embedding_size(model)
     if vocabulary_size(tokenizer) > known:
         raise ValueError(f"the tokenizer has ids up to {vocabulary_size(tokenizer) - 1}, the model only {known} embeddings: resize them")
 

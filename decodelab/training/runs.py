@@ -10,14 +10,13 @@ from __future__ import annotations
 import errno
 import json
 import math
-import numbers
 import os
 import shutil
 import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from ..core.fields import field_types, fits, type_words
 from ..core.provenance import provenance, to_plain, write_json
 from .checkpoints import checkpoint_fault, checkpoints, newest_whole_checkpoint, step_of
 
@@ -33,25 +33,15 @@ from .checkpoints import checkpoint_fault, checkpoints, newest_whole_checkpoint,
 __all__ = ['FREE', 'check_recipe', 'wandb_report', 'training_arguments', 'RunTrainer', 'TrainingRun']
 
 # %% ../../nbs/training/runs.ipynb #ef7e018a
-_KINDS: dict[str, tuple[Any, str]] = {
-    "int": (numbers.Integral, "a whole number"),
-    "float": (numbers.Real, "a number"),
-    "bool": (bool, "True or False"),
-    "str": (str, "a text"),
-}
-
-
 def check_recipe(
     recipe: Any,  # a dataclass whose fields are of type int, float, bool or str
     *positive: str,  # fields that must be at least 1; those that every recipe has are among them anyway
 ) -> None:
     "Raise `ValueError` when a field has a value of another type, or one with which no run is possible."
-    for field in fields(recipe):
-        value, (kind, words) = getattr(recipe, field.name), _KINDS[getattr(field.type, "__name__", str(field.type))]
-        # a switch is a number to Python
-        fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-        if not fits or (kind is numbers.Real and not math.isfinite(value)):
-            raise ValueError(f"{field.name} must be {words}, got {value!r}")
+    for name, kind in field_types(type(recipe)).items():  # type: ignore[arg-type]
+        value = getattr(recipe, name)
+        if not fits(value, kind) or (kind is float and not math.isfinite(value)):
+            raise ValueError(f"{name} must be {type_words(kind)}, got {value!r}")
     named = [n for n in ("steps", "batch_size", "save_every", "eval_every", *positive) if hasattr(recipe, n)]
     if any(getattr(recipe, n) < 1 for n in named):
         raise ValueError(f"{', '.join(named[:-1])} and {named[-1]} must be positive")
