@@ -157,7 +157,7 @@ def _train_stopped(run: Path, as_json: bool) -> None:
 
 
 def _train_language_model(plan: Any, folder: Path, tokenizer: str = "") -> dict[str, Any]:
-    from decodelab.core.data import load_data
+    from decodelab.lab.data import load_data
     from decodelab.core.zoo import model_card
     from decodelab.training.language_model import train_language_model, train_tokenizer
 
@@ -215,9 +215,9 @@ def _lab(
     "Show profile, models, device and data; or open the notebooks."
     if open_:
         raise typer.Exit(_open_notebooks())
-    from decodelab.core.claims import results_folder
-    from decodelab.core.data import data_root, data_sets, has_data
-    from decodelab.core.lab import Lab
+    from decodelab.lab.claims import results_folder
+    from decodelab.lab.data import data_root, data_sets, has_data
+    from decodelab.lab.lab import Lab
     from decodelab.core.zoo import zoo_models
 
     lab, zoo = Lab(), {m.name: m for m in zoo_models()}
@@ -273,8 +273,8 @@ def _experiment(
     "Run the full experiment of a notebook and store its result."
     from importlib import import_module
 
-    from decodelab.core.claims import results_folder, store_result
-    from decodelab.core.provenance import provenance
+    from decodelab.lab.claims import results_folder, store_result
+    from decodelab.lab.provenance import provenance
 
     found = full_experiments()
     known = f"notebooks with an experiment: {', '.join(found) or 'none yet'}"

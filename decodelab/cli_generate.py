@@ -150,7 +150,7 @@ def generate(
     keeper = TextKeeper(tokenizer, show=stream and not as_json)
     out = _one(decoder, lm, tokenizer, ids[0], call, {"prompt": texts[0], **facts}, keeper, as_json)
     if trace:
-        from decodelab.core.provenance import write_whole
+        from decodelab.lab.provenance import write_whole
         from decodelab.demo_page import trace_page
 
         say(f"written: {write_whole(trace, trace_page(texts[0], out, method))}")

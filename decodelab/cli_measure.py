@@ -40,7 +40,7 @@ class _Request:
 def _request(
     model: str, draft: str, methods: list[str] | None, file: Path | None, number: int | None, default: int, **more: Any
 ) -> _Request:
-    from decodelab.core.openings import tale_prompts
+    from decodelab.lab.prompts import tale_prompts
 
     for name in methods or ():
         check_decoder(name)
@@ -68,7 +68,7 @@ def _set_up(asked: _Request, own_draft: bool, shown: int = 0) -> _Setting:
     with waiting("loading torch and the models ..."):
         lab, model, tokenizer = load_for(asked.model, "target", asked.threads, asked.seed)
         draft = load_for(asked.draft, "draft", seed=asked.seed)[1] if asked.draft else None
-        from decodelab.core.openings import tale_prompts
+        from decodelab.lab.prompts import tale_prompts
         from decodelab.demo import ends_of, ready_decoders
         from decodelab.prompting import encode_prompts, left_padded
 
@@ -135,7 +135,7 @@ def _live(own: _Setting) -> None:
 def _masked(own: _Setting, asked: _Request, seconds: float) -> list[Any]:
     # the table of the masked decoders; what is shown there is no longer left out
     from decodelab.demo import masked_decoders, masked_table
-    from decodelab.diffusion.measure import POLICIES
+    from decodelab.experiments.diffusion.measure import POLICIES
 
     known = decoder_files()
     wanted = [name for name in asked.methods or known if known[name].parent.name == "diffusion"]
@@ -213,7 +213,7 @@ def demo(
 
 
 def _finish_demo(own: _Setting, tables: list[Any], traces: Mapping[str, Any], out: Path, as_json: bool) -> None:
-    from decodelab.core.provenance import write_whole
+    from decodelab.lab.provenance import write_whole
     from decodelab.demo_page import comparison_page
 
     left_out = own.left_out | {name: why for table in tables for name, why in table.left_out.items()}
@@ -270,8 +270,8 @@ def bench(
 
 def _results_place(out: Path | None) -> Path | None:
     # where results go, tried; None where they are not kept
-    from decodelab.core.claims import results_folder
-    from decodelab.core.lab import chosen_profile, read_settings
+    from decodelab.lab.claims import results_folder
+    from decodelab.lab.lab import chosen_profile, read_settings
 
     kept = results_folder()
     folder = out or (kept / chosen_profile(read_settings()) if kept else None)

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from .core.bench import BenchResult, BenchRow, counted, timed_rows
+from .lab.bench import BenchResult, BenchRow, counted, timed_rows
 from .core.contract import Decoder, decoders
 from .core.output import DecodeOutput
-from .core.provenance import provenance
-from .core.tasks import TASKS
+from .lab.provenance import provenance
+from .lab.tasks.catalogue import TASKS
 from .demo_page import DemoRow, DemoTable
-from .diffusion import measure
+from .experiments.diffusion import measure
 from .prompting import encode_prompts, left_padded
 from .reading import check_decoder
 

@@ -44,7 +44,7 @@ def emit_json(
     data: Any,  # see `to_plain`
 ) -> None:
     "Write a result as JSON to standard output."
-    from decodelab.core.provenance import to_plain
+    from decodelab.lab.provenance import to_plain
 
     typer.echo(json.dumps(to_plain(data), indent=1, ensure_ascii=False, allow_nan=False))
 
@@ -244,7 +244,7 @@ def check_model(
     role: str,  # role in the profile, such as `target`
 ) -> str:
     "The name of a model, looked for as far as that goes without torch: a folder that lacks a part is named at once."
-    from decodelab.core.lab import chosen_profile, read_settings, setting_text
+    from decodelab.lab.lab import chosen_profile, read_settings, setting_text
     from decodelab.core.zoo import locate
 
     settings = read_settings()
@@ -270,7 +270,7 @@ def load_for(
     "The lab, a model and its tokenizer."
     name = check_model(name, role)
     _quiet()
-    from decodelab.core.lab import Lab
+    from decodelab.lab.lab import Lab
     from decodelab.core.zoo import load
 
     if threads:

@@ -17,7 +17,7 @@ _NOTHING = inspect.Parameter.empty
 class Module:
     """One exported module: its name, its public names and the notebook that it comes from."""
 
-    name: str  # as "decodelab.core.data"
+    name: str  # as "decodelab.lab.data"
     public: tuple[str, ...]  # its `__all__`
     notebook: str  # as "core/data", or ""
     summary: str  # first line of its docstring

@@ -121,7 +121,7 @@ def check_slow() -> None:
 
 def data_folder() -> Path | None:
     "The data folder that the notebooks will find, if any; a named one must hold data."
-    from decodelab.core.data import data_root, data_sets
+    from decodelab.lab.data import data_root, data_sets
 
     folder = data_root()
     if folder is None:

@@ -21,14 +21,14 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from ..core.contract import Call, register
 from ..core.output import DecodeOutput
-from ..core.tasks import CountdownTask, SudokuTask
-from ..core.text_tasks import ArithmeticTask, Example, ListTask, Task
+from ..lab.tasks.catalogue import CountdownTask, SudokuTask
+from ..lab.tasks.text import ArithmeticTask, Example, ListTask, Task
 from ..core.warp import confidence, draw, greedy, probabilities
 from .base import LLaDA, Unmasker
 from .fast_dllm import FastDLLM
-from .measure import frontier, table
+from ..experiments.diffusion.measure import frontier, table
 from .step import SCORES, Step, law_score, top, without_best
-from .watch import encode
+from ..lab.watch import encode
 
 # %% auto #0
 __all__ = ['HARD', 'EASY', 'Watched', 'watch_laws', 'exercises', 'entropy', 'disagreement', 'drift', 'stratified_auc', 'History',
@@ -478,7 +478,7 @@ def experiment(
     temperatures: Sequence[float] = (0.1, 0.4, 0.7, 1.0),  # of the robustness test
 ) -> dict[str, Any]:
     "All rivals, all sweeps, temperatures, plateaus on a canvas twice as long, and what disagreement foretells; about 10 minutes on one core."
-    from decodelab.core.lab import Lab
+    from decodelab.lab.lab import Lab
 
     lab = Lab("diffusion/ccd")
     lab.seed_everything()

@@ -16,13 +16,13 @@ import pandas as pd
 import torch
 
 from ..core.contract import Call, register
-from ..core.tasks import TASKS
-from ..core.text_tasks import LIST_PROMPTS, Example
+from ..lab.tasks.catalogue import TASKS
+from ..lab.tasks.text import LIST_PROMPTS, Example
 from .base import LLaDA, Unmasker
 from .ideal import IdealDenoiser, Law
-from .measure import frontier, table
+from ..experiments.diffusion.measure import frontier, table
 from .step import Step, order_score, top
-from .watch import encode, watch
+from ..lab.watch import encode, watch
 
 # %% auto #0
 __all__ = ['SOLVED', 'SOME', 'PAD', 'EOS', 'MASK', 'SEPARATOR', 'FILLER', 'EQUALS', 'FIRST_DIGIT', 'GAMMAS', 'exercises',
@@ -35,7 +35,7 @@ SOME = ("list_sort", "arithmetic", "sudoku", "countdown")  # of these, one of ea
 
 
 def exercises(
-    names: Sequence[str],  # tasks of `decodelab.core.tasks`
+    names: Sequence[str],  # tasks of `decodelab.lab.tasks.catalogue`
     n: int,  # exercises of each
     seed: int = 0,  # seed
 ) -> list[Example]:
@@ -282,7 +282,7 @@ def experiment(
     watched: int = 4,  # exercises of each task whose passes are watched
 ) -> dict[str, Any]:
     "All rivals on all tasks, passes as seen, the factor, and a canvas twice as long; about 15 minutes on one core."
-    from decodelab.core.lab import Lab
+    from decodelab.lab.lab import Lab
 
     lab = Lab("diffusion/eoser_ass")
     lab.seed_everything()

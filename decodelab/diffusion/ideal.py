@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from ..core.text_tasks import LIST_PROMPTS, list_answers
+from ..lab.tasks.text import LIST_PROMPTS, list_answers
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'LIST_OPERATIONS', 'TIE_NOISE', 'distinct_rows', 'Law', 'list_law', 'coins', 'latin_squares',

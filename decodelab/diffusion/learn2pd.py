@@ -19,8 +19,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..core.contract import Call, register
-from ..core.tasks import TASKS
-from ..core.text_tasks import Example
+from ..lab.tasks.catalogue import TASKS
+from ..lab.tasks.text import Example
 from ..core.zoo import safetensors_header, zoo_folders, zoo_path
 from .base import LLaDA, Unmasker
 from .fast_dllm import FastDLLM
@@ -335,8 +335,8 @@ def experiment(
     tasks: Sequence[str] = TASK_NAMES,  # tasks of the exercises
 ) -> dict[str, Any]:
     "The rivals, and filters of depth 1 and 4, on all tasks; cuts and caches on long canvases."
-    from decodelab.core.lab import Lab
-    from decodelab.diffusion.measure import frontier
+    from decodelab.lab.lab import Lab
+    from decodelab.experiments.diffusion.measure import frontier
 
     lab = Lab("diffusion/learn2pd")
     lab.seed_everything()

@@ -16,12 +16,12 @@ import torch
 
 from ..core.contract import register
 from ..core.output import DecodeOutput
-from ..core.tasks import TASKS, CountdownTask, SudokuTask
-from ..core.text_tasks import LIST_PROMPTS, ArithmeticTask, Example, ListTask, Task
+from ..lab.tasks.catalogue import TASKS, CountdownTask, SudokuTask
+from ..lab.tasks.text import LIST_PROMPTS, ArithmeticTask, Example, ListTask, Task
 from .base import LLaDA, Unmasker
 from .fast_dllm import EntropyBound, FastDLLM
 from .step import Step, top
-from .watch import PassLog, encode, watch
+from ..lab.watch import PassLog, encode, watch
 
 # %% auto #0
 __all__ = ['EXERCISES', 'BANDS', 'GAMMAS', 'RADII', 'TAUS', 'exercises', 'delays', 'Share', 'share', 'distance', 'decay',
@@ -310,9 +310,9 @@ def experiment(
     prompts: int = 32,  # openings of stories
 ) -> dict[str, Any]:
     "The two principles and the rivals on exercises and stories; sweeps and the control of places on exercises."
-    from decodelab.core.lab import Lab
-    from decodelab.core.openings import tale_prompts
-    from decodelab.diffusion.measure import frontier, task_score
+    from decodelab.lab.lab import Lab
+    from decodelab.lab.prompts import tale_prompts
+    from decodelab.experiments.diffusion.measure import frontier, task_score
 
     lab = Lab("diffusion/localleap")
     lab.seed_everything()

@@ -16,8 +16,8 @@ import torch
 from transformers import LogitsProcessor
 
 from ..core.contract import Call, register
-from ..core.mauve import hidden_state_featuriser, mauve_score
-from ..core.metrics import coherence, diversity, greedy_ratio, repetition
+from ..lab.mauve import hidden_state_featuriser, mauve_score
+from ..lab.metrics import coherence, diversity, greedy_ratio, repetition
 from ..core.warp import probabilities
 from .base import Autoregressive, ContrastiveSearch, TokenDecoder
 
@@ -250,8 +250,8 @@ def experiment(
     domains: Sequence[str] = ("wikinews", "story"),  # parts of the open-ended benchmark
 ) -> dict[str, Any]:
     "The full open-ended experiment on benchmark prompts; needs the data set `open_ended`."
-    from decodelab.core.data import load_data
-    from decodelab.core.lab import Lab
+    from decodelab.lab.data import load_data
+    from decodelab.lab.lab import Lab
 
     lab = Lab("sampling/momentum")
     lab.seed_everything()

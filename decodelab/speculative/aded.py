@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 import torch
 
-from ..core.bench import compare
+from ..lab.bench import compare
 from ..core.capability import embedding_size
 from ..core.contract import Call, Decoder, decoders, register
 from ..core.tree import Tree, trie
 from .base import LEARNING, Draft, SpeculativeDecoder
-from .measure import held_out_prompts, line_up, target_texts
+from ..experiments.speculative.measure import held_out_prompts, line_up, target_texts
 
 # %% auto #0
 __all__ = ['Pair', 'Row', 'TrigramTable', 'Node', 'search', 'most_visited', 'fit_budget', 'best_first', 'ADED', 'replay',
@@ -460,9 +460,9 @@ def experiment(
     repeats: int = 1,  # timed rounds a prompt
 ) -> dict[str, Any]:
     "Speed against the rivals and size of the corpus, on held-out prompts from the test books of `tales`; needs the data set."
-    from decodelab.core.cost import forward_curve
-    from decodelab.core.data import paragraphs
-    from decodelab.core.lab import Lab
+    from decodelab.lab.cost import forward_curve
+    from decodelab.lab.data import paragraphs
+    from decodelab.lab.lab import Lab
 
     lab = Lab("speculative/aded")
     lab.seed_everything()

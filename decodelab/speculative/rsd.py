@@ -387,9 +387,9 @@ def experiment(
     rows: int = 60_000,  # runs of each tree for the test of its law
 ) -> dict[str, Any]:
     "All rivals by budget and temperature, widths at a fixed length, lengths of a chain, costs of the pair, and the law of each tree."
-    from decodelab.core.cost import draft_cost
-    from decodelab.core.lab import Lab
-    from decodelab.core.openings import tale_prompts
+    from decodelab.lab.cost import draft_cost
+    from decodelab.lab.lab import Lab
+    from decodelab.lab.prompts import tale_prompts
 
     lab = Lab("speculative/rsd")
     lab.seed_everything()

@@ -19,13 +19,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..core.contract import Call, decoders, register
-from ..core.cost import draft_cost
+from ..lab.cost import draft_cost
 from ..core.tree import Tree
 from ..core.warp import draw, greedy, probabilities
 from ..core.zoo import safetensors_header, zoo_folders, zoo_path
 from .base import Draft
 from .drafters import ModelDrafter, example_drafter, processed_scores
-from .measure import held_out_texts
+from ..experiments.speculative.measure import held_out_texts
 
 # %% auto #0
 __all__ = ['HEADS', 'GRID', 'rates', 'speedup', 'AcceptanceHeadConfig', 'AcceptanceHead', 'load_head', 'SpecDecPP',
@@ -345,8 +345,8 @@ def experiment(
     seeds: int = 1,  # sampled runs of each stop rule
 ) -> dict[str, Any]:
     "All stop rules on openings of tales and on the held-out books, sampled and greedy: N, N_T, N_D of every prompt; needs the data set."
-    from decodelab.core.lab import Lab
-    from decodelab.core.openings import tale_prompts
+    from decodelab.lab.lab import Lab
+    from decodelab.lab.prompts import tale_prompts
 
     lab = Lab("speculative/specdec_pp")
     lab.seed_everything()

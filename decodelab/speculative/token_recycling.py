@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 
-from ..core.bench import compare
-from ..core.cost import forward_curve
+from ..lab.bench import compare
+from ..lab.cost import forward_curve
 from ..core.capability import embedding_size
 from ..core.contract import Call, Decoder, decoders, register
 from ..core.tree import Tree
 from .base import LEARNING, Draft, SpeculativeDecoder
-from .measure import held_out_prompts, line_up, target_texts
+from ..experiments.speculative.measure import held_out_prompts, line_up, target_texts
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'rank_paths', 'template_tree', 'template_levels', 'read_table', 'write_table', 'TokenRecycling',
@@ -228,8 +228,8 @@ def experiment(
     repeats: int = 1,  # timed rounds a prompt
 ) -> dict[str, Any]:
     "The full comparison on held-out prompts from the test books of `tales`: one table a kind of text; needs the data set."
-    from decodelab.core.lab import Lab
-    from decodelab.core.openings import tale_prompts
+    from decodelab.lab.lab import Lab
+    from decodelab.lab.prompts import tale_prompts
 
     lab = Lab("speculative/token_recycling")
     lab.seed_everything()

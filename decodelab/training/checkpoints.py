@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainerState
 
-from ..core.provenance import to_plain, write_json
+from ..lab.provenance import to_plain, write_json
 from ..core.zoo import safetensors_header
 
 # %% auto #0

@@ -20,8 +20,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from ..core.tasks import CountdownTask, SudokuTask
-from ..core.text_tasks import LIST_PROMPTS, ArithmeticTask, Example, ListTask, Task
+from ..lab.tasks.catalogue import CountdownTask, SudokuTask
+from ..lab.tasks.text import LIST_PROMPTS, ArithmeticTask, Example, ListTask, Task
 from .checkpoints import keep_tensors, kept_tensors, tokenizer_fingerprint
 from .language_model import check_length
 from .masked_loss import mask_answers

@@ -20,7 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from ..core.text_tasks import Example
+from ..lab.tasks.text import Example
 from ..diffusion.learn2pd import ConfidenceFilter, FilterConfig, InHindsight
 from ..diffusion.step import Step
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint, write_training
@@ -275,7 +275,7 @@ def cached_records(
 
 
 def _load(name: str) -> tuple[Any, Any]:
-    from decodelab.core.lab import resolve_device
+    from decodelab.lab.lab import resolve_device
     from decodelab.core.zoo import load
 
     model, tokenizer = load(name, device=resolve_device("auto"))

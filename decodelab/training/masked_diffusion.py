@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from ..core.capability import embedding_size
 from ..core.contract import Decoder
-from ..core.tasks import TASKS
-from ..core.text_tasks import LIST_PROMPTS, ListTask, Task
+from ..lab.tasks.catalogue import TASKS
+from ..lab.tasks.text import LIST_PROMPTS, ListTask, Task
 from ..core.zoo import load, model_card
 from ..diffusion.base import LLaDA
 from ..diffusion.canvas import Denoiser
-from ..diffusion.measure import frontier
+from ..experiments.diffusion.measure import frontier
 from ..sampling.base import Autoregressive
 from .checkpoints import fingerprint, tokenizer_fingerprint, write_training
 from .denoising_data import TaskBatches, TextBatches, task_examples
@@ -228,7 +228,7 @@ def _evaluated(
 
 
 def _books() -> tuple[list[str], list[str]]:
-    from decodelab.core.data import load_data
+    from decodelab.lab.data import load_data
 
     books = load_data("tales")
     train, held_out = ([b["text"] for b in books if b["split"] == split] for split in ("train", "test"))

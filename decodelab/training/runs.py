@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..core.fields import field_types, fits, type_words
-from ..core.provenance import provenance, to_plain, write_json
+from ..lab.provenance import provenance, to_plain, write_json
 from .checkpoints import checkpoint_fault, checkpoints, newest_whole_checkpoint, step_of
 
 # %% auto #0

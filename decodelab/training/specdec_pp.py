@@ -153,8 +153,8 @@ def head_prompts(
     seed: int = 0,  # order
 ) -> list[str]:
     "Prompts to train on: openings of tales, and as many paragraphs of the training books where the data are there."
-    from decodelab.core.data import first_words, has_data, paragraphs
-    from decodelab.core.openings import tale_prompts
+    from decodelab.lab.data import first_words, has_data, paragraphs
+    from decodelab.lab.prompts import tale_prompts
 
     measured = set(tale_prompts(500, seed=0))
     openings = [t for t in tale_prompts(min(16_016, n + 2000), seed=seed + 1) if t not in measured]
@@ -324,7 +324,7 @@ def train_acceptance_head(
 
 
 def _load_pair(recipe: AcceptanceHeadRecipe) -> tuple[Any, Any, Any]:
-    from decodelab.core.lab import resolve_device
+    from decodelab.lab.lab import resolve_device
     from decodelab.core.zoo import load
 
     device = resolve_device("auto")

@@ -1,0 +1,783 @@
+"""Coherent contextual decoding: against a transcription of the card in plain Python, its reductions, bounds, and the trap."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from toys import PAD, left_pad, random_prompts, small_model
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+from decodelab.diffusion.base import LLaDA
+from decodelab.diffusion.ccd import (
+    CCD,
+    EASY,
+    HARD,
+    Agreement,
+    History,
+    TrapDenoiser,
+    disagreement,
+    drift,
+    drift_aucs,
+    entropy,
+    experiment,
+    idle_runs,
+    law_score,
+    rivals,
+    stratified_auc,
+    watch_laws,
+)
+from decodelab.diffusion.ideal import IdealDenoiser, Law
+from decodelab.diffusion.step import Step
+from decodelab.lab.lab import Lab
+
+MASK, VOCAB = 0, 9
+
+
+class Wandering(PreTrainedModel, GenerationMixin):
+    "Each place has a law of its own, disturbed by noise that depends on what the row shows; nothing is ever tied."
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, noise=1.0, sharpness=2.0, eos=None, seed=0):
+        config = {
+            "vocab_size": VOCAB,
+            "num_hidden_layers": 0,
+            "mask_token_id": MASK,
+            "eos_token_id": eos,
+            "pad_token_id": 1,
+            "is_causal": False,
+        }
+        super().__init__(PreTrainedConfig(**config, max_position_embeddings=512))
+        generator = torch.Generator().manual_seed(seed)
+        self.base = sharpness * torch.randn(64, VOCAB, generator=generator)
+        self.noise, self.embed = noise, torch.nn.Embedding(VOCAB, 1).requires_grad_(False)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None, return_dict=True):
+        exists = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        logits = torch.zeros(*input_ids.shape, VOCAB)
+        for i, (row, there) in enumerate(zip(input_ids.tolist(), exists.tolist())):
+            real = [token for token, on in zip(row, there) if on]
+            own = torch.Generator().manual_seed(hash(tuple(real)) % 2**31)
+            law = self.base[: len(real)] + self.noise * torch.randn(len(real), VOCAB, generator=own)
+            logits[i, torch.tensor(there).bool()] = law
+        return MaskedLMOutput(logits=logits)
+
+
+@dataclass
+class Spy(CCD):
+    "Notes what each pass saw, row by row, and what it filled."
+
+    seen: list = field(default_factory=list, init=False, repr=False)
+    blocks: int = field(default=0, init=False, repr=False)
+
+    def remember(self, call, rows):
+        self.blocks += 1
+        return super().remember(call, rows)
+
+    def select(self, step):
+        law, proposals = step.warped.softmax(-1), step.tokens.clone()
+        masked, quota, steps = step.masked.clone(), step.quota, step.steps
+        chosen = super().select(step)
+        for i, row in enumerate(step.rows.tolist()):
+            facts = {"row": row, "block": self.blocks, "masked": masked[i].tolist(), "p": law[i].tolist(), "best": proposals[i].tolist()}
+            facts |= {"quota": int(quota[i]), "index": int(step.passes[i]), "steps": steps, "masks": int(step.masks[i])}
+            facts |= {
+                "chosen": chosen[i].nonzero()[:, 0].tolist(),
+                "tokens": step.tokens[i].tolist(),
+                "sure": step.raw_confidence[i].tolist(),
+            }
+            self.seen.append(facts)
+        return chosen
+
+
+def stories(spy):
+    "The passes of each row and block, in order."
+    found = {}
+    for facts in spy.seen:
+        found.setdefault((facts["row"], facts["block"]), []).append(facts)
+    return list(found.values())
+
+
+# the card, word by word
+
+
+def h(p):
+    return -sum(x * math.log(x) for x in p if x > 0)
+
+
+def conf_of(p, kind):
+    return max(p) if kind == "max_prob" else -h(p)
+
+
+def best_first(places, score):
+    return sorted(places, key=lambda i: (-score[i], i))
+
+
+def by_the_card(decoder, passes):
+    "Sections A and B: (filled places, token of each) for every pass of one row and block."
+    history = []
+    for facts in passes:
+        p, b = facts["p"], facts["quota"]
+        holes = [i for i, m in enumerate(facts["masked"]) if m]
+        conf = {i: conf_of(p[i], decoder.conf) for i in holes}
+        top = best_first(holes, conf)[: decoder.V]
+        consistent = [i for i in top if all(i in record for record in history)]
+        mean = {i: [sum(x) / (1 + len(history)) for x in zip(p[i], *(record[i] for record in history))] for i in consistent}
+        if not decoder.adaptive:
+            score = {i: conf_of(mean[i], decoder.rank) for i in consistent}
+            new = sorted(consistent, key=lambda i: -score[i])[:b]
+        elif decoder.eps is not None:
+            new = [i for i in consistent if h(mean[i]) <= decoder.eps]
+        else:
+            new = [i for i in consistent if history and p[i].index(max(p[i])) == history[-1][i].index(max(history[-1][i]))]
+        written = {i: p[i] if decoder.token_from == "pass" else mean[i] for i in new}
+        tokens = {i: written[i].index(max(written[i])) for i in new}
+        sure = {i: max(written[i]) for i in new}
+        for i in best_first([i for i in holes if i not in new], conf)[: max(0, b - len(new))]:
+            tokens[i], sure[i] = p[i].index(max(p[i])), max(p[i])
+        yield tokens, sure
+        if decoder.d:
+            history = [*history, {i: p[i] for i in top if i not in tokens}][-decoder.d :]
+
+
+def by_the_code(decoder, passes):
+    "Section C."
+    width, remembered, previous = 1, [], {}
+    for facts in passes:
+        p, b, t = facts["p"], facts["quota"], facts["index"]
+        holes = [i for i, m in enumerate(facts["masked"]) if m]
+        conf = {i: conf_of(p[i], decoder.conf) for i in holes}
+        order = best_first(holes, conf)
+        if len(holes) <= facts["masks"] / 10:
+            width = 1
+        if t >= 4:
+            width = min(width + 1, b + math.floor(b * decoder.expand_ratio))
+        now = {i: p[i].index(max(p[i])) for i in holes}
+        new = order[:b]
+        if 5 <= t < facts["steps"] - 1 and set(order[:b]) & set(remembered):
+            kept = [i for i in order[:width] if i in remembered and now[i] == previous[i]]
+            if len(kept) >= b:
+                new = kept if decoder.adaptive else kept[:b]
+        yield {i: now[i] for i in new}, {i: max(p[i]) for i in new}
+        remembered, previous = [i for i in order if i not in new][:width], now
+
+
+def compare(decoder, model, inputs, new, rule, **settings):
+    "Decode with a spy; every pass of every row must be what the rule says."
+    spy = Spy(**{k: v for k, v in vars(decoder).items() if k not in ("seen", "blocks", "looks_beyond")})
+    spy.generate(model, **inputs, max_new_tokens=new, do_sample=False, **settings)
+    counts = []
+    for passes in stories(spy):
+        for facts, (tokens, sure) in zip(passes, rule(decoder, passes), strict=True):
+            assert facts["chosen"] == sorted(tokens)
+            assert [facts["tokens"][i] for i in sorted(tokens)] == [tokens[i] for i in sorted(tokens)]
+            assert [facts["sure"][i] for i in sorted(tokens)] == pytest.approx([sure[i] for i in sorted(tokens)], abs=1e-5)
+            counts.append(len(tokens))
+    return counts
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, VOCAB, (4, 3), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = mask[2, 0] = 0
+    return {"input_ids": torch.where(mask.bool(), ids, 1), "attention_mask": mask}
+
+
+FIXED = [{}, {"V": 1}, {"V": 2, "d": 1}, {"V": 6, "d": 2}, {"d": 0}, {"V": 30, "d": 5}, {"rank": "max_prob"}]
+FIXED += [
+    {"token_from": "pass"},
+    {"conf": "max_prob", "d": 2},
+    {"steps": 6},
+    {"steps": 3, "V": 5},
+    {"block_length": 6},
+    {"block_length": 9, "steps": 4},
+]
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0])
+@pytest.mark.parametrize("fields", FIXED, ids=str)
+def test_fixed_budget_is_the_card_word_by_word(fields, noise, prompts):
+    counts = compare(CCD(**fields), Wandering(noise), prompts, 18, by_the_card)
+    assert max(counts) == {6: 3, 3: 6, 4: 5}.get(fields.get("steps"), 1)
+
+
+ADAPTIVE = [{}, {"d": 1}, {"V": 6, "d": 2}, {"steps": 6}, {"steps": 6, "V": 2}, {"block_length": 6}, {"eps": 1.2}, {"eps": 1.0, "d": 0}]
+
+
+@pytest.mark.parametrize("noise", [0.2, 0.5])
+@pytest.mark.parametrize("fields", ADAPTIVE, ids=str)
+def test_adaptive_budget_is_the_card_word_by_word(fields, noise, prompts):
+    decoder = CCD(adaptive=True, **fields)
+    counts = compare(decoder, Wandering(noise), prompts, 18, by_the_card)
+    assert max(counts) > 1
+    assert max(counts) <= max(decoder.V, 3 if "steps" in fields else 1)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"steps": 16}, {"conf": "max_prob"}, {"expand_ratio": 1.5}, {"block_length": 24}], ids=str)
+def test_the_official_codes_behaviour_is_transcribed(fields, adaptive, prompts):
+    counts = compare(CCD(variant="agreement", adaptive=adaptive, **fields), Wandering(0.3), prompts, 48, by_the_code)
+    budget = 3 if "steps" in fields else 1
+    assert max(counts) > budget if adaptive else max(counts) == budget
+
+
+def test_rows_that_end_early_leave_the_history_in_order(prompts):
+    model = Wandering(0.5, eos=4)
+    model.base[:, 4] += 1.0
+    counts = compare(CCD(adaptive=True), model, prompts, 18, by_the_card)
+    rows = [len(e) for e in CCD(adaptive=True).generate(model, **prompts, max_new_tokens=18, do_sample=False).stats.emitted]
+    assert len(set(rows)) > 1
+    assert len(counts) == sum(rows)
+    compare(CCD(variant="agreement", adaptive=True), model, prompts, 18, by_the_code)
+
+
+# the identity
+
+
+@given(st.integers(1, 5), st.integers(2, 40), st.floats(0.1, 6), st.integers(0, 10**6))
+def test_entropy_of_the_average_is_average_entropy_plus_divergence(k, vocab, sharpness, seed):
+    generator = torch.Generator().manual_seed(seed)
+    p = (sharpness * torch.randn(3, k, vocab, generator=generator, dtype=torch.double)).softmax(-1)
+    mean = p.mean(1, keepdim=True)
+    jsd = (p * (p.log() - mean.log())).sum(-1).mean(-1)  # mean of KL(p_k, pbar)
+    assert torch.allclose(entropy(mean[:, 0]) - entropy(p).mean(-1), jsd, atol=1e-6)
+    assert torch.allclose(disagreement(p), jsd, atol=1e-6)
+    assert bool((jsd > 1e-9).all()) == (k > 1)
+
+
+def test_disagreement_is_zero_when_all_laws_coincide_and_largest_when_they_exclude_each_other():
+    same = torch.tensor([[0.5, 0.5, 0.0]]).expand(4, -1)
+    assert float(disagreement(same)) == 0.0
+    assert float(disagreement(torch.eye(4))) == pytest.approx(math.log(4))
+    assert float(entropy(torch.eye(4)).sum()) == 0.0
+
+
+def test_scores_of_a_law():
+    p = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]])
+    assert law_score(p).tolist() == pytest.approx([-1.5 * math.log(2), 0.0], abs=1e-6)
+    assert law_score(p, "max_prob").tolist() == [0.5, 1.0]
+
+
+def test_laws_are_averaged_not_logits():
+    memory = History(1)
+    a, b = torch.tensor([0.98, 0.01, 0.01]), torch.tensor([0.3, 0.69, 0.01])
+    memory.record(torch.tensor([[7]]), a[None, None])
+    everywhere, mean = memory.compare(torch.tensor([[7]]), b[None, None])
+    assert everywhere.tolist() == [[True]]
+    assert memory.unchanged(torch.tensor([[7]]), b[None, None]).tolist() == [[False]]
+    assert memory.unchanged(torch.tensor([[7]]), a[None, None]).tolist() == [[True]]
+    assert memory.unchanged(torch.tensor([[6]]), a[None, None]).tolist() == [[False]]
+    assert mean[0, 0].tolist() == pytest.approx([0.64, 0.35, 0.01])
+
+
+# reductions
+
+
+@pytest.mark.parametrize("fields", [{}, {"steps": 6}, {"block_length": 8}, {"block_length": 8, "steps": 9}], ids=str)
+def test_without_history_it_is_the_baseline_of_the_same_score(fields):
+    model = small_model()
+    model.config.mask_token_id = PAD
+    inputs = left_pad(random_prompts(5, seed=4))
+    for conf, remasking in (("entropy", "entropy"), ("max_prob", "low_confidence")):
+        plain = LLaDA(remasking=remasking, **fields).generate(model, **inputs, max_new_tokens=24, do_sample=False)
+        ours = CCD(d=0, V=6, conf=conf, rank=conf, **fields).generate(model, **inputs, max_new_tokens=24, do_sample=False)
+        assert ours.sequences.tolist() == plain.sequences.tolist()
+        other = CCD(d=3, V=16, conf=conf, rank=conf, **fields).generate(model, **inputs, max_new_tokens=24, do_sample=False)
+        assert other.sequences.tolist() != plain.sequences.tolist()
+
+
+def order(decoder, model, inputs, new):
+    out = decoder.generate(model, **inputs, max_new_tokens=new, do_sample=False)
+    return [[s.info["pass"] for s in out.trace.row(i)] for i in range(len(inputs["input_ids"]))], out.sequences.tolist()
+
+
+@pytest.mark.parametrize("conf", ["entropy", "max_prob"])
+def test_a_wide_buffer_and_laws_that_never_change_give_the_baselines_order(conf, prompts):
+    still = Wandering(noise=0.0)
+    baseline = LLaDA(remasking="entropy" if conf == "entropy" else "low_confidence", trace=True)
+    assert order(CCD(V=20, d=3, conf=conf, rank=conf, trace=True), still, prompts, 18) == order(baseline, still, prompts, 18)
+
+
+def step_of(laws, masked=None, quota=1, **fields):
+    "A first pass over a block with given laws [n, block, vocab]."
+    laws = torch.as_tensor(laws)
+    masked = torch.ones(laws.shape[:2], dtype=torch.bool) if masked is None else masked
+    n = len(laws)
+    facts = {"canvas": SimpleNamespace(), "rows": torch.arange(n), "start": 0, "stop": laws.shape[1], "masked": masked}
+    facts |= {"scores": laws.log(), "warped": laws.log(), "basis": laws.log(), "masks": masked.sum(-1), "steps": laws.shape[1] // quota}
+    facts |= {"passes": torch.zeros(n, dtype=torch.long), "index": torch.zeros(n, dtype=torch.long), "planned": laws.shape[1]}
+    return Step(**{**facts, "ends": torch.empty(0, dtype=torch.long), **fields})
+
+
+def filled(decoder, step):
+    decoder.propose(step)
+    return decoder.select(step)
+
+
+def test_entropy_and_largest_probability_rank_differently_even_without_history():
+    laws = [[[0.52, 0.48, 0.0, 0.0], [0.55, 0.15, 0.15, 0.15]]]  # 0.69 nats, and 1.18 nats
+    found = {}
+    for rank in ("entropy", "max_prob"):
+        step = step_of(laws, memory=History(0))
+        found[rank] = filled(CCD(d=0, conf="max_prob", rank=rank), step).tolist()
+    assert found == {"entropy": [[True, False]], "max_prob": [[False, True]]}
+
+
+@pytest.mark.parametrize("score", ["max_prob", "entropy"])
+@pytest.mark.parametrize("d", [0, 2])
+def test_nearly_certain_laws_are_told_apart(score, d):
+    # the best token leads by 16, 18, 20: 1 - p is 1.1e-7, 1.5e-8, 2.1e-9; float32 rounds the last two to 1
+    scores = torch.zeros(1, 3, 2)
+    scores[0, :, 1] = torch.tensor([16.0, 18.0, 20.0])
+    memory = History(d)
+    for taken in (2, 1, 0):
+        masked = torch.arange(3)[None] <= taken
+        facts = dict.fromkeys(("scores", "warped", "basis"), scores)
+        step = step_of(scores.softmax(-1), masked, memory=memory, **facts)
+        chosen = filled(CCD(V=3, d=d, conf=score, rank=score), step)
+        assert chosen.nonzero().tolist() == [[0, taken]]
+        assert step.memory.conf[0, : taken + 1].argsort(descending=True).tolist() == list(range(taken, -1, -1))
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_a_buffer_of_one_is_the_baseline(d, prompts):
+    # the only hole remembered is the one that is filled: from the second pass on no record holds the champion
+    model = Wandering()
+    baseline = LLaDA(remasking="entropy", trace=True)
+    assert order(CCD(V=1, d=d, trace=True), model, prompts, 18) == order(baseline, model, prompts, 18)
+
+
+def test_a_buffer_of_one_fills_only_champions_of_all_remembered_passes_when_nothing_was_filled():
+    memory = History(2)
+    law = torch.tensor([[[0.9, 0.1]]])
+    for champion in (3, 3):
+        memory.record(torch.tensor([[champion]]), law)
+    assert memory.compare(torch.tensor([[3]]), law)[0].tolist() == [[True]]
+    assert memory.compare(torch.tensor([[2]]), law)[0].tolist() == [[False]]
+    memory.record(torch.tensor([[2]]), law)  # drops the first 3; 3 is now missing from the newest
+    assert memory.compare(torch.tensor([[3]]), law)[0].tolist() == [[False]]
+    memory.record(torch.tensor([[2]]), law)
+    assert memory.compare(torch.tensor([[2]]), law)[0].tolist() == [[True]]
+
+
+# bounds
+
+
+@pytest.mark.parametrize("fields", [{}, {"V": 2}, {"V": 6, "d": 1}, {"steps": 6}, {"eps": 0.9}, {"variant": "agreement"}], ids=str)
+def test_adaptive_budgets_stay_between_the_plan_and_the_buffer(fields, prompts):
+    new, model = 24, Wandering(0.5)
+    out = CCD(adaptive=True, early_stop=False, **fields).generate(model, **prompts, max_new_tokens=new, do_sample=False)
+    least = new // fields.get("steps", new)
+    most = 5 if "variant" in fields else max(fields.get("V", 4), least)
+    for emitted in out.stats.emitted:
+        assert sum(emitted) == new
+        assert len(emitted) <= fields.get("steps", new)
+        assert least <= min(emitted[:-1])
+        assert max(emitted) <= most
+    assert (out.sequences[:, 3:] != MASK).all()
+
+
+def test_adaptive_choices_come_from_all_records(prompts):
+    spy = Spy(adaptive=True, V=4, d=2)
+    spy.generate(Wandering(0.5), **prompts, max_new_tokens=18, do_sample=False)
+    several = 0
+    for passes in stories(spy):
+        tops = []
+        for facts in passes:
+            holes = [i for i, m in enumerate(facts["masked"]) if m]
+            top = best_first(holes, {i: -h(facts["p"][i]) for i in holes})[:4]
+            if len(facts["chosen"]) > 1:
+                several += 1
+                assert all(set(facts["chosen"]) <= set(t) for t in [top, *tops[-2:]])
+            tops.append([i for i in top if i not in facts["chosen"]])
+    assert several > 5
+
+
+@pytest.mark.parametrize("V", [2, 4, 6])
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_at_most_V_holes_are_filled_by_consistency_in_d_plus_1_passes(V, d, prompts):
+    for noise in (0.0, 0.1, 0.3):
+        spy = Spy(adaptive=True, V=V, d=d)
+        spy.generate(Wandering(noise), **prompts, max_new_tokens=30, do_sample=False)
+        for passes in stories(spy):
+            filled = [len(facts["chosen"]) for facts in passes]
+            windows = [filled[i : i + d + 1] for i in range(len(filled) - d)]
+            # a pass without consistent holes fills one by the ordinary rule
+            assert all(sum(w) <= V + d for w in windows)
+            assert len(filled) >= 30 * (d + 1) / (V + d) - d
+
+
+def consistent(decoder, passes):
+    "Consistent holes of every pass of one row."
+    records = []
+    for facts in passes:
+        holes = [i for i, m in enumerate(facts["masked"]) if m]
+        top = best_first(holes, {i: -h(facts["p"][i]) for i in holes})[: decoder.V]
+        yield [i for i in top if all(i in record for record in records[-decoder.d :])]
+        records.append(top)
+
+
+@pytest.mark.parametrize(("V", "d"), [(4, 3), (4, 2), (6, 3), (4, 1)])
+def test_after_d_consistent_passes_at_most_V_minus_d_holes_are_consistent(V, d, prompts):
+    spy, full = Spy(V=V, d=d), 0
+    spy.generate(Wandering(0.3), **prompts, max_new_tokens=30, do_sample=False)
+    for passes in stories(spy):
+        sets = list(consistent(spy, passes))
+        for t in range(d, len(sets)):
+            if all(sets[t - d : t]):
+                assert len(sets[t]) <= V - d
+                full += len(sets[t]) == V - d
+    assert full > 10
+
+
+@pytest.mark.parametrize("V", range(1, 7))
+@pytest.mark.parametrize("d", range(1, 5))
+def test_when_laws_never_change_budgets_follow_the_recursion(V, d, prompts):
+    spy = Spy(adaptive=True, V=V, d=d)
+    spy.generate(Wandering(0.0), **prompts, max_new_tokens=30, do_sample=False)
+    expected = []
+    while sum(expected) < 30:
+        expected.append(min(30 - sum(expected), max(1, V - sum(expected[-d:]) if expected else 1)))
+    assert all([len(facts["chosen"]) for facts in passes] == expected for passes in stories(spy))
+
+
+def test_fixed_budget_takes_exactly_the_planned_passes(prompts):
+    for fields in ({}, {"variant": "agreement"}):
+        for steps, each in ((24, 1), (8, 3), (5, None)):
+            out = CCD(steps=steps, early_stop=False, **fields).generate(Wandering(), **prompts, max_new_tokens=24, do_sample=False)
+            assert all(e == ([each] * steps if each else [5, 5, 5, 5, 4]) for e in out.stats.emitted)
+
+
+# rows, blocks, sampling, trace
+
+
+@pytest.mark.parametrize("fields", [{}, {"adaptive": True}, {"variant": "agreement", "adaptive": True}, {"block_length": 6}], ids=str)
+def test_a_row_decodes_in_a_batch_as_alone(fields, prompts):
+    model = Wandering(0.5, eos=4)
+    model.base[:, 4] += 0.5
+    together = CCD(**fields).generate(model, **prompts, max_new_tokens=18, do_sample=False)
+    for i in range(4):
+        real = prompts["attention_mask"][i].bool()
+        alone = CCD(**fields).generate(model, prompts["input_ids"][i : i + 1, real], max_new_tokens=18, do_sample=False)
+        assert alone.continuations[0].tolist() == together.continuations[i].tolist()
+        assert alone.stats.emitted[0] == together.stats.emitted[i]
+
+
+def test_every_block_starts_with_an_empty_history(prompts):
+    spy = Spy(adaptive=True, block_length=6)
+    spy.generate(Wandering(0.3), **prompts, max_new_tokens=18, do_sample=False)
+    firsts = [passes[0] for passes in stories(spy)]
+    assert len(firsts) == 12
+    assert all(len(facts["chosen"]) == 1 for facts in firsts)  # nothing is settled before a second pass
+
+
+def test_sampling_draws_from_the_average_and_not_from_this_pass():
+    rows = 20_000
+    past, now = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.1, 0.2, 0.7])
+    memory = History(1)
+    memory.record(torch.zeros(rows, 1, dtype=torch.long), past.expand(rows, 1, 3))
+    torch.manual_seed(0)
+    step = step_of(now.expand(rows, 1, 3), memory=memory, do_sample=True)
+    assert filled(CCD(d=1), step).all()
+    counts = torch.bincount(step.tokens[:, 0], minlength=3).tolist()
+    assert chisquare(counts, [rows * p for p in (0.4, 0.2, 0.4)]).pvalue > 1e-3
+    assert chisquare(counts, [rows * p for p in (0.1, 0.2, 0.7)]).pvalue < 1e-9
+
+
+class TwoPlaces(PreTrainedModel, GenerationMixin):
+    "The second place is certain; the first has law `past` until that one is filled, then `now`."
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, past, now):
+        config = {
+            "vocab_size": 5,
+            "num_hidden_layers": 0,
+            "mask_token_id": 2,
+            "eos_token_id": None,
+            "max_position_embeddings": 9,
+            "is_causal": False,
+        }
+        super().__init__(PreTrainedConfig(**config))
+        self.laws, self.embed = (past, now), torch.nn.Embedding(5, 1).requires_grad_(False)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None, return_dict=True):
+        p = torch.zeros(*input_ids.shape, 5)
+        p[:, :, 3] = 1.0
+        p[:, 1, 3], p[:, 1, :2] = 0.0, torch.where((input_ids[:, 2] == 2)[:, None], *self.laws)
+        return MaskedLMOutput(logits=p.log())
+
+
+def test_warpers_come_before_the_average_or_behind_it():
+    past, now = torch.tensor([0.9, 0.1]), torch.tensor([0.4, 0.6])
+    seen, model = {}, TwoPlaces(past, now)
+    for score_from in ("sampled", "raw"):
+        torch.manual_seed(0)
+        prompts = torch.full((20_000, 1), 3)
+        decoder = CCD(d=1, score_from=score_from)
+        out = decoder.generate(model, prompts, max_new_tokens=2, do_sample=True, temperature=0.5, top_k=0)
+        assert (out.sequences[:, 2] == 3).all()
+        seen[score_from] = torch.bincount(out.sequences[:, 1], minlength=2).tolist()
+    tempered = [p**2 / (p**2).sum() for p in (past, now, (past + now) / 2)]
+    expected = {"sampled": (tempered[0] + tempered[1]) / 2, "raw": tempered[2]}
+    for score_from, counts in seen.items():
+        assert chisquare(counts, (20_000 * expected[score_from]).double().numpy(), sum_check=False).pvalue > 1e-3
+    assert chisquare(seen["raw"], (20_000 * expected["sampled"]).double().numpy(), sum_check=False).pvalue < 1e-9
+
+
+def test_with_a_temperature_unchanged_means_the_best_token_not_the_drawn_one():
+    law = torch.tensor([0.55, 0.45]).expand(200, 2, 2)
+    memory = History(1)
+    memory.record(torch.tensor([0, 1]).expand(200, 2), law)
+    step = step_of(law, memory=memory, do_sample=True)
+    torch.manual_seed(0)
+    assert filled(CCD(d=1, adaptive=True), step).all()
+    assert 0 < int(step.tokens.sum()) < 400
+
+
+def test_confidence_of_a_sampled_pass_is_that_of_the_tempered_law():
+    tempered = torch.tensor([[[0.6, 0.4], [0.9, 0.1]]])
+    plain = torch.tensor([[[0.9, 0.1], [0.6, 0.4]]])
+    step = step_of(plain, memory=History(0))
+    step.basis, step.do_sample = tempered.log(), True
+    for conf in ("entropy", "max_prob"):
+        CCD(conf=conf).propose(step)
+        assert step.memory.conf.argmax().item() == 1
+
+
+def test_it_works_as_custom_generate_and_on_a_causal_architecture():
+    model = small_model("qwen3")
+    model.config.mask_token_id = PAD
+    ids = random_prompts(1, seed=2)[0]
+    direct = CCD(adaptive=True, trace=True).generate(model, ids, max_new_tokens=12, do_sample=False)
+    passed = model.generate(ids, custom_generate=CCD(adaptive=True), max_new_tokens=12, do_sample=False)
+    assert direct.sequences.tolist() == passed.sequences.tolist()
+    assert direct.trace.roles() == {"filled": 12}
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_it_runs_on_cached_keys_and_values(cache):
+    model = small_model()
+    model.config.mask_token_id = PAD
+    inputs = left_pad(random_prompts(3, seed=7))
+    out = CCD(adaptive=True, cache=cache, block_length=8).generate(model, **inputs, max_new_tokens=16, do_sample=False)
+    assert all(sum(e) == 16 for e in out.stats.emitted)
+
+
+# the trap
+
+
+def plans_right(model, decoder):
+    cases = model.prompts()
+    out = decoder.generate(model, cases, max_new_tokens=model.places, do_sample=False)
+    return float((out.sequences[:, 3:5] == cases[:, :1]).all(1).float().mean()), len(out.stats.emitted[0])
+
+
+def test_a_late_trap_catches_confidence_and_agreement_but_not_the_average():
+    model = TrapDenoiser()
+    assert plans_right(model, LLaDA(remasking="entropy")) == (0.5, 7)
+    assert plans_right(model, LLaDA()) == (0.5, 7)
+    assert plans_right(model, CCD(variant="agreement", adaptive=True))[0] == 0.5
+    assert plans_right(model, CCD()) == (1.0, 7)
+    right, passes = plans_right(model, CCD(adaptive=True))
+    assert right == 1.0
+    assert passes < 7
+
+
+def test_a_trap_that_is_open_from_the_start_catches_everyone():
+    model = TrapDenoiser(early=True)
+    for decoder in (LLaDA(), CCD(), CCD(adaptive=True)):
+        assert plans_right(model, decoder)[0] == 0.5
+
+
+def test_on_exact_marginals_the_average_may_write_what_has_become_impossible():
+    # the last place is 1 with probability 0.48 in three records; then the fourth place becomes 2, and it is 2 with 0.27 / 0.52
+    law = Law(torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 2, 2], [0, 0, 0, 2, 3]]), torch.tensor([0.48, 0.27, 0.25]))
+    assert 3 * 0.48 > 3 * 0.27 + 0.27 / 0.52
+    model = IdealDenoiser(law)
+    for fields, text in (({}, [0, 0, 0, 2, 1]), ({"token_from": "pass"}, [0, 0, 0, 2, 2]), ({"d": 1}, [0, 0, 0, 2, 2])):
+        out = CCD(**fields).generate(model, model.start, max_new_tokens=5, do_sample=False)
+        assert out.sequences[0, 1:].tolist() == text
+
+
+# official code and paper
+
+
+@dataclass
+class WithHistory(Agreement):
+    history: History = field(default_factory=lambda: History(1))
+
+    def select(self, keep):
+        super().select(keep)
+        self.history.select(keep)
+
+
+@dataclass
+class Both(CCD):
+    "The official code's choice, beside the paper's with d = 1 and the same buffer."
+
+    pairs: list = field(default_factory=list, init=False, repr=False)
+
+    def remember(self, call, rows):
+        memory = WithHistory.empty(rows, call.prompt.device)
+        memory.width += self.V - 1
+        return memory
+
+    def select(self, step):
+        conf, p = step.memory.conf, step.p
+        places = conf.argsort(descending=True)[:, : self.V]
+        law = p.gather(1, places[..., None].expand(-1, -1, p.shape[-1]))
+        known = step.memory.history.compare(places, law)[0]
+        settled = known & step.memory.history.unchanged(places, law) & step.masked.gather(1, places)
+        paper = torch.zeros_like(step.masked).scatter(1, places, settled)
+        paper = torch.where(settled.any(-1, keepdim=True), paper, conf == conf.amax(-1, keepdim=True))
+        code = super().select(step)
+        champion_known = known[:, 0]
+        self.pairs += [(bool(k), a.tolist() == b.tolist(), bool(s)) for k, a, b, s in zip(champion_known, paper, code, settled.any(-1))]
+        rest = conf.masked_fill(code, -torch.inf)
+        after = rest.argsort(descending=True)[:, : self.V]
+        laws = p.gather(1, after[..., None].expand(-1, -1, p.shape[-1]))
+        step.memory.history.record(after.masked_fill(rest.gather(1, after) == -torch.inf, -1), laws)
+        return code
+
+
+def test_code_and_paper_agree_whenever_the_champion_was_remembered(prompts):
+    both = Both(variant="agreement", adaptive=True, V=4, warm_up=1, expand_ratio=3)
+    for seed in range(6):  # nine places: the code's last phase, of at most 10 %, never begins
+        both.generate(Wandering(0.5, seed=seed), **prompts, max_new_tokens=9, do_sample=False)
+    known = [same for champion, same, _ in both.pairs if champion]
+    new = [same for champion, same, settled in both.pairs if not champion and settled]
+    assert len(known) > 30
+    assert all(known)
+    assert len(new) > 3
+    assert not any(new)
+
+
+# what is measured
+
+
+def test_stratified_auc_counts_pairs():
+    generator = torch.Generator().manual_seed(3)
+    score = pd.Series(torch.randint(0, 6, (60,), generator=generator).tolist(), dtype=float)
+    label = pd.Series((torch.rand(60, generator=generator) < 0.4).tolist())
+    strata = pd.Series(torch.randint(0, 4, (60,), generator=generator).tolist())
+
+    def by_pairs(same):
+        pairs = [(i, j) for i in range(60) for j in range(60) if label[i] and not label[j] and same(i, j)]
+        return sum((score[i] > score[j]) + (score[i] == score[j]) / 2 for i, j in pairs) / len(pairs)
+
+    assert stratified_auc(score, label) == pytest.approx(by_pairs(lambda i, j: True))
+    assert stratified_auc(score, label, strata) == pytest.approx(by_pairs(lambda i, j: strata[i] == strata[j]))
+    assert math.isnan(stratified_auc(score, label & False))
+
+
+def test_idle_runs_are_runs_of_passes_without_useful_tokens():
+    assert idle_runs([1, 0, 0, 2, 0]) == [2, 1]
+    assert idle_runs([1, 2]) == idle_runs([]) == []
+
+
+def test_drift_is_what_the_definition_says(prompts):
+    model, d, new = Wandering(0.6), 2, 9
+    watched = watch_laws(model, **prompts, max_new_tokens=new, do_sample=False)
+    lines = drift(watched, d).set_index(["pass", "row", "place"])
+    laws, holes = [p.tolist() for p in watched.laws], [h.tolist() for h in watched.holes]
+    cases = [(t, r, i) for t in range(d, new) for r in range(4) for i in range(new) if holes[t][r][i]]
+    assert sorted(lines.index) == sorted(cases)
+    assert 0 < lines["changes"].mean() < 1
+    for t, r, i in cases:
+        best = [max(range(VOCAB), key=laws[u][r][i].__getitem__) for u in range(new) if holes[u][r][i]]
+        past = [laws[u][r][i] for u in range(t - d, t + 1)]
+        mean = [sum(x) / (d + 1) for x in zip(*past)]
+        line = lines.loc[(t, r, i)]
+        assert line["changes"] == any(b != best[t] for b in best[t:])
+        assert line["entropy"] == pytest.approx(h(past[-1]), abs=1e-4)
+        assert line["mean_entropy"] == pytest.approx(sum(map(h, past)) / (d + 1), abs=1e-4)
+        assert line["disagreement"] == pytest.approx(h(mean) - sum(map(h, past)) / (d + 1), abs=1e-4)
+
+
+def test_watching_leaves_nothing_behind_from_one_call_to_the_next(prompts):
+    model = Wandering(0.6)
+    first, second = (watch_laws(model, **prompts, max_new_tokens=new, do_sample=False) for new in (9, 5))
+    assert [len(first.laws), len(second.laws)] == [len(first.holes), len(second.holes)] == [9, 5]
+    assert [w.out.sequences.shape[1] - prompts["input_ids"].shape[1] for w in (first, second)] == [9, 5]
+
+
+def test_drift_aucs_have_errors_and_see_a_planted_effect():
+    generator = torch.Generator().manual_seed(0)
+    entropies, noise = torch.rand(2000, generator=generator), torch.rand(2000, generator=generator)
+    changes = torch.rand(2000, generator=generator) < 0.2 + 0.6 * noise
+    columns = {"row": torch.arange(2000) % 20, "entropy": entropies, "disagreement": noise, "changes": changes}
+    found = drift_aucs(pd.DataFrame({k: v.numpy() for k, v in columns.items()}))
+    assert found["disagreement"]["auc"] > 0.6
+    assert found["disagreement, equal entropy"]["auc"] == pytest.approx(found["disagreement"]["auc"], abs=0.02)
+    assert found["entropy"]["auc"] == pytest.approx(0.5, abs=0.05)
+    assert all(0.001 < v["se"] < 0.05 for v in found.values())
+
+
+def test_rivals_begin_with_the_baseline_and_share_fields():
+    line = rivals(steps=8)
+    assert next(iter(line)) == "baseline"
+    assert all(decoder.steps == 8 and not decoder.early_stop for decoder in line.values())
+    assert [line[n].conf for n in ("CCD", "CCD, max prob")] == ["entropy", "max_prob"]
+    assert [line[n].d for n in ("CCD-DS", "CCD-DS, max prob")] == [3, 2]
+
+
+def test_the_full_experiment_runs_at_a_tiny_size(monkeypatch, tokenizer):
+    model = small_model(context=512)
+    model.config.mask_token_id = PAD
+    monkeypatch.setattr(Lab, "load", lambda self, role: (model, tokenizer))
+    found = experiment(examples=1, max_new_tokens=8, temperatures=(0.7,))
+    assert json.dumps(json.loads(json.dumps(found))) == json.dumps(found)
+    assert set(found["rivals"]) == {"all", *(task.name for task in HARD + EASY)}
+    assert set(found["rivals"]["all"]) == set(rivals())
+    assert found["rivals"]["all"]["baseline"]["passes"] == found["width"]["all"]["V = 1"]["passes"] == 8
+    assert found["budget 4"]["all"]["CCD"]["passes"] == 2
+    assert set(found["leaving"]["all"]) == {"baseline", "CCD-DS", "threshold 0.9"}
+    assert set(found["temperature"]) == {"0.7"}
+    assert [len(e) for e in found["plateaus"]["baseline"]] == [16] * 9
+    assert set(found["drift"]) == {"entropy", "disagreement", "disagreement, equal entropy"}
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"conf": "margin"}, "unknown conf 'margin': use one of entropy, max_prob"),
+        ({"rank": "x"}, "unknown rank 'x'"),
+        ({"variant": "x"}, "unknown variant 'x': use one of average, agreement"),
+        ({"token_from": "x"}, "unknown token_from 'x': use one of average, pass"),
+        ({"score_from": "x"}, "unknown score_from 'x'"),
+        ({"V": 0}, "V must be positive and d not negative, got 0 and 3"),
+        ({"d": -1}, "V must be positive and d not negative, got 4 and -1"),
+        ({"warm_up": -1}, "warm_up and expand_ratio must not be negative, got -1 and 4.0"),
+        ({"expand_ratio": -0.5}, "warm_up and expand_ratio must not be negative"),
+        ({"expand_ratio": math.nan}, "warm_up and expand_ratio must not be negative"),
+        ({"eps": math.nan, "adaptive": True}, "eps must not be negative"),
+        ({"eps": 0.1}, "eps must not be negative and needs adaptive=True"),
+        ({"eps": -0.1, "adaptive": True}, "eps must not be negative"),
+        ({"eps": 0.1, "adaptive": True, "variant": "agreement"}, "needs adaptive=True and variant='average'"),
+        ({"d": 0, "adaptive": True}, "with d=0 there is no earlier pass to compare best tokens with"),
+        ({"block_length": 0}, "block_length must be positive"),
+    ],
+)
+def test_bad_settings_say_what_is_wrong(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CCD(**fields)

@@ -1,0 +1,602 @@
+"""Early rejection of ends and ascending step sizes: plans and factors by arithmetic, the order by hand, reductions to LLaDA's decoder."""
+
+import math
+import re
+from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import EOS, PAD, VOCAB, left_pad, random_prompts, small_model
+
+from decodelab.core.contract import decoders
+from decodelab.diffusion import eoser_ass
+from decodelab.diffusion.base import LLaDA
+from decodelab.diffusion.eoser_ass import (
+    ASS,
+    EOSER,
+    SOLVED,
+    Descending,
+    ascending_blocks,
+    ascending_steps,
+    early_ends,
+    eos_rejected,
+    exercises,
+    experiment,
+    long_or_short,
+    measured,
+    per_pass,
+    rivals,
+    toy_kind,
+    toy_model,
+)
+from decodelab.diffusion.eoser_ass import EOS as TOY_EOS
+from decodelab.diffusion.step import Step
+from decodelab.lab.lab import Lab
+from decodelab.lab.provenance import to_plain
+from decodelab.lab.watch import watch
+
+ENDS = list(range(3, VOCAB, 3))  # a third of the vocabulary ends a text: ends are proposed all the time
+WHOLE = {"early_stop": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    "A random decoder-only model that is run in both directions; <pad> stands for a hole."
+    model = small_model()
+    model.config.mask_token_id = PAD
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return random_prompts(4, lengths=(3, 9), seed=5)
+
+
+def decode(decoder, model, prompt, new=16, **kwargs):
+    inputs = prompt if isinstance(prompt, dict) else {"input_ids": prompt}
+    return decoder.generate(model, **inputs, **({"max_new_tokens": new, "do_sample": False, "eos_token_id": ENDS} | kwargs))
+
+
+def canvases(decoder, model, prompt, new=16, **kwargs):
+    "What was written to each place of each row, ends and what follows them included, [rows][places]."
+    inputs = prompt if isinstance(prompt, dict) else {"input_ids": prompt}
+    settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": ENDS} | kwargs
+    holes = watch(decoder, model, **inputs, **settings).lines()
+    written = holes[holes["committed"]].sort_values(["row", "place"])
+    return [rows["token"].tolist() for _, rows in written.groupby("row")], holes
+
+
+def committed(holes, row=0):
+    "How many holes each pass of a row filled."
+    return holes[holes["row"] == row].groupby("pass")["committed"].sum().tolist()
+
+
+# plans
+
+
+@settings(max_examples=300)
+@given(length=st.integers(4, 5000))
+def test_step_sizes_double_until_the_last_takes_the_rest(length):
+    sizes = ascending_steps(length)
+    S = math.floor(math.log2(length))
+    assert len(sizes) == S
+    assert sum(sizes) == length
+    assert sizes[:-1] == [2**s for s in range(S - 1)]
+    assert sizes[-1] == length - (2 ** (S - 1) - 1)
+
+
+def test_step_sizes_of_the_paper():
+    assert ascending_steps(128) == [1, 2, 4, 8, 16, 32, 65]
+    assert ascending_steps(256) == [1, 2, 4, 8, 16, 32, 64, 129]
+    assert [ascending_steps(length) for length in (1, 2, 3, 4, 7, 8)] == [[1], [2], [3], [1, 3], [1, 6], [1, 2, 5]]
+
+
+def blocks_from_the_right(length, n):
+    "The paper's words: the last block, then halves of it going left, then what is left for the first."
+    S = math.floor(math.log2(length))
+    rem = length - 2**S
+    if n == 1:
+        return [length]
+    last = 2 ** (S - 1) + 1 + rem
+    between = [2 ** (S - 1 - i) for i in range(1, n - 1)]
+    return [2 ** (S - n + 1) - 1, *between[::-1], last]
+
+
+def test_block_sizes_for_every_length_and_number():
+    for length in range(4, 301):
+        for n in range(1, math.floor(math.log2(length)) + 1):
+            blocks = ascending_blocks(length, n)
+            assert blocks == blocks_from_the_right(length, n), (length, n)
+            assert (sum(blocks), len(blocks)) == (length, n)
+    assert ascending_blocks(128, 4) == [15, 16, 32, 65]
+
+
+@pytest.mark.parametrize(("length", "n"), [(16, 0), (16, 5), (128, 8), (3, 2)])
+def test_a_number_of_blocks_that_does_not_fit(length, n):
+    with pytest.raises(ValueError, match=rf"{length} new tokens take \d ascending steps: block_num must be 1 to \d, got {n}"):
+        ascending_blocks(length, n)
+
+
+def test_no_length():
+    with pytest.raises(ValueError, match="length must be positive, got 0"):
+        ascending_steps(0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 9, 16, 23, 32])
+def test_passes_fill_what_the_plan_says(length, model, prompts):
+    sizes = ascending_steps(length)
+    for n in range(1, len(sizes) + 1):
+        for decoder in (ASS(block_num=n, **WHOLE), ASS(block_num=n, eoser=True, **WHOLE)):
+            _, holes = canvases(decoder, model, prompts[0], length)
+            assert committed(holes) == sizes
+            edges = [0, *torch.tensor(ascending_blocks(length, n)).cumsum(0).tolist()]
+            seen = holes.groupby("pass")["place"].agg(["min", "max"])
+            first = len(sizes) - n + 1
+            for s, (low, high) in enumerate(seen.values.tolist()):  # a pass looks at its own block only
+                block = max(0, s - first + 1)
+                assert edges[block] <= low
+                assert high == edges[block + 1] - 1 or s > 0
+                assert high < edges[block + 1]
+            assert holes["place"].max() == length - 1
+
+
+def test_blocks_that_do_not_fit_the_new_tokens(model, prompts):
+    with pytest.raises(ValueError, match="16 new tokens take 4 ascending steps: block_num must be 1 to 4, got 5"):
+        decode(ASS(block_num=5), model, prompts[0], 16)
+
+
+# the factor
+
+
+def test_the_factor_of_uniform_steps():
+    for S in (2, 3, 8, 64, 128):
+        for low, high in ((0, 1), (0.4, 1), (0.01, 0.9)):
+            found = EOSER(gamma_min=low, gamma_max=high).gamma(torch.arange(S), S)
+            exact = [Fraction(low) + (Fraction(high) - Fraction(low)) * Fraction(s, S - 1) for s in range(S)]
+            assert found.tolist() == pytest.approx([float(g) for g in exact], abs=1e-15)
+    assert EOSER(gamma_min=0.4, gamma_max=0.8).gamma(torch.tensor([0, 0]), 1).tolist() == [0.8, 0.8]
+
+
+def test_the_factor_of_ascending_steps_follows_the_share_that_is_committed():
+    for S in range(2, 9):
+        found = ASS(eoser=True, gamma_min=0.01).gamma(torch.arange(S), S)
+        done = torch.tensor(ascending_steps(2**S)).cumsum(0)
+        assert found[:-1].tolist() == pytest.approx([0.01 + 0.99 * float(n) / 2**S for n in done[:-1]], abs=1e-15)
+        assert float(found[-1]) == pytest.approx(1 * (1 - 2.0**-S) + 0.01 * 2.0**-S, abs=1e-15)
+
+
+@dataclass
+class Watched(EOSER):
+    "Keeps what the factor was asked for."
+
+    asked: list = field(default_factory=list, kw_only=True)
+
+    def gamma(self, s, steps):
+        self.asked.append((s.tolist(), steps))
+        return super().gamma(s, steps)
+
+
+@pytest.mark.parametrize(("fields", "S"), [({}, 16), ({"steps": 8}, 8), ({"block_length": 4}, 16), ({"block_length": 4, "steps": 8}, 8)])
+def test_the_step_number_counts_through_the_whole_text(fields, S, model, prompts):
+    decoder = Watched(**fields, **WHOLE)
+    decode(decoder, model, prompts[0])
+    assert decoder.asked == [([s], S) for s in range(S)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_the_step_number_of_ascending_blocks_counts_through_the_whole_text(n, model, prompts, monkeypatch):
+    used = []
+    monkeypatch.setattr(eoser_ass, "eos_rejected", lambda step, gamma: used.append(gamma.tolist()) or eos_rejected(step, gamma))
+    decoder = ASS(block_num=n, eoser=True, **WHOLE)
+    decode(decoder, model, prompts[0])
+    assert used == [[pytest.approx(0.01 + 0.99 * (2 ** (s + 1) - 1) / 2**4)] for s in range(4)]
+
+
+def test_the_order_of_two_passes_by_hand():
+    # places: 0 x .5, 1 end .9, 2 x .3, 3 end .6, 4 visible end; gamma = 0.5: .5, .45, .3, .3, -
+    step = by_hand([0.5, 0.9, 0.3, 0.6, 1.0], [0, 1, 0, 1, 1], [1, 1, 1, 1, 0])
+    score = eos_rejected(step, torch.tensor([0.5], dtype=torch.double))
+    assert score[0].tolist() == pytest.approx([0.5, 0.45, 0.3, 0.3, -math.inf])
+    decoder = EOSER(gamma_min=0.5, gamma_max=0.5)
+    assert decoder.select(step).tolist() == [[True, False, False, False, False]]
+    step.masks, step.steps = torch.tensor([4]), 2
+    assert decoder.select(step).tolist() == [[True, True, False, False, False]]
+    assert LLaDA().select(step).tolist() == [[False, True, False, True, False]]
+
+
+def by_hand(confidence, ends, masked):
+    "A first pass with given proposals: token 1 is an end."
+    zero, masked = torch.zeros(1, dtype=torch.long), torch.tensor([masked]).bool()
+    places = masked.shape[1]
+    facts = {
+        "canvas": None,
+        "rows": zero,
+        "start": 0,
+        "stop": places,
+        "masked": masked,
+        "masks": masked.sum(-1),
+        "steps": int(masked.sum()),
+    }
+    facts |= dict.fromkeys(("scores", "warped", "basis"), torch.zeros(1, places, 2)) | {"passes": zero, "index": zero, "planned": places}
+    proposals = {"tokens": torch.tensor([ends]).long(), "raw_confidence": torch.tensor([confidence])}
+    return Step(**facts, ends=torch.tensor([1]), **proposals)
+
+
+# only the order changes
+
+
+PLACE = st.tuples(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, 1.0]), st.booleans(), st.booleans())
+
+
+@settings(max_examples=300)
+@given(places=st.lists(PLACE, min_size=1, max_size=10), gammas=st.lists(st.floats(0, 1), min_size=2, max_size=2), k=st.integers(1, 10))
+def test_a_smaller_factor_never_commits_more_ends_in_the_first_pass(places, gammas, k):
+    places[0] = (*places[0][:2], True)
+    step = by_hand(*(list(column) for column in zip(*places)))
+    step.masks, step.steps = torch.tensor([k]), 1  # the schedule commits k places
+    low, high = sorted(gammas)
+    ends = step.proposes_end()
+    counts = [int((EOSER(gamma_min=g, gamma_max=1).select(step) & ends).sum()) for g in (low, high)]
+    plain = int((LLaDA().select(step) & ends).sum())
+    assert counts[0] <= counts[1] <= plain
+    others = int(((step.confidence > 0) & ~ends).sum())
+    if others >= k:
+        assert int((EOSER(gamma_min=0.0).select(step) & ends).sum()) == 0
+    # nothing but holes, and as many as the schedule says
+    for g in gammas:
+        chosen = EOSER(gamma_min=g).select(step)
+        assert not bool((chosen & ~step.masked).any())
+        assert int(chosen.sum()) == min(k, int(step.masked.sum()))
+
+
+def test_proposals_stay_what_the_model_says(model, prompts):
+    first = []
+    for decoder in (LLaDA(**WHOLE), EOSER(gamma_min=0, **WHOLE), ASS(**WHOLE), ASS(eoser=True, gamma_min=0, **WHOLE)):
+        _, holes = canvases(decoder, model, prompts[1])
+        assert holes["end"].equals(holes["token"].isin(ENDS))
+        start = holes[holes["pass"] == 0]
+        assert start["end"].any()
+        first.append(start[["token", "confidence"]].values.tolist())
+    assert all(f == first[0] for f in first)
+
+
+def test_ends_wait_and_are_committed_in_the_end(model, prompts):
+    for prompt in prompts:
+        tokens, holes = canvases(EOSER(gamma_min=0, gamma_max=0, **WHOLE), model, prompt)
+        assert len(tokens[0]) == 16
+        assert PAD not in tokens[0]
+        for _, now in holes.groupby("pass"):
+            if not now["end"].all():
+                assert not now[now["committed"]]["end"].any()
+    assert any(token in ENDS for token in tokens[0])
+
+
+# reductions
+
+
+PLAIN = [
+    {},
+    {"steps": 4},
+    {"block_length": 4},
+    {"block_length": 8, "steps": 4},
+    {"steps": 5, "suppress_eos_confidence": True},
+    {"suppress_eos_logits": True},
+    {"block_length": 8, "cache": "dual"},
+    {"early_stop": False},
+]
+
+
+@pytest.mark.parametrize("fields", PLAIN, ids=str)
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_factor_of_one_is_llada(fields, do_sample, model, prompts):
+    batch = left_pad(prompts)
+    texts = []
+    for decoder in (LLaDA(**fields), EOSER(gamma_min=1, **fields)):
+        torch.manual_seed(2)
+        texts.append(canvases(decoder, model, batch, do_sample=do_sample)[0])
+    assert texts[0] == texts[1]
+
+
+def test_a_factor_below_one_is_not(model, prompts):
+    batch = left_pad(prompts)
+    assert canvases(LLaDA(**WHOLE), model, batch)[0] != canvases(EOSER(**WHOLE), model, batch)[0]
+
+
+class Zeroed(LLaDA):
+    "The confidence of proposed ends is 0, that of all others what it was."
+
+    def propose(self, step):
+        super().propose(step)
+        step.raw_confidence = step.raw_confidence.masked_fill(step.proposes_end(), 0.0)
+
+
+def test_a_factor_of_zero_commits_ends_last(model, prompts):
+    batch = left_pad(prompts)
+    for steps in (None, 4):
+        last = canvases(Zeroed(steps=steps, **WHOLE), model, batch)[0]
+        assert canvases(EOSER(steps=steps, gamma_min=0, gamma_max=0, **WHOLE), model, batch)[0] == last
+
+
+def test_without_ends_nothing_is_rejected(model, prompts):
+    batch = left_pad(prompts)
+    assert decode(EOSER(), model, batch, eos_token_id=None).sequences.equal(decode(LLaDA(), model, batch, eos_token_id=None).sequences)
+    both = (decode(ASS(eoser=e), model, batch, eos_token_id=None).sequences for e in (True, False))
+    assert next(both).equal(next(both))
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "margin", "entropy", "left_to_right"])
+def test_ascending_steps_differ_from_llada_in_their_sizes_only(remasking, model, prompts):
+    @dataclass
+    class Uniform(ASS):
+        "Every pass fills as many as LLaDA's schedule says."
+
+        def select(self, step):
+            step.steps = len(ascending_steps(16))
+            return LLaDA.select(self, step)
+
+    batch = left_pad(prompts)
+    assert canvases(Uniform(remasking=remasking), model, batch)[0] == canvases(LLaDA(steps=4, remasking=remasking), model, batch)[0]
+    for length in (1, 2, 3):  # one pass is one pass
+        one = canvases(LLaDA(steps=1, remasking=remasking), model, batch, length)[0]
+        assert canvases(ASS(remasking=remasking), model, batch, length)[0] == one
+
+
+def test_ascending_steps_with_a_factor_of_one_reject_nothing(model, prompts):
+    batch = left_pad(prompts)
+    for n in (1, 3):
+        plain = canvases(ASS(block_num=n, **WHOLE), model, batch)[0]
+        assert canvases(ASS(block_num=n, eoser=True, gamma_min=1, **WHOLE), model, batch)[0] == plain
+        if n == 1:
+            assert canvases(ASS(eoser=True, **WHOLE), model, batch)[0] != plain
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_blocks_of_one_pass_each_gain_and_lose_nothing_by_a_cache(cache, model, prompts):
+    batch = left_pad(prompts)
+    decoder = {"block_num": 4, "eoser": True, "early_stop": False}  # L = 16: blocks 1, 2, 4, 9
+    assert canvases(ASS(cache=cache, **decoder), model, batch)[0] == canvases(ASS(**decoder), model, batch)[0]
+
+
+# rows, stopping, books
+
+
+EVERY = [EOSER(), EOSER(gamma_min=0, steps=4), EOSER(block_length=4), ASS(), ASS(eoser=True), ASS(block_num=3, eoser=True)]
+
+
+@pytest.mark.parametrize("decoder", EVERY, ids=repr)
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_batch_is_its_rows(decoder, early_stop, model, prompts):
+    decoder = type(decoder)(**{f.name: getattr(decoder, f.name) for f in fields(decoder) if f.init} | {"early_stop": early_stop})
+    together = decode(decoder, model, left_pad(prompts), eos_token_id=ENDS[:6])
+    for row, prompt in enumerate(prompts):
+        alone = decode(decoder, model, prompt, eos_token_id=ENDS[:6])
+        assert together.continuations[row].tolist() == alone.continuations[0].tolist()
+        assert together.stats.emitted[row] == alone.stats.emitted[0]
+
+
+@pytest.mark.parametrize("decoder", EVERY, ids=repr)
+def test_early_stopping_writes_the_same_text_with_fewer_passes(decoder, model, prompts):
+    settings = {f.name: getattr(decoder, f.name) for f in fields(decoder) if f.init}
+    saved = 0
+    for prompt in prompts:
+        early, whole = (decode(type(decoder)(**settings | {"early_stop": e}), model, prompt) for e in (True, False))
+        assert early.sequences.equal(whole.sequences)
+        saved += len(whole.stats.emitted[0]) - len(early.stats.emitted[0])
+        assert len(early.stats.emitted[0]) <= len(whole.stats.emitted[0]) == (decoder.steps or (4 if isinstance(decoder, ASS) else 16))
+    assert saved > 0 or decoder != EOSER()
+
+
+@pytest.mark.parametrize("decoder", [EOSER(trace=True, **WHOLE), ASS(eoser=True, block_num=2, trace=True, **WHOLE)], ids=repr)
+def test_every_state_follows_from_the_pass_of_each_place(decoder, model, prompts):
+    out = decode(decoder, model, prompts[2])
+    tokens, holes = canvases(decoder, model, prompts[2])
+    when = torch.tensor(holes[holes["committed"]].sort_values("place")["pass"].tolist())  # one number a place
+    told = [w for step in out.trace for w in step.info["pass"]]
+    assert told == when[: len(told)].tolist()
+    passes = len(out.stats.emitted[0])
+    assert len(when) == 16
+    assert sorted(set(when.tolist())) == list(range(passes))
+    for s in range(passes):
+        masked = holes[holes["pass"] == s]["place"].tolist()  # the recorded state: which places of the block are holes
+        block = [p for p in range(16) if p in masked or when[p] < s]
+        assert masked == [p for p in block if when[p] >= s]
+        filled = holes[(holes["pass"] == s) & holes["committed"]]
+        assert filled["place"].tolist() == (when == s).nonzero()[:, 0].tolist()
+        assert filled["token"].tolist() == [tokens[0][p] for p in filled["place"]]
+
+
+def test_watching_changes_nothing(model, prompts):
+    decoder = EOSER()
+    before = decode(decoder, model, prompts[0])
+    log = watch(decoder, model, input_ids=prompts[0], max_new_tokens=16, do_sample=False, eos_token_id=ENDS)
+    out, holes = log.out, log.lines()
+    assert type(decoder) is EOSER
+    assert out.sequences.equal(before.sequences)
+    assert out.stats.emitted == before.stats.emitted
+    assert len(holes) == sum(16 - s for s in range(len(out.stats.emitted[0])))
+    assert set(holes.columns) == {"row", "pass", "place", "token", "confidence", "end", "committed"}
+
+
+# what the decoders are and refuse
+
+
+def test_defaults_are_the_papers():
+    methods = decoders()
+    eoser, ass = methods["eoser"], methods["ass"]
+    assert (eoser.decoder, ass.decoder) == (EOSER, ASS)
+    for method in (eoser, ass):
+        assert (method.url, method.year, method.notebook, method.lossless) == (
+            "https://arxiv.org/abs/2509.23924",
+            2025,
+            "diffusion/eoser_ass",
+            False,
+        )
+    assert (EOSER().gamma_min, EOSER().gamma_max, EOSER().block_length) == (0.4, 1.0, None)
+    assert (ASS().block_num, ASS().eoser, ASS().gamma_min, ASS().gamma_max) == (1, False, 0.01, 1.0)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.1, 1.0), (0.5, 0.4), (0.4, 1.1), (math.nan, 1.0), (0.1, math.nan)])
+def test_factors_out_of_range(low, high):
+    for make in (EOSER, lambda **g: ASS(eoser=True, **g)):
+        with pytest.raises(ValueError, match="need 0 <= gamma_min <= gamma_max <= 1, got"):
+            make(gamma_min=low, gamma_max=high)
+
+
+@pytest.mark.parametrize("remasking", ["random", "margin", "entropy", "left_to_right"])
+def test_other_orders_are_refused_where_ends_are_rejected(remasking):
+    for make in (EOSER, lambda **r: ASS(eoser=True, **r)):
+        with pytest.raises(
+            ValueError, match=f"EOSER weighs confidences, which remasking='{remasking}' does not order by: use 'low_confidence'"
+        ):
+            make(remasking=remasking)
+    ASS(remasking=remasking)
+
+
+def test_more_steps_than_new_tokens(model, prompts):
+    with pytest.raises(ValueError, match="17 steps for 16 new tokens: gamma would not reach gamma_max"):
+        decode(EOSER(steps=17), model, prompts[0])
+
+
+def test_a_plan_of_its_own():
+    with pytest.raises(ValueError, match="block_num must be positive, got 0"):
+        ASS(block_num=0)
+    for name in ("steps", "block_length"):
+        with pytest.raises(TypeError, match=f"ASS has no hyper-parameter '{name}'; it has: .*block_num"):
+            ASS(**{name: 4})
+
+
+def test_one_end_among_several(model, prompts):
+    "All ids that end a text are rejected, not only the first."
+    _, holes = canvases(EOSER(gamma_min=0, gamma_max=0, **WHOLE), model, prompts[0], eos_token_id=[EOS, *ENDS])
+    first = holes[holes["pass"] == 0]
+    assert first["end"].sum() > 0
+    assert not first[first["committed"]]["end"].any()
+
+
+# controls and measures
+
+
+def test_the_control_fills_in_falling_sizes(model, prompts):
+    for length in (3, 16, 23):
+        _, holes = canvases(Descending(**WHOLE), model, prompts[0], length)
+        assert committed(holes) == ascending_steps(length)[::-1]
+    for name in ("eoser", "block_num"):
+        with pytest.raises(TypeError, match=f"Descending has no hyper-parameter '{name}'"):
+            Descending(**{name: 1})
+
+
+@pytest.mark.parametrize("places", [32, 64])
+def test_rivals_take_the_passes_of_their_names(places, model, prompts):
+    for name, decoder in rivals(places).items():
+        out = decode(replace(decoder, early_stop=False), model, prompts[0], places)
+        assert len(out.stats.emitted[0]) == int(re.search(r", (\d+)$", name)[1]), name
+
+
+def test_passes_and_early_ends_by_hand():
+    columns = ["row", "pass", "place", "confidence", "end", "committed"]
+    lines = [
+        (0, 0, 0, 0.2, False, False),
+        (0, 0, 1, 0.4, False, True),
+        (0, 0, 2, 0.9, True, True),
+        (0, 1, 0, 0.6, False, True),
+        (1, 0, 0, 0.5, False, True),
+        (1, 1, 1, 0.8, True, False),
+        (1, 2, 1, 0.8, True, True),
+        (1, 3, 2, 1.0, True, True),
+    ]
+    holes = pd.DataFrame(lines, columns=columns)
+    found = per_pass(holes)
+    assert found["ends"].tolist() == [0.5, 0, 0.5, 0.5]
+    assert found["others"].tolist() == [1.0, 0.5, 0, 0]
+    assert found["confidence"].tolist() == pytest.approx([0.5, 0.7, 0.8, 1.0])
+    assert found["end_confidence"].tolist() == pytest.approx([0.9, 0.8, 0.8, 1.0])
+    assert found["other_confidence"].tolist() == pytest.approx([(0.2 + 0.4 + 0.5) / 3, 0.6, math.nan, math.nan], nan_ok=True)
+    assert early_ends(holes) == pytest.approx([1 / 3, 0.0])  # passes 0 and 1 of 4
+
+
+@pytest.fixture
+def small(monkeypatch, tokenizer):
+    "A lab whose model for the tasks is a random one of characters."
+    words = small_model(context=512)
+    words.config.mask_token_id = PAD
+    monkeypatch.setattr(Lab, "load", lambda self, role, cls=None: (words, tokenizer))
+    return words, tokenizer
+
+
+def test_every_exercise_is_scored(small):
+    examples = exercises(("list_copy", "countdown"), 3)
+    assert [e.task for e in examples] == ["list_copy"] * 3 + ["countdown"] * 3
+    assert exercises(SOLVED, 1, seed=1)[0].prompt != exercises(SOLVED, 1)[0].prompt
+
+    found = measured(*small, {"plain": LLaDA(steps=4), "two": LLaDA(steps=2)}, examples, 40, batch_size=2)
+    assert found["task"] == [e.task for e in examples]
+    assert found["score"]["plain"] == [0.0] * 6
+    assert found["tokens"]["plain"] == [40] * 6
+    assert found["passes"] == {"plain": [4] * 6, "two": [2] * 6}
+    assert found["places"] == 40
+
+
+def test_scores_stand_in_the_order_of_the_exercises(monkeypatch):
+    examples = exercises(("list_copy",), 3)
+    lines = [("a", 2, 0.2, 7, 3), ("b", 0, 0.5, 1, 2), ("a", 0, 0.0, 5, 1), ("b", 2, 0.7, 3, 2), ("a", 1, 0.1, 6, 2), ("b", 1, 0.6, 2, 2)]
+    frame = pd.DataFrame(lines, columns=["method", "example", "score", "tokens", "passes"])
+    monkeypatch.setattr(eoser_ass, "frontier", lambda *args, **kwargs: frame)
+    found = measured(None, None, {}, examples, 32)
+    assert found["score"] == {"a": [0.0, 0.1, 0.2], "b": [0.5, 0.6, 0.7]}
+    assert found["tokens"] == {"a": [5, 6, 7], "b": [1, 2, 3]}
+    assert found["passes"] == {"a": [1, 2, 3], "b": [2, 2, 2]}
+
+
+def test_the_experiment_on_a_small_scale(small, monkeypatch):
+    monkeypatch.setattr(eoser_ass, "SOLVED", ("list_copy", "sudoku"))
+    monkeypatch.setattr(eoser_ass, "SOME", ("countdown",))
+    found = experiment(examples=1, places=32, watched=1)
+    assert to_plain(found)["places"] == 32
+    assert list(found["rivals"]["score"]) == list(rivals(32))
+    assert found["rivals"]["task"] == ["list_copy", "sudoku"]
+    assert list(found["gamma"]["score"]) == ["0.0", "0.01", "0.1", "0.4", "0.7", "1.0"]
+    assert found["gamma"]["task"] == ["countdown"] * 2
+    assert found["longer"]["places"] == 64
+    assert list(found["longer"]["score"]) == [n for n in rivals(64) if n.endswith((", 16", ", 6"))]
+    assert {n: len(p["pass"]) for n, p in found["passes"].items()} == {"full": 16, "semi-AR": 16}
+    assert all(len(shares) == 2 for shares in found["early ends"].values())
+
+
+# the toy
+
+
+def test_the_law_of_the_toy():
+    law = long_or_short([6, 7, 8, 9])
+    assert law.strings.shape == (82, 16)
+    short = [row for row, p in zip(law.strings.tolist(), law.p.tolist()) if p > 0.1]
+    assert short == [[5, 9] + [TOY_EOS] * 14]
+    assert float(law.p.max()) == pytest.approx(0.3)
+    assert law.p.sort().values[:-1].tolist() == pytest.approx([0.7 / 81] * 81)
+    long = [row[: row.index(TOY_EOS)] for row in law.strings.tolist() if row[0] == 6]
+    assert {tuple(t for t in row if t != 4) for row in long} == {(6, 7, 8, 9, 5, 9)}
+    assert sorted(map(len, long))[0] == 6
+    assert sorted(map(len, long))[-1] == 14
+    assert len(set(map(tuple, long))) == 81
+
+
+def test_answers_of_the_toy_are_read():
+    ends = [TOY_EOS] * 3
+    texts = [[6, 7, 8, 9, 5, 9, *ends], [6, 4, 7, 8, 4, 4, 9, 5, 9], [5, 9, *ends], [6, 7, 8, 5, 9, *ends], [6, 4, 4, 4, 7, 8, 9, 5, 9], []]
+    assert [toy_kind([6, 7, 8, 9], t) for t in texts] == ["long", "long", "short", "wrong", "wrong", "wrong"]
+
+
+def kinds(decoder, rows=40):
+    toy, digits = toy_model(), [6, 7, 8, 9]
+    out = decoder.generate(toy, torch.tensor([[*digits, 3]]).expand(rows, -1), max_new_tokens=16, do_sample=False)
+    return {toy_kind(digits, c.tolist()) for c in out.continuations}
+
+
+def test_a_perfect_model_falls_into_the_trap_and_early_rejection_gets_it_out():
+    torch.manual_seed(0)
+    assert kinds(LLaDA()) == {"short"}
+    for decoder in (EOSER(), EOSER(gamma_min=0.01), LLaDA(block_length=4)):
+        assert kinds(decoder) == {"long"}

@@ -1,0 +1,182 @@
+"""What several test files share: small models that are random and need no network, prompts, processors, and a toy whose joint distribution is known."""
+
+import numpy as np
+import torch
+from scipy.stats import chi2 as chi2_law
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import decoders as token_decoders
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from decodelab.core.contract import decoders
+
+VOCAB = 97  # <pad>, <eos> and the 95 printable ASCII characters
+
+
+PAD, EOS = 0, 1
+
+
+def small_model(kind="llama", attention="sdpa", vocab=VOCAB, hidden=32, context=256, spread=0.3, seed=0):
+    "A random causal language model that never chooses <pad> or <eos> by itself when decoded greedily."
+    torch.manual_seed(seed)
+    common = {"vocab_size": vocab, "initializer_range": spread, "attn_implementation": attention, "pad_token_id": PAD, "eos_token_id": EOS}
+    common |= {"bos_token_id": None}
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_positions=context, n_embd=hidden, n_layer=2, n_head=4, **common))
+    else:
+        config, cls = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[kind]
+        common |= {"head_dim": hidden // 4} if kind == "qwen3" else {}
+        shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2}
+        model = cls(
+            config(
+                **shape, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=False, **common
+            )
+        )
+    with torch.no_grad():
+        model.get_output_embeddings().weight[[PAD, EOS]] = 0.0  # logit 0: never the best of many
+    model.config.mask_token_id, model.config.shift_logits = PAD, False  # for diffusion decoders: a masked language model, not shifted
+    return model.eval()
+
+
+def random_prompts(n, lengths=(2, 12), vocab=VOCAB, seed=0):
+    "`n` prompts [1, length] without special tokens."
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(lengths[0], lengths[1] + 1, (n,), generator=generator).tolist()
+    return [torch.randint(2, vocab, (1, size), generator=generator) for size in sizes]
+
+
+def left_pad(prompts, pad=PAD):
+    "Prompts [1, length] as one left-padded batch: input_ids and attention_mask."
+    longest = max(p.shape[1] for p in prompts)
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for i, p in enumerate(prompts):
+        ids[i, longest - p.shape[1] :] = p[0]
+        mask[i, longest - p.shape[1] :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def character_tokenizer():
+    "One token a printable character."
+    characters = ["Ġ", *map(chr, range(33, 127))]
+    vocabulary = {"<pad>": PAD, "<eos>": EOS} | {c: i for i, c in enumerate(characters, start=2)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = token_decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False, padding_side="left"
+    )
+
+
+METHODS = decoders()
+
+
+class SumBias(LogitsProcessor):
+    "Favours a token that depends on the sum of the history, which padding with 0 does not change."
+
+    def __init__(self, bonus=8.0):
+        self.bonus = bonus
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        favoured = 2 + input_ids.sum(-1, keepdim=True) % (scores.shape[-1] - 2)
+        return scores.scatter_add(1, favoured, torch.full_like(favoured, self.bonus, dtype=scores.dtype))
+
+
+class StopsAt(StoppingCriteria):
+    "Stops a row at a length or at a token."
+
+    def __init__(self, length=None, token=None):
+        self.length, self.token = length, token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if self.length is not None:
+            return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+        return input_ids[:, -1] == self.token
+
+
+def plain(model, ids, new, **kwargs):
+    "What transformers' greedy search adds to one prompt."
+    out = model.generate(ids, max_new_tokens=new, do_sample=False, **kwargs)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def added(out):
+    return [c.tolist() for c in out.continuations]
+
+
+V = 6
+
+
+PER_BATCH = 4000
+
+
+LAW_RULES = {
+    "plain": ({}, []),
+    "temperature": ({"temperature": 0.6}, [TemperatureLogitsWarper(0.6)]),
+    "top_k": ({"top_k": 3}, [TopKLogitsWarper(3)]),
+    "top_p": ({"top_p": 0.7}, [TopPLogitsWarper(0.7)]),
+    "penalty": ({"repetition_penalty": 3.0}, [RepetitionPenaltyLogitsProcessor(3.0)]),
+}
+
+
+TOY_PROMPT = torch.tensor([[2, 5, 3, 4]])
+
+
+@torch.no_grad()
+def exact_law(model, processors, end=None):
+    "Probability of every sequence of three tokens, by running all prefixes."
+    processors = LogitsProcessorList(processors)
+    law = {(): 1.0}
+    for _ in range(3):
+        prefixes = list(law)
+        ids = torch.cat([torch.cat([TOY_PROMPT, torch.tensor([p], dtype=torch.long)], 1) for p in prefixes])
+        p = torch.softmax(processors(ids, model(ids).logits[:, -1].float()).double(), -1).tolist()
+        longer = {}
+        for prefix, row in zip(prefixes, p):
+            if end is not None and end in prefix:
+                longer[(*prefix, 0)] = law[prefix]  # padding
+            else:
+                longer |= {(*prefix, t): law[prefix] * q for t, q in enumerate(row)}
+        law = longer
+    return law
+
+
+def sample_law(decoder, model, draws, **kwargs):
+    "Counts of every sequence of three tokens; the rows of a batch are independent draws."
+    counts = {}
+    ids = TOY_PROMPT.expand(PER_BATCH, -1)
+    kwargs = {"top_k": 0, "eos_token_id": 99} | kwargs
+    for _ in range(draws // PER_BATCH):
+        out = decoder.generate(model, ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=True, **kwargs)
+        for row in out.sequences[:, 4:].tolist():
+            counts[tuple(row)] = counts.get(tuple(row), 0) + 1
+    return counts
+
+
+def fit(counts, law):
+    "p-value of the chi-square test of counts against a law; cells that expect fewer than five are pooled."
+    draws = sum(counts.values())
+    if any(law.get(cell, 0.0) == 0.0 for cell in counts):
+        return 0.0
+    seen = np.array([counts.get(cell, 0) for cell in law], dtype=float)
+    expected = draws * np.array(list(law.values()))
+    rare = expected < 5
+    if rare.any():
+        seen, expected = np.append(seen[~rare], seen[rare].sum()), np.append(expected[~rare], expected[rare].sum())
+    seen, expected = seen[expected > 0], expected[expected > 0]
+    return float(chi2_law.sf(((seen - expected) ** 2 / expected).sum(), len(seen) - 1))
