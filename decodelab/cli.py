@@ -258,7 +258,7 @@ def full_experiments() -> list[str]:
     "Notebooks with an `experiment()` function, such as `sampling/momentum`."
     import decodelab
 
-    root = Path(decodelab.__path__[0])
+    root = Path(decodelab.__path__[0]) / "experiments"
     modules = sorted(root.glob("*/*.py"))
     return [m.relative_to(root).with_suffix("").as_posix() for m in modules if re.search(r"^def experiment\(", m.read_text("utf-8"), re.M)]
 
@@ -278,9 +278,9 @@ def _experiment(
 
     found = full_experiments()
     known = f"notebooks with an experiment: {', '.join(found) or 'none yet'}"
-    if not re.fullmatch(r"[a-z0-9_]+/[a-z0-9_]+", name) or find_spec(f"decodelab.{name.split('/')[0]}") is None:
+    if not re.fullmatch(r"[a-z0-9_]+/[a-z0-9_]+", name) or find_spec(f"decodelab.experiments.{name.split('/')[0]}") is None:
         raise ValueError(f"unknown notebook {name!r}; {known}")
-    place = find_spec(f"decodelab.{name.replace('/', '.')}")
+    place = find_spec(f"decodelab.experiments.{name.replace('/', '.')}")
     kinds = function_kinds(Path(place.origin), "experiment") if place and place.origin else None
     if place is None or kinds is None:
         raise ValueError(f"{name} has no experiment; {known}")

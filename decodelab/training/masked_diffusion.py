@@ -25,7 +25,7 @@ from ..lab.tasks.text import LIST_PROMPTS, ListTask, Task
 from ..core.zoo import load, model_card
 from ..diffusion.base import LLaDA
 from ..diffusion.canvas import Denoiser
-from ..experiments.diffusion.measure import frontier
+from ..lab.frontier import frontier
 from ..sampling.base import Autoregressive
 from .checkpoints import fingerprint, tokenizer_fingerprint, write_training
 from .denoising_data import TaskBatches, TextBatches, task_examples
@@ -125,7 +125,7 @@ def evaluation_tasks() -> dict[str, Task]:
 def accuracy(
     model: Any,  # causal or masked model
     tokenizer: PreTrainedTokenizerFast,  # its tokenizer
-    causal: bool,  # read greedily from left to right, instead of filling holes one a pass
+    causal: bool,  # read greedily from left to right, instead of filling holes 1 per step
     n: int = 100,  # examples a task, all in one batch
     room: int = 64,  # tokens of an answer
     seed: int = 1,  # seed of the examples, which are none of the mixture's

@@ -39,13 +39,9 @@ def make(name, model, **fields):
     return decoder
 
 
-# EOSER puts off whatever is called an end: to call another token so changes its text, unless the factor is 1
-NEUTRAL = {"eoser": {"gamma_min": 1.0}}
-
-
 def decode(name, model, ids, new=12, **kwargs):
     settings = {"max_new_tokens": new, "do_sample": False} | kwargs
-    decoder = make(name, model, **(NEUTRAL.get(name, {}) if "eos_token_id" in kwargs else {}))
+    decoder = make(name, model, **(METHODS[name].neutral if "eos_token_id" in kwargs else {}))
     if isinstance(ids, dict):
         return decoder.generate(model, **ids, **settings)
     return decoder.generate(model, ids, **settings)

@@ -19,7 +19,7 @@ from decodelab.diffusion.canvas import CACHES, Canvas, Denoiser, mask_token, shi
 from decodelab.diffusion.fast_dllm import Dream, EntropyBound, FastDLLM, factor_count
 from decodelab.diffusion.ideal import IdealDenoiser, Law
 from decodelab.diffusion.step import ORDERS, Step, law_score, order_score, schedule, top
-from decodelab.experiments.diffusion.measure import loop_overheads
+from decodelab.lab.frontier import loop_overheads
 from decodelab.lab.lab import Lab
 
 POLICIES = [m for m in decoders().values() if m.family == "diffusion"]

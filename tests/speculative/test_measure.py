@@ -6,9 +6,10 @@ import pytest
 import torch
 from toys import added, plain, random_prompts, small_model
 
-from decodelab.experiments.speculative.measure import by_group, family, growth, line_up, speeds, target_texts
+from decodelab.experiments.speculative.measure import growth
 from decodelab.lab.bench import BenchResult, BenchRow, compare, counted
 from decodelab.lab.repeat import inflate
+from decodelab.lab.speeds import baselines, by_group, family, speeds, target_texts
 from decodelab.speculative.drafters import DraftModel, PromptLookup
 
 
@@ -32,9 +33,9 @@ def test_counted_sees_fewer_forwards_of_an_assistant(llama):
     assert out.stats.tokens_per_forward == 6  # every guess of its double is right
 
 
-def test_line_up(llama):
+def test_baselines(llama):
     prompts = random_prompts(2, lengths=(5, 8), seed=2)
-    methods = line_up(llama, {"lookup": PromptLookup()}, {"max_new_tokens": 6, "do_sample": False})
+    methods = baselines(llama, {"lookup": PromptLookup()}, {"max_new_tokens": 6, "do_sample": False})
     assert list(methods) == ["generate", "prompt lookup (hf)", "lookup"]
     table = speeds(compare(methods, prompts, repeats=1, warmup=0))
     assert table["identical"].tolist() == [1.0, 1.0, 1.0]
