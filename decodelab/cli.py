@@ -274,6 +274,7 @@ def _experiment(
     from importlib import import_module
 
     from decodelab.lab.claims import results_folder, store_result
+    from decodelab.lab.lab import Lab
     from decodelab.lab.provenance import provenance
 
     found = full_experiments()
@@ -295,7 +296,7 @@ def _experiment(
         raise ValueError(f"the experiment of {name} returned {type(result).__name__}: it must return a dictionary")
     stored = False
     try:
-        path = store_result(f"{name}-full", result, allow_dirty=allow_dirty)
+        path = store_result(f"{name}-full", result, seed=Lab.current().seed, allow_dirty=allow_dirty)
         stored = True
     finally:  # a full disk must not take hours of work with it
         if as_json or not stored:
