@@ -67,18 +67,23 @@ def figures_of(
 ) -> dict[str, list[float]]:
     "Diversity, rep-4, coherence and greedy ratio of each text."
     pairs = list(zip(run["starts"], run["ids"]))
+    long = [len(text.split()) > 3 for text in run["texts"]]  # a text of three words has no 4-gram
     return {
-        "diversity": [diversity([text]) for text in run["texts"]],
-        "rep_4": [repetition([text], 4) for text in run["texts"]],
+        "diversity": [diversity([text]) if ok else np.nan for text, ok in zip(run["texts"], long)],
+        "rep_4": [repetition([text], 4) if ok else np.nan for text, ok in zip(run["texts"], long)],
         "coherence": [coherence(scorer, [start], [new]) for start, new in pairs],
         "greedy_ratio": [greedy_ratio(model, start, new) for start, new in pairs],
     }
 
 # %% ../../../nbs/experiments/sampling/momentum.ipynb #90a65ac4
-def interval(values: Sequence[float]) -> list[float]:
-    "Mean and 95 % bootstrap interval over prompts, as [mean, low, high]."
+def interval(
+    values: Any,  # a number a prompt
+) -> list[float]:
+    "Mean and 95 % bootstrap interval over prompts, as [mean, low, high]; prompts without the figure are left out."
+    values = np.asarray(values)
+    values = values[np.isfinite(values)]
     found = bootstrap_interval(values)
-    return [float(np.mean(values)), found.low, found.high]
+    return [float(values.mean()), found.low, found.high]
 
 
 def summary(
