@@ -65,6 +65,11 @@ def _json_prompts(values: Iterable[tuple[str, str | Any]]) -> list[str]:
         prompt = _prompt_of(value)
         if prompt is None:
             raise ValueError(f'{where} holds no prompt: write a text, or an object with "prompt" or "turns"')
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            code = ord(prompt[error.start])
+            raise ValueError(f"{where} is no text: it holds half of a surrogate pair (U+{code:04X})") from error
         found.append(prompt)
     return found
 
