@@ -242,6 +242,23 @@ def _experiment(
     say(f"written: {path}" if path else "not written: results are switched off, or there is no checkout here")
 
 # %% ../nbs/cli.ipynb #674567b0
+@app.command("new")
+def _new(
+    family: Annotated[str, typer.Argument(help="Family whose loop the paper changes: sampling, speculative or diffusion.")],
+    paper: Annotated[str, typer.Argument(help="Name of its module, such as typical_sampling.")],
+) -> None:
+    "Write the pages and the test file of a new paper from a template; for a checkout."
+    from decodelab.core.zoo import checkout_root
+    from decodelab.new import new_paper
+
+    root = checkout_root()
+    if root is None:
+        raise ValueError("a paper is written in the repository, not in the installed package: clone it, then run `decodelab new` there")
+    for path in new_paper(family, paper, root):
+        typer.echo(path.relative_to(root).as_posix())
+    say("next: run both pages, then nbdev-export, and make test")
+
+
 @_export_app.command("hub")
 def _export_hub(
     name: Annotated[str, typer.Argument(help="Decoder, see `decodelab methods`.")],
