@@ -22,7 +22,8 @@ from ...lab.cost import cost_growth, timed, turns
 from ...lab.metrics import bootstrap_ratio
 from ...lab.tasks.catalogue import TASKS, SudokuTask
 from ...lab.tasks.text import ArithmeticTask, Example, ListTask
-from ...diffusion.canvas import CACHES, Canvas, Denoiser
+from ...diffusion.canvas import CACHES, Canvas
+from ...diffusion.denoiser import Denoiser
 
 # %% auto #0
 __all__ = ['POLICIES', 'Score', 'LLADA_8B', 'COMPARED', 'line_up', 'task_score', 'frontier', 'table', 'plot_frontier',
