@@ -81,11 +81,11 @@ def _set_up(asked: _Request, own_draft: bool, shown: int = 0) -> _Setting:
 
 def _measured(own: _Setting, asked: _Request, title: str, settings: Mapping[str, Any], **limits: Any) -> tuple[Any, Any] | None:
     # (result, table), or None when no decoder can run with these settings
-    from decodelab.demo import demo_rows, line_up, measure_in_turns
+    from decodelab.demo import demo_rows, baselines, measure_in_turns
     from decodelab.demo_page import DemoTable
 
     with waiting("trying every decoder once ..."):
-        line = line_up(own.model, own.ready, {"max_new_tokens": asked.tokens, **settings}, own.trial, own.draft)
+        line = baselines(own.model, own.ready, {"max_new_tokens": asked.tokens, **settings}, own.trial, own.draft)
     if not line.ready:
         own.left_out |= line.left_out
         return None
@@ -135,7 +135,7 @@ def _live(own: _Setting) -> None:
 def _masked(own: _Setting, asked: _Request, seconds: float) -> list[Any]:
     # the table of the masked decoders; what is shown there is no longer left out
     from decodelab.demo import masked_decoders, masked_table
-    from decodelab.experiments.diffusion.measure import POLICIES
+    from decodelab.lab.frontier import compared_policies
 
     known = decoder_files()
     wanted = [name for name in asked.methods or known if known[name].parent.name == "diffusion"]
@@ -152,7 +152,8 @@ def _masked(own: _Setting, asked: _Request, seconds: float) -> list[Any]:
         return []
     with waiting("filling masked positions ..."):
         table = masked_table(methods, model, tokenizer, seconds=seconds, seed=asked.seed)
-    shown = {POLICIES[row.name][0] for row in table.rows}
+    known_policies = compared_policies()
+    shown = {known_policies[row.name].name for row in table.rows}
     for name in wanted:
         if name in shown and name not in refused:
             own.left_out.pop(name, None)

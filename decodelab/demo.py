@@ -22,14 +22,14 @@ from .core.output import DecodeOutput
 from .lab.provenance import provenance
 from .lab.tasks.catalogue import TASKS
 from .demo_page import DemoRow, DemoTable
-from .experiments.diffusion import measure
+from .lab.frontier import BASELINE, compared_policies, policies
 from .prompting import encode_prompts, left_padded
 from .reading import check_decoder
 
 # %% auto #0
-__all__ = ['Methods', 'LEFT_TO_RIGHT', 'ONE_A_PASS', 'QUESTIONS', 'SHOWN', 'transformers_methods', 'ready_decoders',
-           'drop_failing', 'LineUp', 'line_up', 'ends_of', 'measure_in_turns', 'demo_rows', 'TextKeeper',
-           'traced_calls', 'masked_decoders', 'masked_table']
+__all__ = ['Methods', 'LEFT_TO_RIGHT', 'QUESTIONS', 'transformers_methods', 'ready_decoders', 'drop_failing', 'Comparison',
+           'baselines', 'ends_of', 'measure_in_turns', 'demo_rows', 'TextKeeper', 'traced_calls', 'masked_decoders',
+           'masked_table']
 
 # %% ../nbs/demo.ipynb #d10475e1
 Methods = dict[str, Callable[[Any], DecodeOutput]]
@@ -98,7 +98,7 @@ _TRIED = 4  # new tokens of the trial
 
 
 @dataclass
-class LineUp:
+class Comparison:
     "Methods that can run the prompts, ready to be measured."
 
     methods: Methods  # name -> function of a tokenized prompt, the baseline first
@@ -107,13 +107,13 @@ class LineUp:
     settings: dict[str, Any]  # arguments of `generate`
 
 
-def line_up(
+def baselines(
     model: Any,  # target model
     ready: Mapping[str, Decoder],  # decoders; those that cannot sample are passed over when the settings ask for it
     settings: Mapping[str, Any],  # arguments of `generate`
     trial: Any,  # a tokenized prompt to try every method on; none of those that are measured
     draft: Any = None,  # draft model for assisted generation
-) -> LineUp:
+) -> Comparison:
     "Everything that can run with these settings; each method is tried once."
     able = {name: d for name, d in ready.items() if d.method.samples or not settings.get("do_sample")}
 
@@ -123,7 +123,7 @@ def line_up(
 
     good, refused = drop_failing(calls({**settings, "max_new_tokens": min(_TRIED, settings["max_new_tokens"])}), trial)
     methods = {name: call for name, call in calls(settings).items() if name in good}
-    return LineUp(methods, {name: d for name, d in able.items() if name in methods}, refused, dict(settings))
+    return Comparison(methods, {name: d for name, d in able.items() if name in methods}, refused, dict(settings))
 
 
 def ends_of(
@@ -253,12 +253,7 @@ def traced_calls(
     return outputs
 
 # %% ../nbs/demo.ipynb #a8fed9f3
-ONE_A_PASS = "one a pass"  # the masked decoders are compared with this
 QUESTIONS = ("list_shuffle", "list_sort", "list_copy")  # tasks of the demo, in this order
-_FIRST: dict[str, str] = {}  # decoder -> the first of its policies
-for _policy, (_method, _) in measure.POLICIES.items():
-    _FIRST.setdefault(_method, _policy)
-SHOWN = tuple(dict.fromkeys([ONE_A_PASS, "4 a pass", *_FIRST.values()]))  # what the demo compares
 
 
 def masked_decoders(
@@ -269,14 +264,16 @@ def masked_decoders(
     "Masked decoders ready for `model`, one position a step first, and those that are left out with the reason."
     ready: dict[str, Decoder] = {}
     left_out: dict[str, str] = {}
-    for policy in SHOWN:
-        method, _ = measure.POLICIES[policy]
+    known = compared_policies()
+    first_of_each = {m.name: policy for policy, m in reversed(known.items())}
+    for policy in dict.fromkeys([BASELINE, "4 per step", *first_of_each.values()]):
+        method = known[policy].name
         if not names or method in names:
             try:
-                ready |= measure.line_up(model, max_new_tokens, [policy])
+                ready |= policies(model, max_new_tokens, [policy])
             except (ValueError, FileNotFoundError) as error:
                 left_out[method] = str(error)
-    first = measure.line_up(model, max_new_tokens, [ONE_A_PASS]) if ready else {}
+    first = policies(model, max_new_tokens, [BASELINE]) if ready else {}
     return first | ready, left_out
 
 # %% ../nbs/demo.ipynb #c4d90b1e
@@ -309,4 +306,4 @@ def masked_table(
         row.right = sum(round(TASKS[e.task].score(e, text)) for e, text in zip(examples, texts))
         row.tokens_per_forward = float(result.figures(row.name)["tokens_per_forward"])
         row.text = texts[0].strip()
-    return DemoTable("questions about lists", examples[0].prompt, ONE_A_PASS, result.provenance, rows, refused)
+    return DemoTable("questions about lists", examples[0].prompt, BASELINE, result.provenance, rows, refused)

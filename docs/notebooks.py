@@ -13,33 +13,16 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 REPOSITORY = "https://github.com/decodelab/decodelab"
 
-# the order of the rooms, and of the notebooks of `core` and of a family's own; what is not named comes after, by name
-FAMILIES = ("core", "sampling", "search", "speculative", "diffusion", "structured", "memory", "training", "theory", "vision")
+# the order of the families, and of the notebooks in them; what is not named comes after, by name
+FAMILIES = (
+    *("core", "sampling", "search", "speculative", "diffusion", "structured", "memory", "theory", "vision"),
+    *("lab", "training", "experiments"),
+)
 FIRST = (
     *("canvas", "step"),  # what the loop of the diffusion family stands on
-    *("base", "acceptance", "drafters", "watch", "fast_dllm", "measure"),
-    *(
-        "lab",
-        "data",
-        "zoo",
-        "output",
-        "warp",
-        "tree",
-        "slots",
-        "session",
-        "contract",
-        "openings",
-        "text_tasks",
-        "puzzles",
-        "tasks",
-        "metrics",
-        "mauve",
-        "provenance",
-        "claims",
-        "bench",
-        "cost",
-        "inflate",
-    ),
+    *("base", "acceptance", "drafters", "fast_dllm", "measure"),
+    *("output", "warp", "tree", "slots", "capability", "steps", "session", "call", "registry", "fields", "contract", "zoo"),
+    *("lab", "data", "prompts", "text", "puzzles", "catalogue", "metrics", "mauve", "provenance", "claims", "bench", "cost", "repeat"),
 )
 
 _DIRECTIVE = re.compile(r"^[ \t]*#\|[ \t]*(\w[\w-]*):?[ \t]*(.*)$\n?", re.M)
@@ -82,8 +65,14 @@ def family_rank(family: str) -> tuple[int, str]:
 
 
 def _rank(notebook: Notebook) -> tuple:
-    leaf = notebook.name.rsplit("/", 1)[-1]
-    return (*family_rank(notebook.family), FIRST.index(leaf) if leaf in FIRST else len(FIRST), leaf)
+    *folders, leaf = notebook.name.split("/")
+    inner = family_rank("/".join(folders[1:]))  # of the experiments of a family, and of folders in a folder
+    return (
+        *family_rank(notebook.family),
+        inner if len(folders) > 1 else (-1, ""),
+        FIRST.index(leaf) if leaf in FIRST else len(FIRST),
+        leaf,
+    )
 
 
 def _read(path: Path) -> Notebook:

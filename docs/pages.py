@@ -12,8 +12,10 @@ from apidoc import Module
 from notebooks import ROOT, Notebook, family_rank, repository_links
 
 # family -> (title, what its notebooks share)
-ROOMS = {
-    "core": ("Core", "What every method stands on: the contract of a decoder, the model session with its cache, data, metrics and claims."),
+ABOUT = {
+    "core": ("Engine", "What every method stands on: the contract of a decoder, the state of a call, the model session with its cache."),
+    "lab": ("Laboratory", "What the experiments stand on: profiles, data, tasks, metrics, timing, claims and their provenance."),
+    "experiments": ("Experiments", "What each paper claims, measured: baselines on the same prompts in the same run, with intervals."),
     "sampling": (
         "Sampling",
         "One token at a time, or one short look ahead. A paper supplies a rule that changes or chooses the next token.",
@@ -39,12 +41,12 @@ ROOMS = {
     "theory": ("Theory", "Analysis without a decoding loop. A paper supplies estimators and fits."),
     "vision": ("Vision", "The same loops with images. A paper supplies the drafter or the planner."),
 }
-NOT_PAPERS = ("core", "training")
+NOT_PAPERS = ("core", "lab", "training")
 
 
-def room(family: str) -> tuple[str, str]:
+def about(family: str) -> tuple[str, str]:
     """Title and description of a family."""
-    return ROOMS.get(family, (family.replace("_", " ").capitalize(), ""))
+    return ABOUT.get(family, (family.replace("_", " ").capitalize(), ""))
 
 
 def toctree(entries: list[str], caption: str = "", depth: int = 2) -> str:
@@ -61,18 +63,17 @@ def site_contents(notebooks: list[Notebook], extra: list[str]) -> str:
     loose = [n.name for n in notebooks if not n.family and n.name != "index"]
     return "\n\n".join(
         [
-            toctree(loose, "Start"),
-            toctree([f"{f}/index" for f in families if f not in NOT_PAPERS], "Papers"),
+            toctree([f"{f}/index" for f in families if f not in (*NOT_PAPERS, "experiments")], "Methods"),
+            toctree(["methods", "scoreboard", *(f"{f}/index" for f in ("experiments",) if f in families), "zoo/index"], "Compare"),
             toctree([f"{f}/index" for f in NOT_PAPERS if f in families], "Foundations"),
-            toctree(["methods", "scoreboard", "zoo/index"], "Compare"),
-            toctree(["api/index", *extra], "Reference"),
+            toctree([*loose, "api/index", *extra], "Reference"),
         ]
     )
 
 
 def landing(summary: str, body: str, notebooks: list[Notebook], contents: str) -> str:
     """Top and bottom of the landing page around the text of the index: hero sentence and three cards."""
-    papers = [n for n in notebooks if n.family and n.family not in NOT_PAPERS]
+    papers = [n for n in notebooks if n.family and n.family not in (*NOT_PAPERS, "experiments")]
     read = (papers or notebooks)[0]
     cards = [
         ("Read", f"/{read.family}/index.md", "Each paper is one notebook: the idea, the code piece by piece, the experiments, the claims."),
@@ -86,13 +87,16 @@ def landing(summary: str, body: str, notebooks: list[Notebook], contents: str) -
 
 def family_page(family: str, notebooks: list[Notebook]) -> str:
     """The page of a family: what its papers share, and its notebooks."""
-    title, about = room(family)
+    title, summary = about(family)
     mine = [n for n in notebooks if n.family == family]
-    items = [f":::{{container}} dl-card\n[{n.title}](/{n.name}.ipynb)\n\n{n.summary}\n:::" for n in mine]
-    deck = "\n\n".join(items)
-    return (
-        f"# {title}\n\n> {about}\n\n::::{{container}} dl-cards dl-list\n{deck}\n::::\n\n{toctree([n.name.split('/')[-1] for n in mine])}\n"
-    )
+    parts = [f"# {title}\n\n> {summary}"]
+    for folder in dict.fromkeys(n.name.rpartition("/")[0] for n in mine):
+        inner = [n for n in mine if n.name.rpartition("/")[0] == folder]
+        items = [f":::{{container}} dl-card\n[{n.title}](/{n.name}.ipynb)\n\n{n.summary}\n:::" for n in inner]
+        heading = "" if folder == family else f"## {about(folder.removeprefix(family + '/'))[0]}\n\n"
+        parts.append(heading + "::::{container} dl-cards dl-list\n" + "\n\n".join(items) + "\n::::")
+    parts.append(toctree([n.name.removeprefix(family + "/") for n in mine]))
+    return "\n\n".join(parts) + "\n"
 
 
 def method_table(methods: dict[str, Any], notebooks: list[Notebook]) -> str:
@@ -105,7 +109,7 @@ def method_table(methods: dict[str, Any], notebooks: list[Notebook]) -> str:
         name = m.decoder.__name__
         link = f"[{name}](/{m.notebook}.ipynb)" if m.notebook in known else f"`{name}`"
         paper = f"[{_cell(m.paper)}]({m.url})" if m.url else _cell(m.paper)
-        rows.append(f"| {link} | {room(m.family)[0]} | {paper} | {m.year} | {_tick(m.lossless)} | {_tick(m.needs_training)} |")
+        rows.append(f"| {link} | {about(m.family)[0]} | {paper} | {m.year} | {_tick(m.lossless)} | {_tick(m.needs_training)} |")
     head = ["| method | family | paper | year | lossless | needs training |", "|---|---|---|---|---|---|"]
     return ":::{container} dl-filter\n" + "\n".join(head + rows) + "\n:::"
 
@@ -114,7 +118,7 @@ def methods_page(table: str) -> str:
     """The page of all methods."""
     return (
         "# Methods\n\n> Every decoder of the registry, as `decodelab.decoders()` lists it.\n\n"
-        "*Lossless* means that the output follows the law of the model itself: the same text under greedy decoding, the same distribution "
+        "*Lossless* means that the output follows the distribution of the model itself: the same text under greedy decoding, the same distribution "
         f"under sampling. *Needs training* means that a part must be fitted before the method can be used.\n\n{table}\n"
     )
 
@@ -129,13 +133,17 @@ def _cell(value: Any) -> str:
 
 # the scoreboard
 
-STATES = {True: ("held", "held"), False: ("not held", "failed"), None: ("not testable", "open")}
+STATES = {"held": "held", "refuted": "failed", "inconclusive": "unsure", "not testable": "open"}  # verdict -> style
 
 
 def read_claims(folder: Path) -> list[dict[str, Any]]:
     """All result files below `folder` that hold claims, families in their order."""
     files = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.rglob("*.json"))]
-    found = [f for f in files if isinstance(f, dict) and isinstance(f.get("claims"), list) and f.get("notebook")]
+    found = [
+        f
+        for f in files
+        if isinstance(f, dict) and isinstance(f.get("claims"), list) and f.get("notebook") and all("verdict" in c for c in f["claims"])
+    ]
     return sorted(found, key=lambda f: (*family_rank(str(f["notebook"]).split("/")[0]), f["notebook"], _profile(f)))
 
 
@@ -144,49 +152,57 @@ def scoreboard_page(results: list[dict[str, Any]], notebooks: list[Notebook]) ->
     top = (
         "# Scoreboard\n\n> What the papers claim, and what held when the notebooks ran.\n\n"
         "Each notebook ends with its paper's claims and tests them on the models of its profile. "
-        "A claim that does not hold is shown as such, with the reason; one that cannot be tested at this scale says so."
+        "Held or refuted means that the 95 % interval clears the boundary; else the claim is inconclusive. One that cannot be tested at this scale says so."
     )
     if not results:
         return f"{top}\n\nNo result is stored yet: run a paper's notebook, and its claims appear here.\n"
-    titles = {n.name: n.title for n in notebooks}
+    titles = {n.name.removeprefix("experiments/"): n.title for n in notebooks}
+    pages = {n.name for n in notebooks}
     rows = [_summary(r, titles) for r in results]
-    total = Counter(c.get("holds") for r in results for c in r["claims"])
-    head = ["| notebook | profile | claims | held | not held | not testable |", "|---|---|---|---|---|---|"]
-    sections = [_section(r, titles) for r in results]
+    total = Counter(c["verdict"] for r in results for c in _of_the_paper(r))
+    head = ["| notebook | profile | claims | " + " | ".join([*STATES, "checks"]) + " |", "|---|---|---|---|---|---|---|---|"]
+    sections = [_section(r, titles, pages) for r in results]
     return "\n\n".join([top, _tiles(total), "\n".join(head + rows), *sections]) + "\n"
 
 
+def _of_the_paper(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [c for c in result["claims"] if c["kind"] == "paper"]
+
+
 def _tiles(total: Counter) -> str:
-    tiles = [f'<div class="dl-tile dl-{kind}"><b>{total[key]}</b><span>{label}</span></div>' for key, (label, kind) in STATES.items()]
+    tiles = [f'<div class="dl-tile dl-{kind}"><b>{total[verdict]}</b><span>{verdict}</span></div>' for verdict, kind in STATES.items()]
     return f'<div class="dl-tiles">{"".join(tiles)}</div>'
 
 
 def _summary(result: dict[str, Any], titles: dict[str, str]) -> str:
-    count = Counter(c.get("holds") for c in result["claims"])
-    parts = [f'<span class="dl-{kind}" style="flex:{count[key]}"></span>' for key, (_, kind) in STATES.items() if count[key]]
+    count = Counter(c["verdict"] for c in _of_the_paper(result))
+    parts = [f'<span class="dl-{kind}" style="flex:{count[verdict]}"></span>' for verdict, kind in STATES.items() if count[verdict]]
     bar = f'<span class="dl-bar">{"".join(parts)}</span>'
-    numbers = " | ".join(str(count[key]) for key in STATES)
+    checks = [c["verdict"] == "held" for c in result["claims"] if c["kind"] == "check"]
+    numbers = " | ".join([*(str(count[verdict]) for verdict in STATES), f"{sum(checks)} of {len(checks)}" if checks else ""])
     return f"| [{_cell(titles.get(result['notebook'], result['notebook']))}](#{_anchor(result)}) | {_profile(result)} | {bar} | {numbers} |"
 
 
-def _section(result: dict[str, Any], titles: dict[str, str]) -> str:
+def _section(result: dict[str, Any], titles: dict[str, str], pages: set[str]) -> str:
     name = result["notebook"]
     title = _cell(titles.get(name, name))
-    link = f"From {{doc}}`/{name}`, profile `{_profile(result)}`." if name in titles else f"Profile `{_profile(result)}`."
-    rows = []
-    for claim in result["claims"]:
-        label, kind = STATES[claim.get("holds")]
-        why = f'<br><span class="dl-why">{_cell(claim["why"])}</span>' if claim.get("why") else ""
-        cells = [_value(claim.get("value")), _value(claim.get("expected")), _cell(claim.get("paper") or "")]
-        rows.append(f'| <span class="dl-chip dl-{kind}">{label}</span> | {_cell(claim["text"])}{why} | {" | ".join(cells)} |')
-    head = ["| | claim | measured | expected | in the paper |", "|---|---|---|---|---|"]
-    parts = [
-        f"({_anchor(result)})=\n## {title}",
-        link,
-        ":::{container} dl-claims\n" + "\n".join(head + rows) + "\n:::",
-        _provenance(result.get("provenance") or {}),
-    ]
+    page = next((p for p in (f"experiments/{name}", name) if p in pages), "")
+    link = f"From {{doc}}`/{page}`, profile `{_profile(result)}`." if page else f"Profile `{_profile(result)}`."
+    parts = [f"({_anchor(result)})=\n## {title}", link]
+    for kind, what in (("paper", "claim"), ("check", "check of ours")):
+        rows = [_claim_row(c) for c in result["claims"] if c["kind"] == kind]
+        head = [f"| | {what} | measured [95 %] | expected | in the paper |", "|---|---|---|---|---|"]
+        parts += [":::{container} dl-claims\n" + "\n".join(head + rows) + "\n:::"] if rows else []
+    parts.append(_provenance(result.get("provenance") or {}))
     return "\n\n".join(p for p in parts if p)
+
+
+def _claim_row(claim: dict[str, Any]) -> str:
+    why = f'<br><span class="dl-why">{_cell(claim["why"])}</span>' if claim.get("why") else ""
+    interval = f" [{', '.join(map(_value, claim['interval']))}]" if claim.get("interval") else ""
+    cells = [_value(claim.get("value")) + _cell(interval), _value(claim.get("expected")), _cell(claim.get("paper") or "")]
+    chip = f'<span class="dl-chip dl-{STATES[claim["verdict"]]}">{claim["verdict"]}</span>'
+    return f"| {chip} | {_cell(claim['text'])}{why} | {' | '.join(cells)} |"
 
 
 def _anchor(result: dict[str, Any]) -> str:
@@ -199,7 +215,7 @@ def _profile(result: dict[str, Any]) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.3g}"
     if isinstance(value, dict):
         return ", ".join(f"{_cell(k)} {_value(v)}" for k, v in value.items())
     if isinstance(value, list):
@@ -278,7 +294,7 @@ def api_index(modules: list[Module]) -> str:
     for family in dict.fromkeys(m.page.rpartition(".")[0] for m in modules):
         mine = [m for m in modules if m.page.rpartition(".")[0] == family]
         rows = [f"| [{m.page}]({m.page}.md) | {_cell(m.summary)} |" for m in mine]
-        parts += [f"## {room(family)[0] if family else 'Top level'}", "\n".join(["| module | |", "|---|---|", *rows])]
+        parts += [f"## {about(family)[0] if family else 'Top level'}", "\n".join(["| module | |", "|---|---|", *rows])]
     return "\n\n".join([*parts, toctree([m.page for m in modules], depth=1)]) + "\n"
 
 
@@ -293,6 +309,6 @@ def llms_text(description: str, base: str, notebooks: list[Notebook], modules: l
     for family in sorted({n.family for n in notebooks}, key=family_rank):
         lines = [f"- [{n.title}]({base}{n.name}.html.md): {n.summary}" for n in notebooks if n.family == family and n.name != "index"]
         if lines:
-            parts.append(f"## {room(family)[0] if family else 'Start'}\n\n" + "\n".join(lines))
+            parts.append(f"## {about(family)[0] if family else 'Start'}\n\n" + "\n".join(lines))
     parts.append("## API\n\n" + "\n".join(f"- [{m.name}]({base}_sources/api/{m.page}.md): {m.summary}" for m in modules))
     return "\n\n".join(parts) + "\n"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ class Method:
     samples: bool  # whether do_sample=True is supported
     decoder: type[Any]  # the class
     example: Callable[[Any], Any]  # target model -> a decoder ready to use with it
+    compared: Mapping[str, Mapping[str, Any]]  # rows of the family's comparison: name -> fields that differ from the example's
+    neutral: Mapping[str, Any]  # fields with which the text does not depend on which tokens are called EOS
 
 
 _METHODS: dict[str, Method] = {}
@@ -52,6 +54,8 @@ def register(
     needs_training: bool = False,  # something must be trained first
     samples: bool = True,  # supports do_sample=True
     example: Callable[[Any], Any] | None = None,  # target model -> decoder; the class with its defaults when None
+    compared: Mapping[str, Mapping[str, Any]] | None = None,  # rows of the family's comparison; one, the example, when None
+    neutral: Mapping[str, Any] | None = None,  # fields with which the text does not depend on which tokens are called EOS
 ) -> Callable[[type[Any]], type[Any]]:
     "Class decorator that files a decoder in the registry; a malformed or double entry is an error."
     if family not in FAMILIES:
@@ -62,7 +66,8 @@ def register(
         if known is not None and known.decoder.__qualname__ != cls.__qualname__:
             raise ValueError(f"two decoders want the name {name!r}: {known.decoder.__qualname__} and {cls.__qualname__}")
         make = example or (lambda model: cls())
-        cls.method = Method(name, family, paper, url, year, notebook or f"{family}/{name}", lossless, needs_training, samples, cls, make)
+        page, rows = notebook or f"{family}/{name}", {name: {}} if compared is None else compared
+        cls.method = Method(name, family, paper, url, year, page, lossless, needs_training, samples, cls, make, rows, neutral or {})
         _METHODS[name] = cls.method
         return cls
 

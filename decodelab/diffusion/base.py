@@ -294,6 +294,11 @@ def with_generate(
     year=2025,
     notebook="diffusion/base",
     lossless=False,
+    compared={
+        "1 per step": {"block_length": 32},
+        "2 per step": {"block_length": 32, "steps": 1 / 2},
+        "4 per step": {"block_length": 32, "steps": 1 / 4},
+    },
 )
 @dataclass
 class LLaDA(Unmasker):

@@ -26,7 +26,7 @@ from ..lab.tasks.text import ArithmeticTask, Example, ListTask, Task
 from ..core.warp import confidence, draw, greedy, probabilities
 from .base import LLaDA, Unmasker
 from .fast_dllm import FastDLLM
-from ..experiments.diffusion.measure import frontier, table
+from ..lab.frontier import frontier, table
 from .step import SCORES, Step, confidence_score, top, without_best
 from ..lab.watch import encode
 
@@ -249,6 +249,7 @@ class Agreement:
     url="https://arxiv.org/abs/2512.02044",
     year=2025,
     lossless=False,
+    compared={"ccd": {"block_length": 32}, "ccd-ds": {"block_length": 32, "adaptive": True}},
 )
 @dataclass
 class CCD(Unmasker):

@@ -19,8 +19,8 @@ from ..core.contract import Call, register
 from ..lab.tasks.catalogue import TASKS
 from ..lab.tasks.text import LIST_PROMPTS, Example
 from .base import LLaDA, Unmasker
-from .ideal import IdealDenoiser, Distribution
-from ..experiments.diffusion.measure import frontier, table
+from .ideal import Distribution, IdealDenoiser
+from ..lab.frontier import frontier, table
 from .step import Step, order_score, top
 from ..lab.watch import encode, watch
 
@@ -107,7 +107,7 @@ _PAPER: dict[str, Any] = {
 }
 
 
-@register("eoser", **_PAPER)
+@register("eoser", compared={"eoser": {"block_length": 32}}, neutral={"gamma_min": 1.0}, **_PAPER)
 @dataclass
 class EOSER(LLaDA):
     "LLaDA's decoder with early rejection of ends: a proposed end of sequence has to wait, less and less as decoding goes on."
@@ -174,7 +174,7 @@ def ascending_blocks(
     length: int,  # L, new tokens (positive)
     block_num: int = 1,  # n, blocks (1 to S)
 ) -> list[int]:
-    "Lengths of n blocks: the first takes the first S - n + 1 passes, every later one a pass of its own."
+    "Lengths of n blocks: the first takes the first S - n + 1 passes, every later 1 per step of its own."
     sizes = ascending_steps(length)
     if not 1 <= block_num <= len(sizes):
         raise ValueError(f"{length} new tokens take {len(sizes)} ascending steps: block_num must be 1 to {len(sizes)}, got {block_num}")
@@ -182,7 +182,7 @@ def ascending_blocks(
     return [sum(sizes[:first]), *sizes[first:]]
 
 # %% ../../nbs/diffusion/eoser_ass.ipynb #beac37b3
-@register("ass", **_PAPER)
+@register("ass", compared={"ass": {}, "eoser + ass": {"eoser": True}}, **_PAPER)
 @dataclass
 class ASS(LLaDA):
     "Ascending step sizes: passes fill 1, 2, 4, ... holes, floor(log2 L) passes in all; with `eoser`, ends are rejected early."

@@ -29,6 +29,7 @@ __all__ = ['DREAM_ALGORITHMS', 'FastDLLM', 'factor_count', 'EntropyBound', 'Drea
     year=2025,
     notebook="diffusion/fast_dllm",
     lossless=False,
+    compared={"threshold 0.9": {}, "factor 1": {"factor": 1.0}},
 )
 @dataclass
 class FastDLLM(Unmasker):
@@ -68,6 +69,7 @@ def factor_count(
     year=2025,
     notebook="diffusion/fast_dllm",
     lossless=False,
+    compared={"entropy bound 0.1": {}},
 )
 @dataclass
 class EntropyBound(Unmasker):
@@ -101,6 +103,7 @@ DREAM_ALGORITHMS = {"origin": "random", "maskgit_plus": "low_confidence", "topk_
     notebook="diffusion/fast_dllm",
     lossless=False,
     example=lambda model: Dream(alg="entropy"),  # what its authors recommend; "origin" draws places at random
+    compared={"dream, 2 per step": {"block_length": 32, "steps": 1 / 2}},
 )
 @dataclass
 class Dream(Unmasker):

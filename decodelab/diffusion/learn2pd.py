@@ -323,7 +323,7 @@ def rivals(
 ) -> dict[str, Unmasker]:
     "The static rule, the oracle, threshold decoding and Learn2PD in blocks of 32, each decoding the whole canvas."
     whole: dict[str, Any] = {"early_stop": False}
-    found: dict[str, Unmasker] = {"one a pass": LLaDA(block_length=32, **whole), "oracle": InHindsight(**whole)}
+    found: dict[str, Unmasker] = {"1 per step": LLaDA(block_length=32, **whole), "oracle": InHindsight(**whole)}
     found |= {f"threshold {g}": FastDLLM(threshold=g, **whole) for g in gammas}
     return found | {f"{name}, tau {t}": Learn2PD(filter=f, tau=t, **whole) for name, f in filters.items() for t in taus}
 
@@ -336,7 +336,7 @@ def experiment(
 ) -> dict[str, Any]:
     "The rivals, and filters of depth 1 and 4, on all tasks; cuts and caches on long canvases."
     from decodelab.lab.lab import Lab
-    from decodelab.experiments.diffusion.measure import frontier
+    from decodelab.lab.frontier import frontier
 
     lab = Lab("diffusion/learn2pd")
     lab.seed_everything()
@@ -351,7 +351,7 @@ def experiment(
     asked = [e for name in tasks for e in TASKS[name].examples(examples, lab.seed)]
     frame = frontier(model, tokenizer, made, asked, max_new_tokens, seed=lab.seed)
     frame["ids"] = tokenizer(frame["text"].tolist(), add_special_tokens=False).input_ids
-    final = frame[frame["method"] == "one a pass"].set_index("example")["ids"]
+    final = frame[frame["method"] == "1 per step"].set_index("example")["ids"]
     frame["agreement"] = [agreement(ids, final[i]) for i, ids in zip(frame["example"], frame["ids"])]
     some = ("list_sort", "list_shuffle", "list_insert_random", "arithmetic", "sudoku", "countdown")
     few = [e for name in some if name in tasks for e in TASKS[name].examples(2, lab.seed)]

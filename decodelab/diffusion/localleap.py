@@ -186,7 +186,7 @@ def thresholds(
 )
 @dataclass
 class LocalLeap(Unmasker):
-    "LocalLeap: holes of which the model is sure, and those beside them of which it is nearly sure; at least one a pass."
+    "LocalLeap: holes of which the model is sure, and those beside them of which it is nearly sure; at least 1 per step."
 
     block_length: int | None = 32  # B, places decoded together (positive); all when None
     threshold: float = field(default=0.9, kw_only=True)  # kappa, confidence of an anchor (positive; above 1: one hole a pass)
@@ -250,7 +250,7 @@ def race(
 def rivals() -> dict[str, Unmasker]:
     "One a pass, and the rules that fill several holes at once, in blocks of 32."
     return {
-        "one a pass": LLaDA(block_length=32),
+        "1 per step": LLaDA(block_length=32),
         "threshold 0.9": FastDLLM(),
         "threshold 0.75": FastDLLM(threshold=0.75),
         "factor 1": FastDLLM(factor=1.0),
@@ -312,7 +312,7 @@ def experiment(
     "The two principles and the rivals on exercises and stories; sweeps and the control of places on exercises."
     from decodelab.lab.lab import Lab
     from decodelab.lab.prompts import tale_prompts
-    from decodelab.experiments.diffusion.measure import frontier, task_score
+    from decodelab.lab.frontier import frontier, task_score
 
     lab = Lab("diffusion/localleap")
     lab.seed_everything()
@@ -324,7 +324,7 @@ def experiment(
         return principles(watch(LLaDA(32), model, **encode(tokenizer, texts, model), **settings))
 
     frame = frontier(model, tokenizer, rivals(), examples, max_new_tokens=32, batch_size=25, seed=lab.seed)
-    methods = {"one a pass": LLaDA(32)} | sweeps() | cautious() | sides()
+    methods = {"1 per step": LLaDA(32)} | sweeps() | cautious() | sides()
     return {
         "principles": {
             "exercises": watched_passes(model, tokenizer, [e.prompt for e in exercises(watched)]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ from .provenance import provenance, to_plain, write_json
 from ..core.zoo import checkout_root
 
 # %% auto #0
-__all__ = ['results_folder', 'Claim', 'Claims', 'store_result', 'load_result']
+__all__ = ['VERDICTS', 'results_folder', 'verdict_of', 'Claim', 'Claims', 'store_result', 'load_result', 'Found', 'found']
 
 # %% ../../nbs/lab/claims.ipynb #94b5640b
 def results_folder() -> Path | None:
@@ -45,41 +46,67 @@ def _result_path(name: str, profile: str) -> Path | None:
     return folder and folder / file
 
 # %% ../../nbs/lab/claims.ipynb #3ab9fa65
-_MARKS = {True: "✔ held", False: "✘ not held", None: "– not testable here"}
+VERDICTS = {"held": "✔ held", "refuted": "✘ refuted", "inconclusive": "? inconclusive", "not testable": "– not testable here"}
+
+
+def verdict_of(
+    interval: tuple[float, float],  # 95 % interval of what was measured
+    above: float | None = None,  # the claim says: larger than this
+    below: float | None = None,  # the claim says: smaller than this
+) -> str:
+    "Held or refuted only when the interval clears the boundary, else inconclusive."
+    low, high = interval
+    if low > high or math.isnan(low) or math.isnan(high):
+        raise ValueError(f"({low}, {high}) is no interval: give (low, high)")
+    if above is None and below is None:
+        raise ValueError("an interval is compared with a boundary: give above=..., below=..., or both")
+    if (above is None or low > above) and (below is None or high < below):
+        return "held"
+    refuted = (above is not None and high < above) or (below is not None and low > below)
+    return "refuted" if refuted else "inconclusive"
 
 
 @dataclass
 class Claim:
-    "One claim of a paper, and what became of it here."
+    "One claim of a paper, or one check of ours, and what became of it."
 
-    text: str  # the claim in one sentence
-    holds: bool | None  # whether it held; None when it cannot be tested here
+    text: str  # the claim in one sentence that a reader understands without the code
+    verdict: str  # a key of `VERDICTS`
+    kind: str = "paper"  # "paper": a claim of the paper; "check": a reduction, an exact identity, a control of ours
     value: Any = None  # what was measured
+    interval: tuple[float, float] | None = None  # 95 % interval of the value
     expected: Any = None  # what the claim predicts
     paper: str = ""  # where the paper says so, such as "Table 2: 2.1x"
-    why: str = ""  # reason, needed when the claim did not hold or could not be tested
+    why: str = ""  # reason of any verdict but held, beginning with "Measured:" or "Conjecture:"
 
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise ValueError("a claim needs a text: say in one sentence what the paper claims")
-        if self.holds is not None:
-            self.holds = bool(self.holds)
-        if not self.holds and not self.why.strip():
-            what = "did not hold" if self.holds is False else "is not testable here"
-            raise ValueError(f"claim {self.text!r} {what}: say why in one sentence, why=...")
+        if self.verdict not in VERDICTS or self.kind not in ("paper", "check"):
+            raise ValueError(f"verdict must be one of {', '.join(VERDICTS)} and kind paper or check, got {self.verdict!r}, {self.kind!r}")
+        if self.verdict != "held" and not self.why.strip():
+            raise ValueError(
+                f"claim {self.text!r} is {self.verdict}: say why in one sentence, beginning with 'Measured: ' or 'Conjecture: '"
+            )
         self.value, self.expected = to_plain(self.value), to_plain(self.expected)
 
     @property
     def mark(self) -> str:
         "The verdict as a sign and words."
-        return _MARKS[self.holds]
+        return VERDICTS[self.verdict]
+
+    @property
+    def measured(self) -> str:
+        "Value and interval as text."
+        interval = f" [{_short(self.interval[0])}, {_short(self.interval[1])}]" if self.interval is not None else ""
+        return _short(self.value) + interval
 
     def cells(self) -> list[str]:
         "The claim as a table row: verdict, claim, measured, expected, paper, why."
-        return [self.mark, self.text, _short(self.value), _short(self.expected), self.paper, self.why]
+        return [self.mark, self.text, self.measured, _short(self.expected), self.paper, self.why]
 
     def _repr_html_(self) -> str:
-        parts = [f"measured {_short(self.value)}" if self.value is not None else "", self.why]
+        parts = [f"measured {self.measured}" if self.measured else "", self.why]
         return html.escape(f"{self.mark}: {self.text}" + "".join(f"; {p}" for p in parts if p))
 
 
@@ -87,10 +114,10 @@ def _short(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.3g}"
     if isinstance(value, dict):
         return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
-    return ", ".join(map(_short, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(_short, value)) if isinstance(value, (list, tuple)) else str(value)
 
 # %% ../../nbs/lab/claims.ipynb #07fba0f8
 class Claims:
@@ -106,29 +133,53 @@ class Claims:
         self.notebook, self.profile, self.seed = notebook, profile, seed
         self.claims: list[Claim] = []
 
+    def _add(self, new: Claim) -> Claim:
+        # one with the same text is replaced, so that a cell can be run again
+        self.claims = [new if c.text == new.text else c for c in self.claims]
+        if new not in self.claims:
+            self.claims.append(new)
+        return new
+
     def claim(
         self,
         text: str,  # the claim in one sentence
         *,
-        holds: Any,  # whether it held; None when it cannot be tested here
+        holds: Any = None,  # whether it held, for what has no error; None with `above` or `below`: by `interval`; else not testable
         value: Any = None,  # what was measured
-        expected: Any = None,  # what the claim predicts
+        interval: tuple[float, float] | None = None,  # its 95 % interval
+        above: float | None = None,  # the claim says: larger than this
+        below: float | None = None,  # the claim says: smaller than this
+        expected: Any = None,  # what the claim predicts; the boundaries when None
         paper: str = "",  # where the paper says so
-        why: str = "",  # reason, needed when the claim did not hold or could not be tested
+        why: str = "",  # reason, needed when it did not hold: "Measured: ..." or "Conjecture: ..."; kept for no other verdict
     ) -> Claim:
-        "Add a claim; one with the same text is replaced, so that a cell can be run again."
-        new = Claim(text, holds, value, expected, paper, why)
-        places = [i for i, c in enumerate(self.claims) if c.text == text]
-        if places:
-            self.claims[places[0]] = new
+        "Add a claim of the paper."
+        if interval is not None:
+            interval = (float(interval[0]), float(interval[1]))
+            verdict = verdict_of(interval, above, below)
+            bounds = [f"> {_short(float(above))}" if above is not None else "", f"< {_short(float(below))}" if below is not None else ""]
+            expected = " and ".join(b for b in bounds if b) if expected is None else expected
         else:
-            self.claims.append(new)
-        return new
+            verdict = "not testable" if holds is None else "held" if holds else "refuted"
+        return self._add(Claim(text, verdict, "paper", value, interval, expected, paper, "" if verdict == "held" else why))
+
+    def check(
+        self,
+        text: str,  # what must be true, in one sentence
+        *,
+        holds: Any,  # whether it is
+        value: Any = None,  # what was measured
+        expected: Any = None,  # what must come out
+        why: str = "",  # reason, needed when it is not so: "Measured: ..." or "Conjecture: ..."
+    ) -> Claim:
+        "Add a check of ours: a reduction, an exact identity, a control."
+        return self._add(Claim(text, "held" if holds else "refuted", "check", value, None, expected, "", "" if holds else why))
 
     def counts(self) -> dict[str, int]:
-        "How many claims held, did not hold, and could not be tested."
-        verdicts = [c.holds for c in self.claims]
-        return {"held": verdicts.count(True), "not_held": verdicts.count(False), "not_testable": verdicts.count(None)}
+        "How many claims of the paper have each verdict, and how many checks held and failed."
+        verdicts = [c.verdict for c in self.claims if c.kind == "paper"]
+        checks = [c.verdict == "held" for c in self.claims if c.kind == "check"]
+        return {v: verdicts.count(v) for v in VERDICTS} | {"checks held": checks.count(True), "checks failed": checks.count(False)}
 
     def save(
         self,
@@ -143,14 +194,35 @@ class Claims:
         claims = [asdict(c) for c in self.claims]
         return write_json(path, {"notebook": self.notebook, "counts": self.counts(), "claims": claims, "provenance": conditions})
 
+    def _tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        # title, header and rows of each table; columns that are empty in all rows are left out
+        found = []
+        for kind, title in (("paper", "The paper's claims"), ("check", "Our checks")):
+            rows = [c.cells() for c in self.claims if c.kind == kind]
+            names = ["verdict", "claim" if kind == "paper" else "check", "measured [95 %]", "expected", "paper", "why"]
+            kept = [i for i in range(len(names)) if any(row[i] for row in rows)]
+            if rows:
+                found.append((title, [names[i] for i in kept], [[row[i] for i in kept] for row in rows]))
+        return found
+
     def _repr_markdown_(self) -> str:
-        rows = [["verdict", "claim", "measured", "expected", "paper", "why"], ["---"] * 6, *(c.cells() for c in self.claims)]
-        return "\n".join("| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in row) + " |" for row in rows)
+        parts = []
+        for title, head, rows in self._tables():
+            lines = [
+                "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in row) + " |"
+                for row in (head, ["---"] * len(head), *rows)
+            ]
+            parts.append("\n".join([f"**{title}**", "", *lines]))
+        return "\n\n".join(parts)
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{h}</th>" for h in ("verdict", "claim", "measured", "expected", "paper", "why"))
-        rows = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in claim.cells()) + "</tr>" for claim in self.claims)
-        return f'<table class="decodelab-claims"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+        parts = []
+        for title, head, rows in self._tables():
+            top = "".join(f"<th>{h}</th>" for h in head)
+            body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+            caption = f"<caption>{html.escape(title)}</caption>"
+            parts.append(f'<table class="decodelab-claims">{caption}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>')
+        return "".join(parts)
 
 # %% ../../nbs/lab/claims.ipynb #02643a05
 def _profile_or_default(profile: str | None) -> str:
@@ -166,13 +238,14 @@ def store_result(
     prompts: Iterable[Any] | None = None,  # prompts of the run; their fingerprint is kept
     command: str | None = None,  # what was run; this process's command line when None
     allow_dirty: bool = False,  # store although the tree is not that of a commit; recorded in the file
+    conditions: dict[str, Any] | None = None,  # `provenance` as it was when the run began; that of now when None
 ) -> Path | None:
     "Store `data` under `name` with its provenance; returns the file, None where nothing is written."
     profile = _profile_or_default(profile)
     path = _result_path(name, profile)
     if path is None:
         return None
-    conditions = provenance(seed=seed, prompts=prompts, profile=profile, command=command)
+    conditions = conditions or provenance(seed=seed, prompts=prompts, profile=profile, command=command)
     if (conditions["commit"] is None or conditions["dirty"]) and not allow_dirty:
         what = "has uncommitted changes" if conditions["dirty"] else "has no commit"
         raise ValueError(f"{name}: the tree {what}, so the result could not be made again: commit first, or pass allow_dirty=True")
@@ -192,3 +265,36 @@ def load_result(
         paper = name.split("/")[-1].split("-")[0]
         raise FileNotFoundError(f"no stored result {name!r} for profile {profile!r}: make it with `decodelab experiment {paper}`")
     return json.loads(paths[0].read_text(encoding="utf-8"))
+
+# %% ../../nbs/lab/claims.ipynb #f0und002
+class Found:
+    "The first claims of a stored run, as the first screen of a method page shows them."
+
+    def __init__(
+        self,
+        notebook: str,  # name of the experiments, such as `sampling/momentum`
+        n: int = 3,  # claims to show
+    ):
+        root = checkout_root()
+        paths = sorted((root / "data" / "results").glob(f"*/{notebook}.json")) if root else []
+        self.notebook, self.n = notebook, n
+        self.runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+    def _repr_markdown_(self) -> str:
+        lines = ["**What we found**"]
+        for run in self.runs:
+            for facts in [c for c in run["claims"] if c["kind"] == "paper"][: self.n]:
+                claim = Claim(**facts)
+                numbers = f" ({claim.measured}; expected {_short(claim.expected)})" if claim.measured else ""
+                lines.append(f"- {claim.mark}, `{run['provenance']['profile']}`: {claim.text}{numbers}. {claim.why}".rstrip())
+        if len(lines) == 1:
+            lines.append(f"- no stored run of {self.notebook} here: run its experiments page in a checkout")
+        return lines[0] + "\n\n" + "\n".join(lines[1:])
+
+
+def found(
+    notebook: str,  # name of the experiments, such as `sampling/momentum`
+    n: int = 3,  # claims to show
+) -> Found:
+    "What the experiments of a paper found: their first claims, in every profile that has a stored run."
+    return Found(notebook, n)

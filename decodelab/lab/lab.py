@@ -181,10 +181,18 @@ class Lab:
     def claim(
         self,
         text: str,  # the claim in one sentence
-        **verdict: Any,  # holds, value, expected, paper, why: see `Claims.claim`
+        **verdict: Any,  # holds or interval with above and below, value, expected, paper, why: see `Claims.claim`
     ) -> Claim:
         "Record a claim of the paper in `lab.results`."
         return self.results.claim(text, **verdict)
+
+    def check(
+        self,
+        text: str,  # what must be true, in one sentence
+        **verdict: Any,  # holds, value, expected, why: see `Claims.check`
+    ) -> Claim:
+        "Record a check of ours in `lab.results`."
+        return self.results.check(text, **verdict)
 
     def __repr__(self) -> str:
         models = ", ".join(f"{role} {name}" for role, name in self.names.items())

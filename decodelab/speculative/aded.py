@@ -25,7 +25,7 @@ from ..core.capability import embedding_size
 from ..core.contract import Call, Decoder, decoders, register
 from ..core.tree import Tree, trie
 from .base import LEARNING, Draft, SpeculativeDecoder
-from ..experiments.speculative.measure import held_out_prompts, line_up, target_texts
+from ..lab.speeds import held_out_prompts, baselines, target_texts
 
 # %% auto #0
 __all__ = ['Pair', 'Row', 'TrigramTable', 'Node', 'search', 'most_visited', 'fit_budget', 'best_first', 'ADED', 'replay',
@@ -476,7 +476,7 @@ def experiment(
     sizes: dict[str, Any] = {}
     for name, settings in target_texts().items():
         settings = {"max_new_tokens": max_new_tokens, **settings}
-        methods = line_up(model, contenders(kept[2_000_000]), settings)
+        methods = baselines(model, contenders(kept[2_000_000]), settings)
         result = compare(methods, ids, repeats=repeats, seed=lab.seed)
         tables[name] = result.table().to_dict("index")
         texts = [row for row in result.ids("generate") if row]

@@ -25,7 +25,7 @@ from ..core.warp import draw, greedy, probabilities
 from ..core.zoo import safetensors_header, zoo_folders, zoo_path
 from .base import Draft
 from .drafters import ModelDrafter, example_drafter, processed_scores
-from ..experiments.speculative.measure import held_out_texts
+from ..lab.speeds import held_out_texts
 
 # %% auto #0
 __all__ = ['HEADS', 'GRID', 'rates', 'speedup', 'AcceptanceHeadConfig', 'AcceptanceHead', 'load_head', 'SpecDecPP',

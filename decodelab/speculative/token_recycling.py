@@ -20,7 +20,7 @@ from ..core.capability import embedding_size
 from ..core.contract import Call, Decoder, decoders, register
 from ..core.tree import Tree
 from .base import LEARNING, Draft, SpeculativeDecoder
-from ..experiments.speculative.measure import held_out_prompts, line_up, target_texts
+from ..lab.speeds import held_out_prompts, baselines, target_texts
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'rank_paths', 'template_tree', 'template_levels', 'read_table', 'write_table', 'TokenRecycling',
@@ -246,6 +246,6 @@ def experiment(
         templates[name] = learn_template(teacher, curve)
         fitted = TokenRecycling(template=templates[name], compile=True)
         compiled = {"plain loop, compiled": decoders()["autoregressive"].decoder(compile=True), "token recycling, fitted, compiled": fitted}
-        methods = line_up(model, contenders(templates[name]) | compiled, settings, draft)
+        methods = baselines(model, contenders(templates[name]) | compiled, settings, draft)
         tables[name] = compare(methods, ids, repeats=repeats, seed=lab.seed).table().to_dict("index")
     return {"prompts": len(ids), "max_new_tokens": max_new_tokens, "curve": dict(curve), "templates": templates, "tables": tables}

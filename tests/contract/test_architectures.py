@@ -78,6 +78,10 @@ class Reference:
 
 def _generate(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
     mask = torch.ones_like(ids) if mask is None else mask
+    for module in model.modules():  # a dynamic rotary embedding remembers the longest text of earlier calls
+        if hasattr(module, "original_inv_freq") and hasattr(module, "max_seq_len_cached"):
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.register_buffer("inv_freq", module.original_inv_freq, persistent=False)
     out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=PAD, **more)
     return out if isinstance(out, torch.Tensor) else out.sequences
 

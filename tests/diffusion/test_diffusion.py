@@ -20,7 +20,7 @@ from decodelab.diffusion.denoiser import Denoiser, mask_token, shifts_logits
 from decodelab.diffusion.fast_dllm import Dream, EntropyBound, FastDLLM, factor_count
 from decodelab.diffusion.ideal import Distribution, IdealDenoiser
 from decodelab.diffusion.step import ORDERS, confidence_score, order_score, schedule, top
-from decodelab.experiments.diffusion.measure import loop_overheads
+from decodelab.lab.frontier import loop_overheads
 from decodelab.lab.lab import Lab
 
 POLICIES = [m for m in decoders().values() if m.family == "diffusion"]

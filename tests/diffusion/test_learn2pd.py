@@ -494,7 +494,7 @@ def test_columns_that_are_fed_after_a_cut_by_cache():
 
 
 def test_committed_end_is_cut_behind_and_holes_before_it_are_decoded():
-    # one a pass, the end first: then three columns are left, and what stood behind is never read again
+    # 1 per step, the end first: then three columns are left, and what stood behind is never read again
     def script(ids):
         return [(9, 0.5)] * 2 + [(EOS, 0.9) if j == 2 else (8, 0.6 - 0.1 * j) for j in range(len(ids) - 2)]
 
@@ -985,10 +985,11 @@ def test_recipes_and_cards_say_what_is_wrong(tmp_path, wide, tokenizer, recipe):
 
 
 def test_command_line_knows_the_recipe(monkeypatch, tmp_path):
-    from decodelab.cli import _recipe, _train_filter
+    from decodelab.cli import _recipe
+    from decodelab.training.learn2pd import train_confidence_filter
 
     recipe, train = _recipe("tasks-learn2pd", ["depth=1", "cuts=false"])
-    assert (recipe, train) == (FilterRecipe(depth=1, cuts=False), _train_filter)
+    assert (recipe, train) == (FilterRecipe(depth=1, cuts=False), train_confidence_filter)
     with pytest.raises(ValueError, match="recipe tasks-learn2pd has no setting 'tau'"):
         _recipe("tasks-learn2pd", ["tau=1.0"])
     done = []
@@ -1012,7 +1013,7 @@ def test_the_full_experiment_on_a_tiny_size(monkeypatch, wide, tokenizer):
     assert len(frame["score"]) == len(methods) * 4
     lines = list(zip(frame["method"], frame["example"], frame["passes"], frame["agreement"]))
     for method, _, passes_, agrees in lines:
-        assert method != "one a pass" or (passes_, agrees) == (8, 1.0)
+        assert method != "1 per step" or (passes_, agrees) == (8, 1.0)
         assert method != "oracle" or agrees == 1.0
     by = {(m, e): (n, a) for m, e, n, a in lines}
     # a filter that is a threshold is threshold decoding, whatever its name

@@ -38,7 +38,7 @@ from decodelab.diffusion.localleap import (
     sweeps,
 )
 from decodelab.diffusion.step import top
-from decodelab.experiments.diffusion.measure import table
+from decodelab.lab.frontier import table
 from decodelab.lab.provenance import to_plain
 from decodelab.lab.tasks.catalogue import CountdownTask
 from decodelab.lab.tasks.ideal_lists import list_distribution
@@ -605,9 +605,9 @@ def test_a_race_counts_passes_agreement_and_score(model, tokenizer):
             assert found[name]["agreement"][i] == pytest.approx(agreement(out, reference)[0])
             assert (i, out.text(tokenizer)[0]) in seen
             assert found[name]["score"][i] == len(out.text(tokenizer)[0]) + 100 * i
-    assert found["one a pass"]["agreement"] == [1.0] * 4
-    assert found["threshold 0.75"]["passes"] != found["one a pass"]["passes"]
-    assert "score" not in race(model, tokenizer, texts[:1], {"one a pass": LLaDA(32)}, 4)["one a pass"]
+    assert found["1 per step"]["agreement"] == [1.0] * 4
+    assert found["threshold 0.75"]["passes"] != found["1 per step"]["passes"]
+    assert "score" not in race(model, tokenizer, texts[:1], {"1 per step": LLaDA(32)}, 4)["1 per step"]
 
 
 def test_sweeps_hold_the_papers_setting_and_the_limits():
@@ -642,7 +642,7 @@ def test_the_experiment_on_a_small_scale(monkeypatch):
     frame = pd.DataFrame(found["rivals"])
     assert frame.groupby("method").size().to_dict() == dict.fromkeys(rivals(), 4)
     assert list(table(frame).index) == list(rivals())
-    assert list(found["exercises"]) == ["one a pass", "W = 4, tau = 0.75", "threshold 0.95", "band, near", "band, far"]
+    assert list(found["exercises"]) == ["1 per step", "W = 4, tau = 0.75", "threshold 0.95", "band, near", "band, far"]
     assert all(len(run[m]) == 4 for run in found["exercises"].values() for m in ("passes", "agreement", "score"))
     assert all(len(run["passes"]) == 2 for run in found["stories"].values())
     ours = frame[frame.method == "localleap"].sort_values("example")

@@ -12,16 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from decodelab.core.provenance import write_whole
 from typer.testing import CliRunner
 
 from decodelab.cli import app, full_experiments
+from decodelab.cli_generate import generate
 from decodelab.core.contract import decoders
 from decodelab.core.output import TraceStep
 from decodelab.core.zoo import load
 from decodelab.demo import masked_decoders, masked_table
 from decodelab.demo_page import DemoRow, DemoTable, comparison_page, demo_table, draft_svg
-from decodelab.experiments.diffusion.measure import POLICIES
 from decodelab.hub import export_hub
+from decodelab.lab.frontier import compared_policies
 from decodelab.reading import typed_settings
 from decodelab.shell import make_decoder, show_table
 
@@ -357,6 +359,26 @@ def test_chat(tmp_path):
     assert json.loads((out / "bench.json").read_text())["provenance"]["prompts"]["count"] == 1
 
 
+def test_a_page_takes_the_place_of_no_device(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(pipe)
+    for place in (pipe, tmp_path / "link"):
+        assert f"cannot write {place}" in refused("generate", "Once", "--max-new-tokens", 2, "--trace", place)
+        assert f"cannot write {place}" in refused("demo", "--out", place)
+        with pytest.raises(OSError, match="it is no plain file"):
+            write_whole(place, "text")
+    assert pipe.is_fifo()
+    (tmp_path / "page").symlink_to(tmp_path / "real.html")
+    write_whole(tmp_path / "page", "text")
+    assert (tmp_path / "page").is_symlink() and (tmp_path / "real.html").read_text() == "text"
+
+
+def test_closed_standard_input(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match="standard input is closed"):
+        generate(prompt="-")
+
+
 def test_text_that_is_not_utf_8(tmp_path):
     latin, wide = "Andrée".encode("latin-1"), "Once upon".encode("utf-16")
     for text in (latin, wide):
@@ -502,10 +524,10 @@ def test_demo(tmp_path):
     assert set(rows["temperature 0.7"]) & ours == {n for n in ours - set(out["left_out"]) if decoders()[n].samples}
     assert all(r["identical"] == 1 for r in rows["greedy"].values() if r["lossless"])
     masked = rows["questions about lists"]
-    fills = {POLICIES[name][0] for name in masked}
+    fills = {compared_policies()[name].name for name in masked}
     assert fills == {n for n, m in decoders().items() if m.family == "diffusion"}
     assert not fills & set(out["left_out"])
-    assert masked["one a pass"]["ratio"] == 1
+    assert masked["1 per step"]["ratio"] == 1
     assert tables["questions about lists"]["conditions"]["prompts_done"] >= 3
     text = page.read_text(encoding="utf-8")
     check_page(text)
@@ -633,7 +655,7 @@ def test_demo_ctrl_c_among_the_masked_decoders_keeps_the_rest(tmp_path, monkeypa
 
 def test_masked_decoders_name_what_is_wrong(masked):
     ready, left_out = masked_decoders(masked[0], ["fast_dllm"])
-    assert list(ready) == ["one a pass", "threshold 0.9"]
+    assert list(ready) == ["1 per step", "threshold 0.9"]
     assert left_out == {}
     assert masked_decoders(masked[0], ["momentum"]) == ({}, {})
 
@@ -645,7 +667,7 @@ def test_masked_answers_are_counted_and_the_time_is_respected():
     assert short.conditions["prompts_done"] == 3  # one of each task, however long it takes
     assert "of 6 prompts" in short.note
     table = masked_table(methods, model, tokenizer, per_task=2)
-    assert [row.name for row in table.rows] == ["one a pass", "4 a pass"]
+    assert [row.name for row in table.rows] == ["1 per step", "4 per step"]
     assert table.conditions["prompts_done"] == 6
     one, four = table.rows
     assert one.ratio == 1 < four.ratio
@@ -681,9 +703,9 @@ def test_the_headline_is_what_the_interval_carries(tales):
     page = comparison_page([DemoTable("temperature 0.7", "p", base.name, CONDITIONS, [base, lucky])], {}, tales[1])
     assert "of the lossless decoders is clearly faster than sampling (transformers) here: 6 prompts, temperature 0.7" in page
     assert "4.80x" not in page
-    sure, other = made_up("sure", 1.5, 1.4, 1.6, True), made_up("unlike", 3.0, 2.9, 3.1, True, lossless=False)
-    page = comparison_page([DemoTable("temperature 0.7", "p", base.name, CONDITIONS, [base, lucky, sure, other])], {}, tales[1])
-    assert "1.50x</b><span>speed of sure relative to sampling (transformers): 1.40 to 1.60 on 6 prompts, temperature 0.7" in page
+    confident, other = made_up("confident", 1.5, 1.4, 1.6, True), made_up("unlike", 3.0, 2.9, 3.1, True, lossless=False)
+    page = comparison_page([DemoTable("temperature 0.7", "p", base.name, CONDITIONS, [base, lucky, confident, other])], {}, tales[1])
+    assert "1.50x</b><span>speed of confident relative to sampling (transformers): 1.40 to 1.60 on 6 prompts, temperature 0.7" in page
 
 
 def test_page_check_can_fail():
@@ -937,21 +959,21 @@ def test_lab_opens_the_notebooks(monkeypatch):
 
 
 def test_experiment(monkeypatch, tmp_path):
-    module = importlib.import_module("decodelab.sampling.base")
+    module = importlib.import_module("decodelab.experiments.diffusion.measure")
     monkeypatch.setattr(module, "experiment", lambda n=1: {"n": n}, raising=False)
     monkeypatch.setattr("decodelab.cli.function_kinds", lambda path, name: {"n": int})
-    out = run("experiment", "sampling/base", "--set", "n=3", "--allow-dirty", "--json")
+    out = run("experiment", "diffusion/measure", "--set", "n=3", "--allow-dirty", "--json")
     assert json.loads(out.stdout) == {"n": 3}
-    stored = json.loads((tmp_path / "results/tiny/sampling/base-full.json").read_text())
+    stored = json.loads((tmp_path / "results/tiny/diffusion/measure-full.json").read_text())
     assert stored["data"] == {"n": 3}
-    assert "n=3.5 does not fit: n is a whole number" in refused("experiment", "sampling/base", "--set", "n=3.5")
-    assert "the experiment of sampling/base has no setting 'm'; it has: n" in refused("experiment", "sampling/base", "--set", "m=3")
+    assert "n=3.5 does not fit: n is a whole number" in refused("experiment", "diffusion/measure", "--set", "n=3.5")
+    assert "the experiment of diffusion/measure has no setting 'm'; it has: n" in refused("experiment", "diffusion/measure", "--set", "m=3")
     monkeypatch.setattr("decodelab.lab.claims.store_result", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    full = run("experiment", "sampling/base", "--allow-dirty", code=2)
+    full = run("experiment", "diffusion/measure", "--allow-dirty", code=2)
     assert json.loads(full.stdout) == {"n": 1}  # hours of work are shown when they cannot be kept
     assert "No space left on device" in full.stderr
     monkeypatch.setattr(module, "experiment", lambda: 3)
-    assert "must return a dictionary" in refused("experiment", "sampling/base", "--allow-dirty")
+    assert "must return a dictionary" in refused("experiment", "diffusion/measure", "--allow-dirty")
 
 
 def test_experiment_refuses():

@@ -1,6 +1,7 @@
 """Claims and results: verdicts, files, provenance, and every error with its message."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -51,42 +52,78 @@ def checkout(tmp_path, monkeypatch):
 
 
 def test_a_claim_that_held():
-    claim = Claim("it works", np.bool_(True), value=torch.tensor(0.5), expected=np.int64(1))
-    assert claim.holds is True
-    assert (claim.value, claim.expected, claim.mark) == (0.5, 1, "✔ held")
-    assert Claim("it works", torch.tensor(True)).holds is True
+    claims = Claims("a/b")
+    claim = claims.claim("it works", holds=np.bool_(True), value=torch.tensor(0.5), expected=np.int64(1), why="not needed")
+    assert (claim.verdict, claim.value, claim.expected, claim.mark, claim.why) == ("held", 0.5, 1, "✔ held", "")
+    assert claims.claim("it works", holds=torch.tensor(True)).verdict == "held"
 
 
-@pytest.mark.parametrize(("holds", "what"), [(False, "did not hold"), (np.bool_(False), "did not hold"), (None, "is not testable here")])
-def test_a_reason_is_needed(holds, what):
-    with pytest.raises(ValueError, match=f"claim 'it works' {what}: say why in one sentence"):
-        Claim("it works", holds, why=" ")
-    assert Claim("it works", holds, why="because").holds is (None if holds is None else False)
+@pytest.mark.parametrize("verdict", ["refuted", "inconclusive", "not testable"])
+def test_a_reason_is_needed(verdict):
+    with pytest.raises(ValueError, match=f"claim 'it works' is {verdict}: say why in one sentence"):
+        Claim("it works", verdict, why=" ")
+    assert Claim("it works", verdict, why="Measured: because").verdict == verdict
 
 
-def test_a_text_is_needed():
-    with pytest.raises(ValueError, match="a claim needs a text"):
-        Claim(" ", True)
+@pytest.mark.parametrize(("text", "verdict", "kind"), [(" ", "held", "paper"), ("it works", "maybe", "paper"), ("it works", "held", "x")])
+def test_text_verdict_and_kind_are_needed(text, verdict, kind):
+    with pytest.raises(ValueError, match="a claim needs a text" if not text.strip() else "verdict must be one of held, refuted, "):
+        Claim(text, verdict, kind)
+
+
+@pytest.mark.parametrize(
+    ("interval", "bounds", "verdict"),
+    [
+        ((1.1, 1.4), {"above": 1.0}, "held"),
+        ((0.9, 1.4), {"above": 1.0}, "inconclusive"),
+        ((1.0, 1.4), {"above": 1.0}, "inconclusive"),  # touching is not clearing
+        ((0.5, 0.9), {"above": 1.0}, "refuted"),
+        ((0.5, 0.9), {"below": 1.0}, "held"),
+        ((1.1, 1.4), {"below": 1.0}, "refuted"),
+        ((-0.1, 0.1), {"above": -0.2, "below": 0.2}, "held"),
+        ((-0.3, 0.1), {"above": -0.2, "below": 0.2}, "inconclusive"),
+        ((-0.5, -0.3), {"above": -0.2, "below": 0.2}, "refuted"),
+        ((0.3, 0.5), {"above": -0.2, "below": 0.2}, "refuted"),
+    ],
+)
+def test_the_interval_decides(interval, bounds, verdict):
+    claim = Claims("a/b").claim("it works", value=sum(interval) / 2, interval=interval, why="Measured: so", **bounds)
+    assert (claim.verdict, claim.interval) == (verdict, interval)
+
+
+def test_what_is_no_interval():
+    for bad in ((2.0, 1.0), (math.nan, 1.0)):
+        with pytest.raises(ValueError, match="is no interval"):
+            Claims("a/b").claim("it works", interval=bad, above=0)
+    with pytest.raises(ValueError, match="give above=..., below=..., or both"):
+        Claims("a/b").claim("it works", interval=(0, 1))
 
 
 def test_running_a_cell_again_replaces_its_claim():
     claims = Claims("a/b")
     claims.claim("one", holds=True)
-    claims.claim("two", holds=None, why="too small")
-    claims.claim("one", holds=False, why="slow")
-    assert [(c.text, c.holds) for c in claims.claims] == [("one", False), ("two", None)]
-    assert claims.counts() == {"held": 0, "not_held": 1, "not_testable": 1}
+    claims.claim("two", why="too small")
+    claims.claim("one", holds=False, why="Measured: slow")
+    claims.check("three", holds=True)
+    assert [(c.text, c.verdict, c.kind) for c in claims.claims] == [
+        ("one", "refuted", "paper"), ("two", "not testable", "paper"), ("three", "held", "check")
+    ]  # fmt: skip
+    assert claims.counts() == {
+        "held": 0, "refuted": 1, "inconclusive": 0, "not testable": 1, "checks held": 1, "checks failed": 0
+    }  # fmt: skip
 
 
 def test_tables_are_escaped():
     claims = Claims("a/b")
     claims.claim("p(x|y) <script>", holds=False, value={"a": 1.23456, "b": [1, 2]}, expected=2.0, paper="Table 2", why="x\ny")
+    claims.check("c", holds=True)
     markdown, page = claims._repr_markdown_(), claims._repr_html_()
-    assert "| ✘ not held | p(x\\|y) <script> | a 1.235, b 1, 2 | 2 | Table 2 | x y |" in markdown
+    assert "| ✘ refuted | p(x\\|y) <script> | a 1.23, b 1, 2 | 2 | Table 2 | x y |" in markdown
+    assert "**Our checks**\n\n| verdict | check |\n" in markdown  # columns in which nothing stands are left out
     assert "<script>" not in page
-    assert "✘ not held" in page
+    assert page.count("<table") == 2
     assert "<script>" not in claims.claims[0]._repr_html_()
-    assert claims.claims[0]._repr_html_().endswith("measured a 1.235, b 1, 2; x\ny")
+    assert claims.claims[0]._repr_html_().endswith("measured a 1.23, b 1, 2; x\ny")
 
 
 # files

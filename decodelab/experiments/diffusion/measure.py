@@ -7,187 +7,31 @@ Docs: https://decodelab.github.io/decodelab/experiments/diffusion/measure.html.m
 # %% ../../../nbs/experiments/diffusion/measure.ipynb #bbb4e5bd
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
-from ...core.contract import Decoder, decoders
-from ...lab.cost import cost_growth, timed, turns
-from ...lab.metrics import bootstrap_ratio
-from ...lab.tasks.catalogue import TASKS, SudokuTask
-from ...lab.tasks.text import ArithmeticTask, Example, ListTask
 from ...diffusion.canvas import CACHES, Canvas
 from ...diffusion.denoiser import Denoiser
+from ...lab.cost import cost_growth
+from ...lab.frontier import COMPARED, frontier, loop_overheads, policies, same_texts, table
 
 # %% auto #0
-__all__ = ['POLICIES', 'Score', 'LLADA_8B', 'COMPARED', 'line_up', 'task_score', 'frontier', 'table', 'plot_frontier',
-           'cache_growth', 'growth_in_the_shape_of', 'loop_overheads', 'same_texts', 'experiment']
-
-# %% ../../../nbs/experiments/diffusion/measure.ipynb #7b1ba9f3
-# name in tables -> registered decoder and the fields that differ from its own defaults
-POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "one a pass": ("llada", {"block_length": 32}),
-    "2 a pass": ("llada", {"block_length": 32, "steps": 1 / 2}),
-    "4 a pass": ("llada", {"block_length": 32, "steps": 1 / 4}),
-    "threshold 0.9": ("fast_dllm", {}),
-    "factor 1": ("fast_dllm", {"factor": 1.0}),
-    "entropy bound 0.1": ("entropy_bound", {}),
-    "dream, 2 a pass": ("dream", {"alg": "entropy", "block_length": 32, "steps": 1 / 2}),
-    "localleap": ("localleap", {}),
-    "ccd": ("ccd", {"block_length": 32}),
-    "ccd-ds": ("ccd", {"block_length": 32, "adaptive": True}),
-    "eoser": ("eoser", {"block_length": 32}),
-    "ass": ("ass", {}),
-    "eoser + ass": ("ass", {"eoser": True}),
-    "learn2pd": ("learn2pd", {}),
-}
-
-
-def line_up(
-    model: Any,  # masked language model
-    max_new_tokens: int = 32,  # new tokens; plans of several holes a pass are made for it
-    names: Iterable[str] = (),  # names of `POLICIES`; all when empty
-) -> dict[str, Decoder]:
-    "Every policy of the family with its paper's defaults, ready for `model`."
-    known, ready = decoders(), {}
-    for name in list(names) or POLICIES:
-        if name not in POLICIES:
-            raise ValueError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
-        method, fields = POLICIES[name]
-        fields = {k: round(v * max_new_tokens) if k == "steps" else v for k, v in fields.items()}
-        ready[name] = replace(known[method].example(model), **fields)
-    return ready
-
-# %% ../../../nbs/experiments/diffusion/measure.ipynb #d5860cde
-Score = Callable[[Example, str], float]
-
-
-def task_score(
-    example: Example,  # an exercise of `decodelab.lab.tasks.catalogue`
-    output: str,  # what was written
-) -> float:
-    "Score by the example's own task."
-    return TASKS[example.task].score(example, output)
-
-
-def _batches(examples: Sequence[Example], size: int) -> list[list[int]]:
-    # of one task each, in order
-    by_task: dict[str, list[int]] = {}
-    for i, example in enumerate(examples):
-        by_task.setdefault(example.task, []).append(i)
-    return [which[i : i + size] for which in by_task.values() for i in range(0, len(which), size)]
-
-
-def frontier(
-    model: Any,  # masked language model
-    tokenizer: Any,  # its tokenizer
-    methods: Mapping[str, Decoder],  # name -> decoder
-    examples: Sequence[Example],  # exercises
-    max_new_tokens: int = 32,  # places of the canvas
-    batch_size: int = 8,  # exercises decoded together, all of one task
-    repeats: int = 1,  # timed rounds; the median counts
-    seed: int = 0,  # seed of order and sampling
-    score: Score = task_score,  # score of an exercise and an output, in [0, 1]
-    **settings: Any,  # further settings of `generate`
-) -> pd.DataFrame:
-    "Decode every example with every method, in turns; one line each: score, passes, tokens, places, seconds, text."
-    order, lines = random.Random(seed), []
-    calls = {name: partial(decoder.generate, model) for name, decoder in methods.items()}
-    settings = {"do_sample": False, "max_new_tokens": max_new_tokens} | settings
-    for number, which in enumerate(_batches(examples, batch_size)):
-        inputs = tokenizer([examples[i].prompt for i in which], return_tensors="pt", padding=True).to(model.device)
-        inputs.pop("token_type_ids", None)
-        for decoder in methods.values():
-            if hasattr(decoder, "prepare"):
-                decoder.prepare(model, inputs["input_ids"], inputs["attention_mask"], max_new_tokens)
-        seconds: dict[str, list[float]] = {name: [] for name in methods}
-        outputs = {}
-        for _, name in turns(methods, repeats, order):
-            torch.manual_seed(seed + number)
-            spent, outputs[name] = timed(partial(calls[name], **inputs, **settings))
-            seconds[name].append(spent - outputs[name].stats.compile_seconds)
-        for name in methods:
-            out = outputs[name]
-            for i, text, emitted in zip(which, out.text(tokenizer), out.stats.emitted):
-                facts = {"score": score(examples[i], text), "passes": len(emitted), "tokens": sum(emitted), "places": max_new_tokens}
-                spent = float(np.median(seconds[name])) / len(which)
-                place = {"method": name, "task": examples[i].task, "example": i, "batch": number}
-                lines.append(place | facts | {"seconds": spent, "text": text})
-    return pd.DataFrame(lines)
-
-# %% ../../../nbs/experiments/diffusion/measure.ipynb #72e63934
-def _line(ours: pd.DataFrame, base: pd.DataFrame) -> dict[str, float]:
-    ours, base = ours.set_index("example").sort_index(), base.set_index("example").sort_index()
-    gap = ours["score"] - base["score"]
-    n = max(1, len(gap) - 1)
-    # rows of a batch share its time, so batches are what is drawn again
-    a, b = (f.groupby("batch")["seconds"].sum() for f in (base, ours))
-    interval = bootstrap_ratio(a, b, statistic=np.sum) if len(a) > 1 else None
-    return {
-        "accuracy": ours["score"].mean(),
-        "se": ours["score"].std(ddof=0) / n**0.5,
-        "difference": gap.mean(),
-        "difference_se": gap.std(ddof=0) / n**0.5,
-        "passes": ours["passes"].mean(),
-        "step_ratio": base["passes"].sum() / ours["passes"].sum(),
-        "tokens_per_forward": ours["tokens"].sum() / ours["passes"].sum(),
-        "time_ratio": a.sum() / b.sum(),
-        "low": interval.low if interval else float("nan"),
-        "high": interval.high if interval else float("nan"),
-    }
-
-
-def table(
-    frame: pd.DataFrame,  # what `frontier` returned
-    baseline: str = "one a pass",  # method that the others are compared with
-    by: str | None = None,  # a column to split by, such as "task"
-) -> pd.DataFrame:
-    "One line a method: accuracy, difference to the baseline, passes, tokens a forward, time ratio, with errors."
-    if baseline not in set(frame["method"]):
-        raise ValueError(f"unknown baseline {baseline!r}: use one of {', '.join(frame['method'].unique())}")
-    lines = {}
-    for key, part in [((), frame)] if by is None else [((k,), g) for k, g in frame.groupby(by, sort=False)]:
-        base = part[part["method"] == baseline]
-        for name, ours in part.groupby("method", sort=False):
-            lines[(*key, name)] = _line(ours, base)
-    found = pd.DataFrame(lines.values(), index=pd.MultiIndex.from_tuples(lines, names=[*([by] if by else []), "method"]))
-    return found if by else found.droplevel(0, axis=0) if found.index.nlevels > 1 else found.set_index(found.index.get_level_values(0))
-
-# %% ../../../nbs/experiments/diffusion/measure.ipynb #4556e3b6
-def plot_frontier(
-    frame: pd.DataFrame,  # what `frontier` returned
-    baseline: str = "one a pass",  # method that the others are compared with
-    ax: Any = None,  # axes to draw on; new ones when None
-) -> Any:
-    "Accuracy over tokens per forward, a point a method, bars of one standard error; the axes."
-    import matplotlib.pyplot as plt
-
-    ax = ax or plt.subplots(figsize=(5, 3))[1]
-    lines = table(frame, baseline)
-    markers = "osD^v<>Pp*XhHd8"
-    for k, (name, line) in enumerate(lines.iterrows()):
-        style = {"fmt": markers[k % len(markers)], "capsize": 2, "label": name, "color": f"C{k % 10}"}
-        ax.errorbar(line["tokens_per_forward"], line["accuracy"], yerr=line["se"], **style)
-    ax.set(xlabel="tokens per forward", ylabel="accuracy")
-    ax.legend(fontsize=6, ncols=2)
-    return ax
+__all__ = ['LLADA_8B', 'cache_growth', 'growth_in_the_shape_of', 'experiment']
 
 # %% ../../../nbs/experiments/diffusion/measure.ipynb #bb00415e
 def cache_growth(
     model: Any,  # masked language model
-    lengths: Sequence[int] = (64, 128, 256, 512, 1024),  # places of the canvas
+    lengths: Sequence[int] = (64, 128, 256, 512, 1024),  # positions of the canvas
     prompt: int = 32,  # tokens of the prompt
-    passes: int = 16,  # passes that are timed, one hole each
+    passes: int = 16,  # passes that are timed, one masked position each
     repeats: int = 3,  # timed rounds
     caches: Sequence[str] = CACHES,  # caches
 ) -> pd.DataFrame:
-    "Seconds a pass against the length of the canvas, blocks of 32, for each cache; see `cost_growth`."
+    "Seconds a denoising step against the length of the canvas, blocks of 32, for each cache; see `cost_growth`."
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(20, model.config.vocab_size, (1, prompt), generator=generator).to(model.device)
 
@@ -232,47 +76,9 @@ def growth_in_the_shape_of(
     }
 
 # %% ../../../nbs/experiments/diffusion/measure.ipynb #38919455
-COMPARED = {  # tasks of the full comparison
-    "list_copy": ListTask("copy", 8),
-    "list_sort": ListTask("sort", 8),
-    "list_shuffle": ListTask("shuffle", 8),
-    "list_replace_random": ListTask("replace_random", 8),
-    "arithmetic": ArithmeticTask(2),
-    "sudoku": SudokuTask(8),
-}
-
-
-def loop_overheads(
-    model: Any,  # masked language model
-    tokenizer: Any,  # its tokenizer
-    methods: Mapping[str, Decoder],  # name -> decoder
-    max_new_tokens: int = 64,  # places of the canvas
-    repeats: int = 5,  # rounds, in turns
-    seed: int = 0,  # seed of the order
-    tasks: Iterable[str] = tuple(COMPARED),  # names of `COMPARED`
-) -> pd.DataFrame:
-    "Seconds inside a decoder over seconds inside its forwards, a line a method (median, largest of all rounds): one exercise of each task, batch 1, every place decoded."
-    prompts = [tokenizer(COMPARED[name].examples(1)[0].prompt, return_tensors="pt").to(model.device) for name in tasks]
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": None}
-    found: dict[str, list[float]] = {name: [] for name in methods}
-    for _, name in turns(methods, repeats, random.Random(seed)):
-        bills: list[Any] = [methods[name].generate(model, **prompt, **settings).stats for prompt in prompts]
-        found[name].append(sum(b.seconds for b in bills) / sum(b.forward_seconds for b in bills))
-    return pd.DataFrame({name: {"median": float(np.median(values)), "largest": max(values)} for name, values in found.items()}).T
-
-
-def same_texts(
-    frame: pd.DataFrame,  # what `frontier` returned
-    baseline: str = "one a pass",  # method that the others are compared with
-) -> pd.Series:
-    "Share of exercises for which each method writes the baseline's text."
-    texts = frame.pivot(index="example", columns="method", values="text")
-    return texts.eq(texts[baseline], axis=0).mean()
-
-
 def experiment(
     per_task: int = 40,  # exercises of each task
-    max_new_tokens: int = 64,  # places of the canvas
+    max_new_tokens: int = 64,  # positions of the canvas
 ) -> dict[str, Any]:
     "All tables of this page."
     from decodelab.lab.lab import Lab
@@ -282,12 +88,12 @@ def experiment(
     lab.seed_everything()
     model, tokenizer = lab.load("diffusion_tasks")
     examples = [e for task in COMPARED.values() for e in task.examples(per_task, seed=101)]
-    methods = line_up(model, max_new_tokens) | {"oracle": InHindsight(block_length=32)}
+    methods = policies(model, max_new_tokens) | {"oracle": InHindsight(block_length=32)}
     result = frontier(model, tokenizer, methods, examples, max_new_tokens, batch_size=8, seed=lab.seed)
-    found: dict[str, Any] = {"exercises": per_task, "places": max_new_tokens, "all": table(result).to_dict("index")}
+    found: dict[str, Any] = {"exercises": per_task, "positions": max_new_tokens, "all": table(result).to_dict("index")}
     found["tasks"] = {task: table(part).to_dict("index") for task, part in result.groupby("task", sort=False)}
     found["caches"] = {}
-    for name, decoder in line_up(model, max_new_tokens, ("one a pass", "threshold 0.9")).items():
+    for name, decoder in policies(model, max_new_tokens, ("1 per step", "threshold 0.9")).items():
         ways = {cache: replace(decoder, cache=cache, block_length=16) for cache in CACHES}  # type: ignore[call-arg]
         part = frontier(model, tokenizer, ways, examples[:: max(1, per_task // 4)], max_new_tokens, batch_size=8, repeats=2, seed=lab.seed)
         found["caches"][name] = table(part, "none").assign(same_text=same_texts(part, "none")).to_dict("index")

@@ -23,7 +23,7 @@ from ...lab.tasks.text import LIST_PROMPTS, SHORT_WORDS, ArithmeticTask, Example
 from ...diffusion.base import LLaDA, Unmasker
 from ...diffusion.denoiser import Denoiser
 from ...diffusion.fast_dllm import Dream, FastDLLM
-from .measure import frontier
+from ...lab.frontier import frontier
 from ...lab.tasks.parallel_scores import SpeedCurve, average_curve, measured_curve, oracle, order_agreement
 from ...diffusion.step import Step, order_score, top
 

@@ -8,116 +8,20 @@ Docs: https://decodelab.github.io/decodelab/experiments/speculative/measure.html
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import torch
 
-from ...lab.bench import BenchResult, compare, counted
-from ...core.contract import Decoder, decoders
+from ...core.contract import Decoder
+from ...lab.bench import BenchResult, compare
 from ...lab.cost import cost_growth, draft_cost, forward_curve
+from ...lab.speeds import baselines, by_group, family, held_out_prompts, spec_bench_prompts, target_texts
 
 # %% auto #0
-__all__ = ['COLUMNS', 'line_up', 'family', 'target_texts', 'speeds', 'by_group', 'spec_bench_prompts', 'held_out_texts',
-           'held_out_prompts', 'growth', 'experiment']
-
-# %% ../../../nbs/experiments/speculative/measure.ipynb #a4f702c3
-def line_up(
-    model: Any,  # target model
-    ours: Mapping[str, Decoder],  # name -> decoder
-    settings: dict[str, Any],  # generation settings
-    drafter: Any = None,  # drafter for transformers' assisted generation; left out when None
-) -> dict[str, Callable[[torch.Tensor], Any]]:
-    "Methods as functions of a prompt [1, length]: transformers' `generate`, its prompt lookup and assisted generation, and ours."
-    theirs = {"generate": counted(model, settings), "prompt lookup (hf)": counted(model, {**settings, "prompt_lookup_num_tokens": 10})}
-    if drafter is not None:
-        theirs["assisted (hf)"] = counted(model, {**settings, "assistant_model": drafter})
-    return theirs | {name: (lambda x, d=d: d.generate(model, x, **settings)) for name, d in ours.items()}
-
-
-def family(
-    model: Any,  # target model
-    compile: bool = False,  # compiled versions
-) -> dict[str, Decoder]:
-    "Plain decoding and every registered speculative decoder, ready for `model`."
-    known = [m for m in decoders().values() if m.family == "speculative"]
-    ready = {"plain": decoders()["autoregressive"].decoder()} | {m.name: m.example(model) for m in known}
-    return {name + ", compiled": replace(d, compile=True) for name, d in ready.items()} if compile else ready
-
-# %% ../../../nbs/experiments/speculative/measure.ipynb #01d515be
-def target_texts(
-    pad_token_id: int | None = None,  # padding of the prompts, if any
-) -> dict[str, dict[str, Any]]:
-    "Kinds of text to speculate on: name -> generation settings."
-    momentum = decoders()["momentum"].decoder().processor(pad_token_id)  # type: ignore[attr-defined]
-    return {
-        "greedy": {"do_sample": False},
-        "T = 0.7": {"do_sample": True, "temperature": 0.7, "top_k": 0},
-        "T = 1.0": {"do_sample": True, "temperature": 1.0, "top_k": 0},
-        "momentum text": {"do_sample": False, "logits_processor": [momentum]},
-    }
-
-
-COLUMNS = ("tokens_per_forward", "ratio", "low", "high", "efficiency", "rep_4", "identical")  # what a table of speeds shows
-
-
-def speeds(
-    result: BenchResult,  # what `compare` returned
-) -> pd.DataFrame:
-    "The columns that matter: tokens per forward, ratio to the baseline with interval, ratio per token per forward, rep-4, identical texts."
-    return result.table()[list(COLUMNS)].astype(float).round(3)
-
-# %% ../../../nbs/experiments/speculative/measure.ipynb #139d5225
-def by_group(
-    result: BenchResult,  # what `compare` returned
-    groups: Sequence[str],  # group of each prompt, in order
-) -> pd.DataFrame:
-    "Tokens per forward and ratio of every method in every group of prompts; columns are (figure, group)."
-    if len(groups) != 1 + max(row.prompt for row in result.rows):
-        raise ValueError(f"{len(groups)} groups were given for {1 + max(row.prompt for row in result.rows)} prompts: name one for each")
-    parts = {}
-    for group in dict.fromkeys(groups):
-        rows = [row for row in result.rows if groups[row.prompt] == group]
-        table = BenchResult(rows, result.baseline).table()
-        parts["tokens_per_forward", group], parts["ratio", group] = table["tokens_per_forward"], table["ratio"]
-    return pd.DataFrame(parts).astype(float).round(2).sort_index(axis=1, level=0, sort_remaining=False)
-
-
-def spec_bench_prompts(
-    tokenizer: Any,  # tokenizer of the target
-    per_task: int = 4,  # prompts of each task
-    length: int = 256,  # keep the last tokens of a longer prompt
-) -> tuple[list[torch.Tensor], list[str]]:
-    "First turns of Spec-Bench questions as ids [1, length], and the task of each; needs the data set `spec_bench`."
-    from decodelab.lab.data import load_data
-
-    chosen: dict[str, list[str]] = {}
-    for row in load_data("spec_bench"):
-        chosen.setdefault(row["task"], []).append(row["turns"][0])
-    picked = [(task, text) for task, texts in chosen.items() for text in texts[:: max(1, len(texts) // per_task)][:per_task]]
-    return [tokenizer(text, return_tensors="pt").input_ids[:, -length:] for _, text in picked], [task for task, _ in picked]
+__all__ = ['growth', 'experiment']
 
 # %% ../../../nbs/experiments/speculative/measure.ipynb #8abf6350
-def held_out_texts(
-    n: int = 40,  # how many
-    words: int = 24,  # length of each, in words
-) -> list[str]:
-    "Openings of paragraphs from the test books of `tales`; needs the data set."
-    from decodelab.lab.data import first_words, paragraphs
-
-    long = [p for p in paragraphs("test") if len(p.split()) > 60]
-    return [first_words(p, words) for p in long[:: max(1, len(long) // n)]][:n]
-
-
-def held_out_prompts(
-    tokenizer: Any,  # tokenizer of the target
-    n: int = 40,  # prompts
-) -> list[torch.Tensor]:
-    "`held_out_texts` as ids [1, length]."
-    return [tokenizer(text, return_tensors="pt").input_ids for text in held_out_texts(n)]
-
-
 def growth(
     model: Any,  # target model
     ours: Mapping[str, Decoder],  # name -> decoder
@@ -149,10 +53,10 @@ def experiment(
     per_task: int = 3,  # Spec-Bench prompts of each task
     max_new_tokens: int = 64,  # tokens of a continuation
     repeats: int = 1,  # timed rounds a prompt
-    inflated_layers: int = 6,  # layers that add nothing, see `inflate`
+    repeated_layers: int = 6,  # layers that add nothing, see `repeat`
 ) -> dict[str, Any]:
     "All tables of this page; needs the data sets `tales` and `spec_bench`."
-    from decodelab.lab.repeat import inflate
+    from decodelab.lab.repeat import repeat
     from decodelab.lab.lab import Lab
 
     lab = Lab("speculative/measure")
@@ -165,7 +69,9 @@ def experiment(
     found: dict[str, Any] = {"prompts": prompts, "max_new_tokens": max_new_tokens, "texts": {}, "tasks": {}}
 
     def run(target: Any, who: Mapping[str, Decoder], on: list[torch.Tensor], text: str, beside: Any = drafter) -> BenchResult:
-        return compare(line_up(target, who, {"max_new_tokens": max_new_tokens, **texts[text]}, beside), on, repeats=repeats, seed=lab.seed)
+        return compare(
+            baselines(target, who, {"max_new_tokens": max_new_tokens, **texts[text]}, beside), on, repeats=repeats, seed=lab.seed
+        )
 
     for text in texts:
         found["texts"][text] = run(model, family(model), ids, text).table().to_dict("index")
@@ -181,11 +87,11 @@ def experiment(
     found["draft compiled"] = (
         run(drafter, family(drafter, compile=True), ids, "greedy", None).table().loc[["generate", "plain, compiled"]].to_dict("index")
     )
-    big = inflate(model, inflated_layers, 16_384)
-    found["inflated"] = {
+    big = repeat(model, repeated_layers, 16_384)
+    found["repeated"] = {
         text: run(big, family(big), ids[: prompts // 4], text).table().to_dict("index") for text in ("greedy", "momentum text")
     }
-    machine = {"tales": model, "inflated": big}
+    machine = {"tales": model, "repeated": big}
     found["curves"] = {name: dict(forward_curve(m, (1, 2, 4, 8, 16, 32, 64), repeats=9)) for name, m in machine.items()}
     found["draft_cost"] = {name: draft_cost(drafter, m) for name, m in machine.items()}
     found["growth"] = {
