@@ -415,7 +415,7 @@ def test_dream_may_draw_places():
     torch.manual_seed(0)
     rows = 20_000
     p = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.9, 0.1]]).expand(rows, -1, -1)
-    step = made_step(p, torch.ones(rows, 3, dtype=torch.bool), steps=3, masks=torch.full((rows,), 3))
+    step = step_of(p, torch.ones(rows, 3, dtype=torch.bool), steps=3)
     chosen = Dream(alg="maskgit_plus", alg_temp=0.2, eps=0.0).select(step)
     assert chosen.sum(-1).unique().tolist() == [1]
     expected = (torch.tensor([0.7, 0.6, 0.9]) / 0.2).softmax(-1)
