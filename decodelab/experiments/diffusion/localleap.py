@@ -209,7 +209,7 @@ PAIRS = (
     ("kappa 0.95, tau 0.9", "threshold 0.9"),
 )
 
-# %% ../../../nbs/experiments/diffusion/localleap.ipynb #d59946d5
+# %% ../../../nbs/experiments/diffusion/localleap.ipynb #114ce089
 def experiment(
     per_task: int = 25,  # exercises of each task
     watched: int = 8,  # of these, those whose steps are watched
@@ -226,8 +226,8 @@ def experiment(
     told = {name: policies(storyteller, names=[name])[name] for name in ("threshold 0.9", "localleap")}
     steps = {k: d.generate(storyteller, **encode(words, openings, storyteller), **settings).stats.emitted for k, d in told.items()}
     frame = frontier(model, tokenizer, arms(model), exercises(per_task), max_new_tokens=32, batch_size=25, seed=lab.seed)
-    kinds = frame[frame["method"].isin(BASELINES)].assign(kind=np.where(frame["task"].isin(FREE), "free choice", "the rest"))
-    split = table(kinds, by="kind").reset_index()
+    frame["kind"] = np.where(frame["task"].isin(FREE), "free choice", "the rest")
+    split = table(frame[frame["method"].isin(BASELINES)], by="kind").reset_index()
     return {
         "seed": lab.seed,
         "exercises": int(frame["example"].nunique()),
