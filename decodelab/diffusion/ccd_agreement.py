@@ -16,7 +16,7 @@ from .step import Step, top
 # %% auto #0
 __all__ = ['Agreement']
 
-# %% ../../nbs/diffusion/ccd_agreement.ipynb #4489cbde
+# %% ../../nbs/diffusion/ccd_agreement.ipynb #240bdcf4
 @dataclass
 class Agreement:
     "What the official code keeps of the previous step: the positions that it ranked first, and every position's best token."
@@ -36,7 +36,7 @@ class Agreement:
         nothing = torch.zeros(rows, 1, dtype=torch.long, device=device)
         return cls(nothing[:, 0] + 1, nothing.bool(), nothing, nothing.float())
 
-    def select(self, keep: torch.Tensor) -> None:
+    def keep_rows(self, keep: torch.Tensor) -> None:
         "Follow the rows that go on."
         self.width, self.remembered, self.best = self.width[keep], self.remembered[keep], self.best[keep]
 
@@ -47,9 +47,10 @@ class Agreement:
         expand_ratio: float,  # how much wider than the budget v becomes, in budgets
     ) -> None:
         "One more than before, up to b + floor(b expand_ratio), from the last step of the warm-up on; 2 when little is masked."
-        late = 10 * step.left <= step.masks
+        late = 10 * step.masked_count <= step.block.initial_count
         wider = torch.minimum(self.width.masked_fill(late, 1) + 1, step.quota + (step.quota * expand_ratio).long())
-        self.width = torch.where(step.passes >= warm_up - 1, wider, self.width)
+        if step.block.index >= warm_up - 1:
+            self.width = wider
 
     def agreed(
         self,

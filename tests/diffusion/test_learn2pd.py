@@ -16,7 +16,8 @@ import decodelab.diffusion.learn2pd as page
 import decodelab.training.learn2pd as training
 from decodelab.core.contract import decoders
 from decodelab.diffusion.base import LLaDA, Unmasker
-from decodelab.diffusion.canvas import CACHES, Canvas, Denoiser
+from decodelab.diffusion.canvas import CACHES, Canvas
+from decodelab.diffusion.denoiser import Denoiser
 from decodelab.diffusion.fast_dllm import FastDLLM
 from decodelab.diffusion.learn2pd import (
     ConfidenceFilter,
@@ -648,7 +649,7 @@ def test_a_cut_canvas_feeds_only_what_is_left(shallow):
             assert canvas.stats.target_tokens - before == 2 * {"none": P + 6, "prefix": 6, "dual": 4}[cache]
             whole = Denoiser(shallow)(canvas.ids, canvas.exists)
             assert (logits - whole[:, P : P + 4])[:, :3].nan_to_num().abs().max() < 1e-4
-            canvas.rest(torch.tensor([True, False]))
+            canvas.keep_rows(torch.tensor([True, False]))
             before = canvas.stats.target_tokens
             logits = canvas.logits()
             assert canvas.stats.target_tokens - before == {"none": P + 3, "prefix": 3, "dual": 3}[cache]
@@ -737,7 +738,7 @@ def test_oracle_is_greedy_and_not_always_the_shortest():
     @dataclass
     class FirstOneThenAll(Unmasker):
         def select(self, step):
-            return step.masked if int(step.passes[0]) else step.best()
+            return step.masked if step.block.index else step.best()
 
     outs = [d.generate(model, prompt, max_new_tokens=4, do_sample=False) for d in (oracle, FirstOneThenAll())]
     assert [continuations(out) for out in outs] == [[[9, 9, 9, 9]]] * 2
@@ -984,10 +985,11 @@ def test_recipes_and_cards_say_what_is_wrong(tmp_path, wide, tokenizer, recipe):
 
 
 def test_command_line_knows_the_recipe(monkeypatch, tmp_path):
-    from decodelab.cli import _recipe, _train_filter
+    from decodelab.cli import _recipe
+    from decodelab.training.learn2pd import train_confidence_filter
 
     recipe, train = _recipe("tasks-learn2pd", ["depth=1", "cuts=false"])
-    assert (recipe, train) == (FilterRecipe(depth=1, cuts=False), _train_filter)
+    assert (recipe, train) == (FilterRecipe(depth=1, cuts=False), train_confidence_filter)
     with pytest.raises(ValueError, match="recipe tasks-learn2pd has no setting 'tau'"):
         _recipe("tasks-learn2pd", ["tau=1.0"])
     done = []
