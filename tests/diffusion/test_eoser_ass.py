@@ -1,12 +1,10 @@
 """Early rejection of ends and ascending step sizes: plans and factors by arithmetic, the order by hand, reductions to LLaDA's decoder."""
 
 import math
-import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,30 +14,12 @@ from toys import EOS, PAD, VOCAB, left_pad, made_step, random_prompts, small_mod
 from decodelab.core.contract import decoders
 from decodelab.diffusion import eoser_ass
 from decodelab.diffusion.base import LLaDA
-from decodelab.diffusion.eoser_ass import (
-    ASS,
-    EOSER,
-    SOLVED,
-    Descending,
-    ascending_blocks,
-    ascending_steps,
-    early_ends,
-    eos_rejected,
-    exercises,
-    experiment,
-    long_or_short,
-    measured,
-    per_pass,
-    rivals,
-    toy_kind,
-    toy_model,
-)
-from decodelab.diffusion.eoser_ass import EOS as TOY_EOS
-from decodelab.lab.lab import Lab
-from decodelab.lab.provenance import to_plain
+from decodelab.diffusion.eoser_ass import ASS, EOSER, ascending_blocks, ascending_steps, eos_rejected
 from decodelab.lab.watch import watch
 
 ENDS = list(range(3, VOCAB, 3))  # a third of the vocabulary ends a text: ends are proposed all the time
+
+
 WHOLE = {"early_stop": False}
 
 
@@ -466,128 +446,3 @@ def test_one_end_among_several(model, prompts):
     first = holes[holes["pass"] == 0]
     assert first["end"].sum() > 0
     assert not first[first["committed"]]["end"].any()
-
-
-# controls and measures
-
-
-def test_the_control_fills_in_falling_sizes(model, prompts):
-    for length in (3, 16, 23):
-        _, holes = canvases(Descending(**WHOLE), model, prompts[0], length)
-        assert committed(holes) == ascending_steps(length)[::-1]
-    for name in ("eoser", "block_num"):
-        with pytest.raises(TypeError, match=f"Descending has no hyper-parameter '{name}'"):
-            Descending(**{name: 1})
-
-
-@pytest.mark.parametrize("places", [32, 64])
-def test_rivals_take_the_passes_of_their_names(places, model, prompts):
-    for name, decoder in rivals(places).items():
-        out = decode(replace(decoder, early_stop=False), model, prompts[0], places)
-        assert len(out.stats.emitted[0]) == int(re.search(r", (\d+)$", name)[1]), name
-
-
-def test_passes_and_early_ends_by_hand():
-    columns = ["row", "pass", "place", "confidence", "end", "committed"]
-    lines = [
-        (0, 0, 0, 0.2, False, False),
-        (0, 0, 1, 0.4, False, True),
-        (0, 0, 2, 0.9, True, True),
-        (0, 1, 0, 0.6, False, True),
-        (1, 0, 0, 0.5, False, True),
-        (1, 1, 1, 0.8, True, False),
-        (1, 2, 1, 0.8, True, True),
-        (1, 3, 2, 1.0, True, True),
-    ]
-    holes = pd.DataFrame(lines, columns=columns)
-    found = per_pass(holes)
-    assert found["ends"].tolist() == [0.5, 0, 0.5, 0.5]
-    assert found["others"].tolist() == [1.0, 0.5, 0, 0]
-    assert found["confidence"].tolist() == pytest.approx([0.5, 0.7, 0.8, 1.0])
-    assert found["end_confidence"].tolist() == pytest.approx([0.9, 0.8, 0.8, 1.0])
-    assert found["other_confidence"].tolist() == pytest.approx([(0.2 + 0.4 + 0.5) / 3, 0.6, math.nan, math.nan], nan_ok=True)
-    assert early_ends(holes) == pytest.approx([1 / 3, 0.0])  # passes 0 and 1 of 4
-
-
-@pytest.fixture
-def small(monkeypatch, tokenizer):
-    "A lab whose model for the tasks is a random one of characters."
-    words = small_model(context=512)
-    words.config.mask_token_id = PAD
-    monkeypatch.setattr(Lab, "load", lambda self, role, cls=None: (words, tokenizer))
-    return words, tokenizer
-
-
-def test_every_exercise_is_scored(small):
-    examples = exercises(("list_copy", "countdown"), 3)
-    assert [e.task for e in examples] == ["list_copy"] * 3 + ["countdown"] * 3
-    assert exercises(SOLVED, 1, seed=1)[0].prompt != exercises(SOLVED, 1)[0].prompt
-
-    found = measured(*small, {"plain": LLaDA(steps=4), "two": LLaDA(steps=2)}, examples, 40, batch_size=2)
-    assert found["task"] == [e.task for e in examples]
-    assert found["score"]["plain"] == [0.0] * 6
-    assert found["tokens"]["plain"] == [40] * 6
-    assert found["passes"] == {"plain": [4] * 6, "two": [2] * 6}
-    assert found["places"] == 40
-
-
-def test_scores_stand_in_the_order_of_the_exercises(monkeypatch):
-    examples = exercises(("list_copy",), 3)
-    lines = [("a", 2, 0.2, 7, 3), ("b", 0, 0.5, 1, 2), ("a", 0, 0.0, 5, 1), ("b", 2, 0.7, 3, 2), ("a", 1, 0.1, 6, 2), ("b", 1, 0.6, 2, 2)]
-    frame = pd.DataFrame(lines, columns=["method", "example", "score", "tokens", "passes"])
-    monkeypatch.setattr(eoser_ass, "frontier", lambda *args, **kwargs: frame)
-    found = measured(None, None, {}, examples, 32)
-    assert found["score"] == {"a": [0.0, 0.1, 0.2], "b": [0.5, 0.6, 0.7]}
-    assert found["tokens"] == {"a": [5, 6, 7], "b": [1, 2, 3]}
-    assert found["passes"] == {"a": [1, 2, 3], "b": [2, 2, 2]}
-
-
-def test_the_experiment_on_a_small_scale(small, monkeypatch):
-    monkeypatch.setattr(eoser_ass, "SOLVED", ("list_copy", "sudoku"))
-    monkeypatch.setattr(eoser_ass, "SOME", ("countdown",))
-    found = experiment(examples=1, places=32, watched=1)
-    assert to_plain(found)["places"] == 32
-    assert list(found["rivals"]["score"]) == list(rivals(32))
-    assert found["rivals"]["task"] == ["list_copy", "sudoku"]
-    assert list(found["gamma"]["score"]) == ["0.0", "0.01", "0.1", "0.4", "0.7", "1.0"]
-    assert found["gamma"]["task"] == ["countdown"] * 2
-    assert found["longer"]["places"] == 64
-    assert list(found["longer"]["score"]) == [n for n in rivals(64) if n.endswith((", 16", ", 6"))]
-    assert {n: len(p["pass"]) for n, p in found["passes"].items()} == {"full": 16, "semi-AR": 16}
-    assert all(len(shares) == 2 for shares in found["early ends"].values())
-
-
-# the toy
-
-
-def test_the_law_of_the_toy():
-    law = long_or_short([6, 7, 8, 9])
-    assert law.strings.shape == (82, 16)
-    short = [row for row, p in zip(law.strings.tolist(), law.p.tolist()) if p > 0.1]
-    assert short == [[5, 9] + [TOY_EOS] * 14]
-    assert float(law.p.max()) == pytest.approx(0.3)
-    assert law.p.sort().values[:-1].tolist() == pytest.approx([0.7 / 81] * 81)
-    long = [row[: row.index(TOY_EOS)] for row in law.strings.tolist() if row[0] == 6]
-    assert {tuple(t for t in row if t != 4) for row in long} == {(6, 7, 8, 9, 5, 9)}
-    assert sorted(map(len, long))[0] == 6
-    assert sorted(map(len, long))[-1] == 14
-    assert len(set(map(tuple, long))) == 81
-
-
-def test_answers_of_the_toy_are_read():
-    ends = [TOY_EOS] * 3
-    texts = [[6, 7, 8, 9, 5, 9, *ends], [6, 4, 7, 8, 4, 4, 9, 5, 9], [5, 9, *ends], [6, 7, 8, 5, 9, *ends], [6, 4, 4, 4, 7, 8, 9, 5, 9], []]
-    assert [toy_kind([6, 7, 8, 9], t) for t in texts] == ["long", "long", "short", "wrong", "wrong", "wrong"]
-
-
-def kinds(decoder, rows=40):
-    toy, digits = toy_model(), [6, 7, 8, 9]
-    out = decoder.generate(toy, torch.tensor([[*digits, 3]]).expand(rows, -1), max_new_tokens=16, do_sample=False)
-    return {toy_kind(digits, c.tolist()) for c in out.continuations}
-
-
-def test_a_perfect_model_falls_into_the_trap_and_early_rejection_gets_it_out():
-    torch.manual_seed(0)
-    assert kinds(LLaDA()) == {"short"}
-    for decoder in (EOSER(), EOSER(gamma_min=0.01), LLaDA(block_length=4)):
-        assert kinds(decoder) == {"long"}

@@ -221,9 +221,9 @@ def plateaus(
         found[name] = dict(zip(("steps", "idle", "longest plateau"), (float(np.mean(f)) for f in facts)))
     return found
 
-# %% ../../../nbs/experiments/diffusion/ccd.ipynb #7f10c867
+# %% ../../../nbs/experiments/diffusion/ccd.ipynb #9ab34fba
 def experiment(
-    examples: int = 20,  # exercises of each hard task
+    examples: int = 12,  # exercises of each hard task
     temperature: float = 1.0,  # of the robustness test
 ) -> dict[str, Any]:
     "All decoders and sweeps on the hard tasks, a temperature, plateaus on a canvas twice as long, and what disagreement foretells."
@@ -235,7 +235,7 @@ def experiment(
     frame = frontier(model, tokenizer, arms() | sweeps(), hard, **settings)
     hot = {n: d for n, d in arms().items() if n in ("baseline", "CCD-DS", "CCD-DS, token of the step")}
     drawn = frontier(model, tokenizer, hot, hard, temperature=temperature, do_sample=True, top_k=0, **settings)
-    watched = watch_distributions(model, **encode(tokenizer, [e.prompt for e in hard[::5]], model), max_new_tokens=32, do_sample=False)
+    watched = watch_distributions(model, **encode(tokenizer, [e.prompt for e in hard[::3]], model), max_new_tokens=32, do_sample=False)
     return {
         "seed": lab.seed,
         "exercises": len(hard),
@@ -243,6 +243,6 @@ def experiment(
         "tasks": {str(task): table(part, "baseline")["accuracy"].to_dict() for task, part in frame.groupby("task", sort=False)},
         "CCD minus its token of the step": table(frame, "CCD, token of the step").loc["CCD"].to_dict(),
         "temperature": table(drawn, "baseline").to_dict("index"),
-        "plateaus": plateaus(model, tokenizer, hard[::5], 64),
+        "plateaus": plateaus(model, tokenizer, hard[::3], 64),
         "drift": drift_aucs(drift(watched)),
     }

@@ -149,12 +149,12 @@ def watched_facts(
     early |= {"difference": float(gap.mean()), "error": float(gap.std(ddof=1) / len(gap) ** 0.5), "n": len(gap)}
     return {"early": early, "curve": curve.round(4).reset_index().to_dict("list")}
 
-# %% ../../../nbs/experiments/diffusion/eoser_ass.ipynb #de217cdb
+# %% ../../../nbs/experiments/diffusion/eoser_ass.ipynb #d44c22fc
 GAMMAS = (0.0, 0.01, 0.4, 1.0)  # tried for gamma_min
 
 
 def experiment(
-    examples: int = 24,  # exercises of each task; half as many for the factor and the longer canvas
+    examples: int = 12,  # exercises of each task; half as many for the factor and the longer canvas
     length: int = 64,  # L, new tokens
 ) -> dict[str, Any]:
     "All decoders on all tasks, steps as seen, the factor, and a canvas twice as long."
