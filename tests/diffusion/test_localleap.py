@@ -53,20 +53,20 @@ def same(a, b):
 
 
 def plain_rule(c, kappa, tau, w):
-    "Places that one row commits; c holds None where there is no hole."
-    holes = [j for j, x in enumerate(c) if x is not None]
-    anchors = [i for i in holes if c[i] >= kappa]
+    "Positions that one row commits; c holds None where nothing is masked."
+    masked = [j for j, x in enumerate(c) if x is not None]
+    anchors = [i for i in masked if c[i] >= kappa]
     chosen = set()
-    for j in holes:
+    for j in masked:
         near = any(i - w <= j <= i + w for i in anchors)
         if c[j] >= (tau if near else kappa):
             chosen.add(j)
-    best = max(holes, key=lambda j: (c[j], -j))
+    best = max(masked, key=lambda j: (c[j], -j))
     return sorted(chosen | {best})
 
 
 def leap(c, kappa, tau, w, cls=LocalLeap, **fields):
-    "What the decoder commits in a pass with these confidences, [rows, block], bool."
+    "What the decoder commits in a step with these confidences, [rows, block], bool."
     c = torch.as_tensor(c, dtype=torch.float32)
     decoder = cls(threshold=kappa, relaxed_threshold=tau, radius=w, **fields)
     masked = c > NOTHING
@@ -113,12 +113,14 @@ def test_rows_of_a_pass_do_not_see_each_other(rows, pair, w):
 
 def test_a_pass_by_hand():
     c = [[0.30, NOTHING, 0.80, 0.40, 0.95, 0.10, 0.76, 0.82]]
-    assert leap(c, 0.9, 0.75, 2).nonzero()[:, 1].tolist() == [2, 4, 6]  # 7 is three places away: no second hop from 6
+    assert leap(c, 0.9, 0.75, 2).nonzero()[:, 1].tolist() == [2, 4, 6]  # 7 is three positions away: no second hop from 6
     assert leap(c, 0.9, 0.75, 3).nonzero()[:, 1].tolist() == [2, 4, 6, 7]
 
 
-def test_without_an_anchor_one_hole_is_filled():
-    assert leap([[0.85, 0.88, 0.88, 0.80]], 0.9, 0.75, 4).nonzero()[:, 1].tolist() == [1]  # the first of equals, and no hole beside it
+def test_without_an_anchor_one_masked_position_is_filled():
+    assert leap([[0.85, 0.88, 0.88, 0.80]], 0.9, 0.75, 4).nonzero()[:, 1].tolist() == [
+        1
+    ]  # the first of equals, and no masked position beside it
 
 
 def test_both_thresholds_are_reached_by_equality():
@@ -137,7 +139,7 @@ def test_visible_tokens_are_no_anchors():
 
 @settings(max_examples=200)
 @given(marks=st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=3), w=radii)
-def test_dilation_is_all_places_within_the_radius(marks, w):
+def test_dilation_is_all_positions_within_the_radius(marks, w):
     marks = torch.tensor(marks)
     expected = [[any(m[i] for i in range(max(0, j - w), min(9, j + w + 1))) for j in range(9)] for m in marks.tolist()]
     assert dilate(marks, w).tolist() == expected
@@ -167,7 +169,7 @@ def test_the_committed_sets_are_nested(row, three, w, more):
 
 
 def plain_decoding(denoiser, prompt, new, block, kappa, tau, w):
-    "One text by the rule, pass by pass: new tokens, and tokens written in each pass."
+    "One text by the rule, pass by pass: new tokens, and tokens written in each step."
     ids, start = torch.cat([prompt, torch.full((1, new), denoiser.mask_id)], 1), prompt.shape[1]
     written = []
     for first in range(start, start + new, block):
@@ -205,7 +207,7 @@ def test_radius_zero_and_equal_thresholds_are_threshold_decoding(model, prompts,
 
 
 @pytest.mark.parametrize("block", [32, 8])
-def test_a_threshold_above_one_is_one_hole_a_pass(model, prompts, block):
+def test_a_threshold_above_one_is_one_masked_position_a_pass(model, prompts, block):
     out = decode(LocalLeap(block, threshold=1.01, relaxed_threshold=0.1), model, prompts)
     assert same(out, decode(LLaDA(block), model, prompts))
     assert out.stats.emitted == [[1] * 32] * 6
@@ -221,7 +223,7 @@ def test_a_radius_of_the_block_is_the_relaxed_threshold_wherever_there_is_an_anc
 
 @settings(max_examples=15)
 @given(seed=st.integers(0, 99), block=st.sampled_from([4, 7, 32]), w=st.integers(0, 6), tau=st.sampled_from([0.2, 0.5, 0.75]))
-def test_every_pass_fills_a_hole_and_no_token_changes(model, seed, block, w, tau):
+def test_every_pass_fills_a_masked_position_and_no_token_changes(model, seed, block, w, tau):
     prompt = random_prompts(1, seed=seed)[0]
     log = watch(LocalLeap(block, radius=w, relaxed_threshold=tau), model, prompt, max_new_tokens=20, do_sample=False)
     assert bool((log.chosen.sum(-1) >= 1).all())
@@ -355,12 +357,12 @@ def test_the_papers_values_are_the_defaults():
 
 
 def replace_one(entries, commas):
-    law = list_distribution("replace_random", entries)
+    dist = list_distribution("replace_random", entries)
     if commas:
         spread = torch.full((entries, 2 * entries - 1), 20)
-        spread[:, ::2] = law.strings
-        law = Distribution.uniform(spread)
-    return IdealDenoiser(law, 24, ties="random"), law.length
+        spread[:, ::2] = dist.strings
+        dist = Distribution.uniform(spread)
+    return IdealDenoiser(dist, 24, ties="random"), dist.length
 
 
 @pytest.mark.parametrize(
@@ -375,6 +377,6 @@ def replace_one(entries, commas):
     ],
 )
 def test_a_certain_neighbour_is_no_reason(entries, commas, fields, accuracy):
-    denoiser, room = replace_one(entries, commas)
-    out = LocalLeap(**fields).generate(denoiser, denoiser.start.expand(40, 1), max_new_tokens=room, do_sample=False)
+    denoiser, length = replace_one(entries, commas)
+    out = LocalLeap(**fields).generate(denoiser, denoiser.start.expand(40, 1), max_new_tokens=length, do_sample=False)
     assert float(denoiser.possible(out.sequences).double().mean()) == accuracy

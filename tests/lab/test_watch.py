@@ -53,20 +53,20 @@ def test_watching_changes_nothing(model, prompts, decoder):
         assert log.index[mine].tolist() == list(range(int(mine.sum())))
         assert log.chosen[mine].sum(-1).tolist() == log.out.stats.emitted[row]
         text = log.out.continuations[row].tolist()
-        for tokens, final, places, holes in zip(log.tokens[mine], log.final[mine], log.place[mine], log.holes[mine]):
-            assert [text[p] for p in places[holes].tolist()] == final[holes].tolist()
-            assert (tokens == final)[holes].tolist() == [t == text[p] for t, p in zip(tokens[holes].tolist(), places[holes].tolist())]
+        for tokens, final, positions, masked in zip(log.tokens[mine], log.final[mine], log.place[mine], log.holes[mine]):
+            assert [text[p] for p in positions[masked].tolist()] == final[masked].tolist()
+            assert (tokens == final)[masked].tolist() == [t == text[p] for t, p in zip(tokens[masked].tolist(), positions[masked].tolist())]
 
 
 @dataclass
 class AllFromTheThird(LLaDA):
-    "Two passes as LLaDA, then everything, what is no hole, too."
+    "Two steps as LLaDA, then everything, what is not masked, too."
 
     def select(self, step):
         return torch.where((step.index < 2)[:, None], super().select(step), True)
 
 
-def test_what_is_no_hole_is_not_taken(model, prompts):
+def test_what_is_not_masked_is_not_taken(model, prompts):
     log = watch(AllFromTheThird(), model, **prompts, max_new_tokens=8, do_sample=False, eos_token_id=None)
     for row in range(6):
         mine = log.row == row
@@ -75,7 +75,7 @@ def test_what_is_no_hole_is_not_taken(model, prompts):
         assert log.out.continuations[row].tolist() == [int(log.tokens[mine][log.chosen[mine][:, p], p]) for p in range(8)]
 
 
-def test_places_behind_the_end_are_no_holes(model, prompts):
+def test_positions_behind_the_end_are_left_out(model, prompts):
     ends = list(range(2, 97, 4))
     log = watch(LocalLeap(8, early_stop=False), model, **prompts, max_new_tokens=32, do_sample=False, eos_token_id=ends, pad_token_id=0)
     lengths = torch.tensor([len(t) for t in log.out.continuations])

@@ -25,7 +25,7 @@ WHOLE = {"early_stop": False}
 
 @pytest.fixture(scope="module")
 def model():
-    "A random decoder-only model that is run in both directions; <pad> stands for a hole."
+    "A random decoder-only model that is run in both directions; <pad> stands for a masked position."
     model = small_model()
     model.config.mask_token_id = PAD
     return model
@@ -37,23 +37,23 @@ def prompts():
 
 
 def canvases(decoder, model, prompt, new=16, **kwargs):
-    "What was written to each place of each row, ends and what follows them included, [rows][places]."
+    "What was written to each place of each row, ends and what follows them included, [rows][positions]."
     inputs = prompt if isinstance(prompt, dict) else {"input_ids": prompt}
     settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": ENDS} | kwargs
-    holes = watch(decoder, model, **inputs, **settings).lines()
-    written = holes[holes["committed"]].sort_values(["row", "place"])
-    return [rows["token"].tolist() for _, rows in written.groupby("row")], holes
+    lines = watch(decoder, model, **inputs, **settings).lines()
+    written = lines[lines["committed"]].sort_values(["row", "place"])
+    return [rows["token"].tolist() for _, rows in written.groupby("row")], lines
 
 
-def committed(holes, row=0):
-    "How many holes each pass of a row filled."
-    return holes[holes["row"] == row].groupby("pass")["committed"].sum().tolist()
+def committed(lines, row=0):
+    "how many positions each step of a row filled."
+    return lines[lines["row"] == row].groupby("pass")["committed"].sum().tolist()
 
 
 def test_the_control_fills_in_falling_sizes(model, prompts):
     for length in (3, 16, 23):
-        _, holes = canvases(Descending(**WHOLE), model, prompts[0], length)
-        assert committed(holes) == ascending_steps(length)[::-1]
+        _, lines = canvases(Descending(**WHOLE), model, prompts[0], length)
+        assert committed(lines) == ascending_steps(length)[::-1]
     for name in ("eoser", "block_num"):
         with pytest.raises(TypeError, match=f"Descending has no hyper-parameter '{name}'"):
             Descending(**{name: 1})
@@ -61,7 +61,7 @@ def test_the_control_fills_in_falling_sizes(model, prompts):
 
 def test_passes_and_early_eos_by_hand():
     columns = ["row", "pass", "place", "confidence", "end", "committed"]
-    lines = [
+    rows = [
         (0, 0, 0, 0.2, False, False),
         (0, 0, 1, 0.4, False, True),
         (0, 0, 2, 0.9, True, True),
@@ -71,24 +71,24 @@ def test_passes_and_early_eos_by_hand():
         (1, 2, 1, 0.8, True, True),
         (1, 3, 2, 1.0, True, True),
     ]
-    holes = pd.DataFrame(lines, columns=columns)
-    found = per_step(holes)
+    lines = pd.DataFrame(rows, columns=columns)
+    found = per_step(lines)
     assert found["eos"].tolist() == [0.5, 0, 0.5, 0.5]
     assert found["others"].tolist() == [1.0, 0.5, 0, 0]
     assert found["confidence"].tolist() == pytest.approx([0.5, 0.7, 0.8, 1.0])
     assert found["eos_confidence"].tolist() == pytest.approx([0.9, 0.8, 0.8, 1.0])
     assert found["other_confidence"].tolist() == pytest.approx([(0.2 + 0.4 + 0.5) / 3, 0.6, math.nan, math.nan], nan_ok=True)
-    assert early_eos(holes) == pytest.approx([1 / 3, 0.0])  # passes 0 and 1 of 4
+    assert early_eos(lines) == pytest.approx([1 / 3, 0.0])  # passes 0 and 1 of 4
 
 
-def test_the_law_of_the_toy():
-    law = long_or_short([6, 7, 8, 9])
-    assert law.strings.shape == (82, 16)
-    short = [row for row, p in zip(law.strings.tolist(), law.p.tolist()) if p > 0.1]
+def test_the_distribution_of_the_toy():
+    dist = long_or_short([6, 7, 8, 9])
+    assert dist.strings.shape == (82, 16)
+    short = [row for row, p in zip(dist.strings.tolist(), dist.p.tolist()) if p > 0.1]
     assert short == [[5, 9] + [TOY_EOS] * 14]
-    assert float(law.p.max()) == pytest.approx(0.3)
-    assert law.p.sort().values[:-1].tolist() == pytest.approx([0.7 / 81] * 81)
-    long = [row[: row.index(TOY_EOS)] for row in law.strings.tolist() if row[0] == 6]
+    assert float(dist.p.max()) == pytest.approx(0.3)
+    assert dist.p.sort().values[:-1].tolist() == pytest.approx([0.7 / 81] * 81)
+    long = [row[: row.index(TOY_EOS)] for row in dist.strings.tolist() if row[0] == 6]
     assert {tuple(t for t in row if t != 4) for row in long} == {(6, 7, 8, 9, 5, 9)}
     assert sorted(map(len, long))[0] == 6
     assert sorted(map(len, long))[-1] == 14

@@ -47,7 +47,7 @@ def prompts():
 
 
 def leap(c, kappa, tau, w, cls=LocalLeap, **fields):
-    "What the decoder commits in a pass with these confidences, [rows, block], bool."
+    "What the decoder commits in a step with these confidences, [rows, block], bool."
     c = torch.as_tensor(c, dtype=torch.float32)
     decoder = cls(threshold=kappa, relaxed_threshold=tau, radius=w, **fields)
     masked = c > NOTHING
@@ -65,7 +65,7 @@ def log(model, prompts):
 
 
 def story(log):
-    "Proposals by row and place: (pass, token), in order of passes; and the final tokens."
+    "Proposals by row and place: (pass, token), in order of steps; and the final tokens."
     seen = {}
     for i in range(len(log.row)):
         for j in range(log.tokens.shape[1]):
@@ -158,7 +158,7 @@ def test_no_mark_is_infinitely_far():
 
 @settings(max_examples=300)
 @given(row=confidences, w=st.integers(0, 3))
-def test_both_sides_of_the_control_add_the_same_number_of_holes_of_the_band(row, w):
+def test_both_sides_of_the_control_add_the_same_number_of_masked_positions_of_the_band(row, w):
     c = tensor(row)
     near, far = (leap(c, 0.9, 0.6, w, PlacedExtras, side=side) for side in ("near", "far"))
     plain = leap(c, 0.9, 0.9, 0)
@@ -171,7 +171,7 @@ def test_both_sides_of_the_control_add_the_same_number_of_holes_of_the_band(row,
     assert not bool((near & ~full).any())  # near is what LocalLeap commits, cut to what the other side has
     if int(near.sum()) > int(plain.sum()):
         left = side_of(c, reached) & ~near
-        assert not bool(left.any()) or float(c[left].max()) <= float(c[near & ~plain].min())  # the surest ones
+        assert not bool(left.any()) or float(c[left].max()) <= float(c[near & ~plain].min())  # the most confident ones
 
 
 def side_of(c, reached):

@@ -23,7 +23,7 @@ MASK, VOCAB = 0, 9
 
 
 class Wandering(PreTrainedModel, GenerationMixin):
-    "Each place has a law of its own, disturbed by noise that depends on what the row shows; nothing is ever tied."
+    "Each place has a distribution of its own, disturbed by noise that depends on what the row shows; nothing is ever tied."
 
     config_class = PreTrainedConfig
 
@@ -50,8 +50,8 @@ class Wandering(PreTrainedModel, GenerationMixin):
         for i, (row, there) in enumerate(zip(input_ids.tolist(), exists.tolist())):
             real = [token for token, on in zip(row, there) if on]
             own = torch.Generator().manual_seed(hash(tuple(real)) % 2**31)
-            law = self.base[: len(real)] + self.noise * torch.randn(len(real), VOCAB, generator=own)
-            logits[i, torch.tensor(there).bool()] = law
+            dist = self.base[: len(real)] + self.noise * torch.randn(len(real), VOCAB, generator=own)
+            logits[i, torch.tensor(there).bool()] = dist
         return MaskedLMOutput(logits=logits)
 
 
@@ -79,7 +79,7 @@ def test_entropy_of_the_average_is_average_entropy_plus_divergence(k, vocab, sha
     assert bool((jsd > 1e-9).all()) == (k > 1)
 
 
-def test_disagreement_is_zero_when_all_laws_coincide_and_largest_when_they_exclude_each_other():
+def test_disagreement_is_zero_when_all_distributions_coincide_and_largest_when_they_exclude_each_other():
     same = torch.tensor([[0.5, 0.5, 0.0]]).expand(4, -1)
     assert float(disagreement(same)) == 0.0
     assert float(disagreement(torch.eye(4))) == pytest.approx(math.log(4))
@@ -105,13 +105,13 @@ def test_drift_is_what_the_definition_says(prompts):
     model, d, new = Wandering(0.6), 2, 9
     watched = watch_distributions(model, **prompts, max_new_tokens=new, do_sample=False)
     lines = drift(watched, d).set_index(["step", "row", "position"])
-    laws, holes = [p.tolist() for p in watched.p], [h.tolist() for h in watched.masked]
-    cases = [(t, r, i) for t in range(d, new) for r in range(4) for i in range(new) if holes[t][r][i]]
+    dists, masked = [p.tolist() for p in watched.p], [h.tolist() for h in watched.masked]
+    cases = [(t, r, i) for t in range(d, new) for r in range(4) for i in range(new) if masked[t][r][i]]
     assert sorted(lines.index) == sorted(cases)
     assert 0 < lines["changes"].mean() < 1
     for t, r, i in cases:
-        best = [max(range(VOCAB), key=laws[u][r][i].__getitem__) for u in range(new) if holes[u][r][i]]
-        past = [laws[u][r][i] for u in range(t - d, t + 1)]
+        best = [max(range(VOCAB), key=dists[u][r][i].__getitem__) for u in range(new) if masked[u][r][i]]
+        past = [dists[u][r][i] for u in range(t - d, t + 1)]
         mean = [sum(x) / (d + 1) for x in zip(*past)]
         line = lines.loc[(t, r, i)]
         assert line["changes"] == any(b != best[t] for b in best[t:])
