@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from toys import EOS, PAD, left_pad, random_prompts, small_model
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-import decodelab.diffusion.learn2pd as page
 import decodelab.training.learn2pd as training
 from decodelab.core.contract import decoders
 from decodelab.diffusion.base import LLaDA, Unmasker
@@ -22,11 +20,11 @@ from decodelab.diffusion.learn2pd import (
     ConfidenceFilter,
     EndOfText,
     FilterConfig,
-    InHindsight,
     Learn2PD,
     load_filter,
     threshold_filter,
 )
+from decodelab.lab.oracle import InHindsight
 from decodelab.training.learn2pd import (
     FilterRecipe,
     FilterTrainer,
@@ -212,7 +210,7 @@ def test_filter_answers_like_the_formula_also_for_a_short_block():
         got = made.probability(c).tolist()
         for row, mine in zip(c.tolist(), got):
             assert mine == pytest.approx(answers(made, row), abs=1e-5)
-    with pytest.raises(ValueError, match="blocks of at most 8 places, not 9"):
+    with pytest.raises(ValueError, match="blocks of at most 8 positions, not 9"):
         made.probability(torch.rand(1, 9))
     with pytest.raises(ValueError, match="block_length and depth must be positive, got 0 and 2"):
         FilterConfig(0)
@@ -384,9 +382,9 @@ def test_errors_say_what_to_do(model, tmp_path):
             threshold_filter(tau=tau, steepness=steepness)
     with pytest.raises(ValueError, match="unknown eotp 'early': use 'committed', 'predicted' or None"):
         Learn2PD(tau=1.0, eotp="early")
-    with pytest.raises(ValueError, match="blocks of at most 8 places, not 16: set block_length=8"):
+    with pytest.raises(ValueError, match="blocks of at most 8 positions, not 16: set block_length=8"):
         Learn2PD(block_length=16, filter=random_filter()).generate(model, PROMPTS[0], max_new_tokens=16)
-    with pytest.raises(ValueError, match="blocks of at most 8 places, not 12"):
+    with pytest.raises(ValueError, match="blocks of at most 8 positions, not 12"):
         Learn2PD(block_length=None, filter=random_filter()).generate(model, PROMPTS[0], max_new_tokens=12)
     Learn2PD(block_length=16, filter=random_filter()).generate(model, PROMPTS[0], max_new_tokens=8)
     with pytest.raises(ValueError, match=r"the filter is on meta, the prompt on cpu: move it with filter\.to"):
@@ -995,36 +993,3 @@ def test_command_line_knows_the_recipe(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "filter_card", done.append)
     assert train(recipe, tmp_path) == {"parameters": 40}
     assert done == [(recipe, tmp_path), tmp_path]
-
-
-def test_the_full_experiment_on_a_tiny_size(monkeypatch, wide, tokenizer):
-    asked = []
-    monkeypatch.setattr("decodelab.lab.lab.Lab.load", lambda self, role: asked.append(role) or (wide, tokenizer))
-    monkeypatch.setattr(page, "zoo_path", lambda name: Path(name))
-    monkeypatch.setattr(page, "load_filter", lambda place, device: threshold_filter(0.05, block_length=32))
-    tasks = ("list_sort", "sudoku")
-    found = json.loads(json.dumps(page.experiment(examples=2, max_new_tokens=8, rooms=(8, 12), tasks=tasks)))
-    assert asked == ["diffusion_tasks"]
-    frame = found["frame"]
-    methods = set(frame["method"])
-    assert len(methods) == 2 + len(page.GAMMAS) + len(page.TAUS) + 2 * 3
-    assert len(frame["score"]) == len(methods) * 4
-    lines = list(zip(frame["method"], frame["example"], frame["passes"], frame["agreement"]))
-    for method, _, passes_, agrees in lines:
-        assert method != "1 per step" or (passes_, agrees) == (8, 1.0)
-        assert method != "oracle" or agrees == 1.0
-    by = {(m, e): (n, a) for m, e, n, a in lines}
-    # a filter that is a threshold is threshold decoding, whatever its name
-    assert all(by["depth 1, tau 0.96", e] == by["learn2pd, tau 0.96", e] == by["whole canvases only, tau 0.96", e] for e in range(4))
-    cuts = found["cuts"]
-    assert len(cuts) == 2 * 2 * (3 * 3 + 2) * 4
-    static = [c for c in cuts if c["method"] == "static" and c["cut"] == "none"]
-    assert all(c["agreement"] == 1.0 and c["passes"] == c["places"] for c in static)
-    assert all(c["columns"] == c["passes"] * (c["prompt"] + c["places"]) for c in static)
-
-
-def test_agreement_counts_places_of_the_longer_text():
-    assert page.agreement([1, 2, 3], [1, 9, 3, 4]) == 0.5
-    assert page.agreement([1, 9, 3, 4], [1, 2, 3]) == 0.5
-    assert page.agreement([], []) == 1.0
-    assert page.agreement([5], [5]) == 1.0
