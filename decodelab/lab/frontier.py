@@ -11,10 +11,9 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from ..core.contract import Decoder
@@ -23,6 +22,9 @@ from .cost import timed, turns
 from .metrics import bootstrap_ratio
 from .tasks.catalogue import TASKS, SudokuTask
 from .tasks.text import ArithmeticTask, Example, ListTask
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% auto #0
 __all__ = ['BASELINE', 'Score', 'COMPARED', 'compared_policies', 'policies', 'task_score', 'frontier', 'table', 'plot_frontier',
@@ -86,6 +88,8 @@ def frontier(
     **settings: Any,  # further settings of `generate`
 ) -> pd.DataFrame:
     "Decode every example with every method, in turns; one line each: score, passes, tokens, places, seconds, text."
+    import pandas as pd
+
     order, lines = random.Random(seed), []
     calls = {name: partial(decoder.generate, model) for name, decoder in methods.items()}
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens} | settings
@@ -138,6 +142,8 @@ def table(
     by: str | None = None,  # a column to split by, such as "task"
 ) -> pd.DataFrame:
     "One line a method: accuracy, difference to the baseline, passes, tokens a forward, time ratio, with errors."
+    import pandas as pd
+
     if baseline not in set(frame["method"]):
         raise ValueError(f"unknown baseline {baseline!r}: use one of {', '.join(frame['method'].unique())}")
     lines = {}
@@ -188,6 +194,8 @@ def loop_overheads(
     tasks: Iterable[str] = tuple(COMPARED),  # names of `COMPARED`
 ) -> pd.DataFrame:
     "Seconds inside a decoder over seconds inside its forwards, a line a method (median, largest of all rounds): one exercise of each task, batch 1, every place decoded."
+    import pandas as pd
+
     prompts = [tokenizer(COMPARED[name].examples(1)[0].prompt, return_tensors="pt").to(model.device) for name in tasks]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": None}
     found: dict[str, list[float]] = {name: [] for name in methods}

@@ -723,6 +723,21 @@ def test_a_decoder_needs_a_loop(llama, prompt):
         Empty().generate(llama, prompt, max_new_tokens=3)
 
 
+def test_every_streamer_of_a_call_ends(llama, tokenizer, prompt):
+    decoder, bound, lost = METHODS["token_recycling"].example(llama), Collects(tokenizer), Collects(tokenizer)
+    call = {"max_new_tokens": 3, "do_sample": False}
+    with pytest.warns(UserWarning, match="decoder.generate"):
+        llama.generate(prompt, custom_generate=decoder.bind(streamer=bound), streamer=lost, **call)
+    assert (bound.ended, lost.ended) == (1, 1)
+    same = Collects(tokenizer)
+    llama.generate(prompt, custom_generate=decoder.bind(streamer=same), streamer=same, **call)
+    assert same.ended == 1
+    unread = Collects(tokenizer)
+    with pytest.raises((AttributeError, TypeError, ValueError)):
+        llama.generate(prompt, custom_generate=decoder.bind(streamer=unread, stop_strings=[1], tokenizer=tokenizer), **call)
+    assert unread.ended == 1
+
+
 def test_a_refused_call_ends_the_stream(llama, tokenizer, prompt):
     streamer = TextIteratorStreamer(tokenizer, timeout=5)
     with pytest.raises(ValueError, match="max_new_tokens <="):

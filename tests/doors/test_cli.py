@@ -15,8 +15,10 @@ import torch
 from typer.testing import CliRunner
 
 from decodelab.cli import app, full_experiments
+from decodelab.cli_generate import generate
 from decodelab.core.contract import decoders
 from decodelab.core.output import TraceStep
+from decodelab.core.provenance import write_whole
 from decodelab.core.zoo import load
 from decodelab.demo import masked_decoders, masked_table
 from decodelab.demo_page import DemoRow, DemoTable, comparison_page, demo_table, draft_svg
@@ -355,6 +357,26 @@ def test_chat(tmp_path):
     out = tmp_path / "out"
     run("bench", "--prompts", tmp_path / "p.txt", "--chat", "--model", folder, "-m", "autoregressive", "--tokens", 4, "--out", out)
     assert json.loads((out / "bench.json").read_text())["provenance"]["prompts"]["count"] == 1
+
+
+def test_a_page_takes_the_place_of_no_device(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(pipe)
+    for place in (pipe, tmp_path / "link"):
+        assert f"cannot write {place}" in refused("generate", "Once", "--max-new-tokens", 2, "--trace", place)
+        assert f"cannot write {place}" in refused("demo", "--out", place)
+        with pytest.raises(OSError, match="it is no plain file"):
+            write_whole(place, "text")
+    assert pipe.is_fifo()
+    (tmp_path / "page").symlink_to(tmp_path / "real.html")
+    write_whole(tmp_path / "page", "text")
+    assert (tmp_path / "page").is_symlink() and (tmp_path / "real.html").read_text() == "text"
+
+
+def test_closed_standard_input(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match="standard input is closed"):
+        generate(prompt="-")
 
 
 def test_text_that_is_not_utf_8(tmp_path):
