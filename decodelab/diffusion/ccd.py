@@ -27,7 +27,7 @@ from ..core.warp import confidence, draw, greedy, probabilities
 from .base import LLaDA, Unmasker
 from .fast_dllm import FastDLLM
 from ..lab.frontier import frontier, table
-from .step import SCORES, Step, law_score, top, without_best
+from .step import SCORES, Step, confidence_score, top, without_best
 from ..lab.watch import encode
 
 # %% auto #0
@@ -57,7 +57,7 @@ def watch_laws(
         "The baseline, which writes down what it sees."
 
         def select(self, step: Step) -> torch.Tensor:
-            laws.append(step.p)
+            laws.append(step.probs)
             holes.append(step.masked)
             return super().select(step)
 
@@ -143,7 +143,7 @@ class History:
         "Records that there are, at most d."
         return min(self.passes, self.d)
 
-    def select(self, keep: torch.Tensor) -> None:
+    def keep_rows(self, keep: torch.Tensor) -> None:
         "Follow the rows that go on."
         if self.count:
             self.places, self.p = self.places[keep], self.p[keep]
@@ -218,7 +218,7 @@ class Agreement:
         nothing = torch.zeros(rows, 1, dtype=torch.long, device=device)
         return cls(nothing[:, 0] + 1, nothing.bool(), nothing, nothing.float())
 
-    def select(self, keep: torch.Tensor) -> None:
+    def keep_rows(self, keep: torch.Tensor) -> None:
         "Follow the rows that go on."
         self.width, self.remembered, self.best = self.width[keep], self.remembered[keep], self.best[keep]
 
@@ -229,9 +229,10 @@ class Agreement:
         expand_ratio: float,  # how much wider than the budget v becomes, in budgets
     ) -> None:
         "One more than before, up to b + floor(b expand_ratio), from the last pass of the warm-up on; 2 when few holes are left."
-        late = 10 * step.left <= step.masks
+        late = 10 * step.masked_count <= step.block.initial_count
         wider = torch.minimum(self.width.masked_fill(late, 1) + 1, step.quota + (step.quota * expand_ratio).long())
-        self.width = torch.where(step.passes >= warm_up - 1, wider, self.width)
+        if step.block.index >= warm_up - 1:
+            self.width = wider
 
     def agreed(
         self,
@@ -290,12 +291,12 @@ class CCD(Unmasker):
         # at the holes only: a softmax over the vocabulary is what costs time here
         holes, scores = step.masked, step.basis[step.masked]
         p = probabilities(scores)
-        if step.do_sample:
+        if step.plan.do_sample:
             tokens = draw(p if step.warped is step.basis else probabilities(step.warped[holes]))
         else:
             tokens = greedy(scores if step.warped is step.basis else step.warped[holes])[0]
         step.tokens, step.raw_confidence = step.spread(tokens, 0), step.spread(confidence(scores, tokens), 0)
-        step.memory.conf = step.spread(law_score(p, self.conf))
+        step.memory.conf = step.spread(confidence_score(p, self.conf))
 
     def select(self, step: Step) -> torch.Tensor:
         return self._average(step, step.memory) if self.variant == "average" else self._agreement(step, step.memory)
@@ -306,7 +307,7 @@ class CCD(Unmasker):
         everywhere, mean = memory.compare(places, p)
         consistent, quota = everywhere & step.masked.gather(1, places), step.quota
         if not self.adaptive:
-            settled = top(law_score(mean, self.rank).masked_fill(~consistent, -torch.inf), quota)
+            settled = top(confidence_score(mean, self.rank).masked_fill(~consistent, -torch.inf), quota)
         else:
             settled = consistent & (memory.unchanged(places, p) if self.eps is None else entropy(mean) <= self.eps)
         if self.token_from == "average":
@@ -323,12 +324,12 @@ class CCD(Unmasker):
         # tokens of the averaged laws, where they are written
         rows, k = settled.nonzero().unbind(-1)
         p, places = mean[rows, k], places[rows, k]
-        step.tokens[rows, places] = tokens = step.memory.draw(p) if step.do_sample else greedy(p)[0]
+        step.tokens[rows, places] = tokens = step.memory.draw(p) if step.plan.do_sample else greedy(p)[0]
         step.raw_confidence[rows, places] = p.gather(-1, tokens[:, None])[:, 0].to(step.raw_confidence)
 
     def _agreement(self, step: Step, memory: Agreement) -> torch.Tensor:
         memory.grow(step, self.warm_up, self.expand_ratio)  # before it grows, only the surest hole can agree: the usual rule
-        best = step.warped.argmax(-1) if step.do_sample else step.tokens
+        best = step.warped.argmax(-1) if step.plan.do_sample else step.tokens
         usual, agreed = top(memory.conf, step.quota), memory.agreed(best)
         known = (usual & memory.remembered).any(-1) & (agreed.sum(-1) >= step.quota)
         kept = agreed if self.adaptive else top(memory.conf.masked_fill(~agreed, -torch.inf), step.quota)

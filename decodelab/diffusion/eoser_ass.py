@@ -19,7 +19,7 @@ from ..core.contract import Call, register
 from ..lab.tasks.catalogue import TASKS
 from ..lab.tasks.text import LIST_PROMPTS, Example
 from .base import LLaDA, Unmasker
-from .ideal import IdealDenoiser, Law
+from .ideal import IdealDenoiser, Distribution
 from ..lab.frontier import frontier, table
 from .step import Step, order_score, top
 from ..lab.watch import encode, watch
@@ -50,14 +50,14 @@ def long_or_short(
     digits: Sequence[int],  # four token ids
     length: int = 16,  # places of the answer, ends included (at least 14)
     long: float = 0.7,  # probability of a long answer
-) -> Law:
+) -> Distribution:
     "Long answers repeat the digits with 0 to 2 fillers behind each, then say = and the last digit; the short one says only that; then ends."
     result = [EQUALS, digits[-1]]
     layouts = [
         [t for d, n in zip(digits, fillers) for t in [d] + [FILLER] * n] + result for fillers in product(range(3), repeat=len(digits))
     ]
     strings = [a + [EOS] * (length - len(a)) for a in [*layouts, result]]
-    return Law(torch.tensor(strings), torch.tensor([long / len(layouts)] * len(layouts) + [1 - long], dtype=torch.double))
+    return Distribution(torch.tensor(strings), torch.tensor([long / len(layouts)] * len(layouts) + [1 - long], dtype=torch.double))
 
 # %% ../../nbs/diffusion/eoser_ass.ipynb #985d29a0
 def toy_kind(
@@ -86,7 +86,7 @@ def eos_rejected(
 ) -> torch.Tensor:
     "Confidence of each hole, that of proposed ends times gamma; -inf where there is no hole, [n, block]."
     # c_i <- gamma(s) c_i where y_i = E
-    score = torch.where(step.proposes_end(), gamma[:, None] * step.raw_confidence, step.raw_confidence)
+    score = torch.where(step.proposes_eos(), gamma[:, None] * step.raw_confidence, step.raw_confidence)
     return score.masked_fill(~step.masked, -torch.inf)
 
 # %% ../../nbs/diffusion/eoser_ass.ipynb #8748f68c
@@ -137,7 +137,7 @@ class EOSER(LLaDA):
         return self.gamma_min + (self.gamma_max - self.gamma_min) * share
 
     def select(self, step: Step) -> torch.Tensor:
-        return top(eos_rejected(step, self.gamma(step.index, step.planned)), step.quota)
+        return top(eos_rejected(step, self.gamma(step.index, step.plan.text_steps)), step.quota)
 
 # %% ../../nbs/diffusion/eoser_ass.ipynb #0a40004c
 def per_pass(
@@ -201,8 +201,8 @@ class ASS(LLaDA):
         if self.eoser:
             _check_gamma(self)
 
-    def _plan(self, room: int) -> list[tuple[int, int]]:
-        ends = list(accumulate(ascending_blocks(room, self.block_num)))
+    def blocks(self, new_tokens: int) -> list[tuple[int, int]]:
+        ends = list(accumulate(ascending_blocks(new_tokens, self.block_num)))
         return list(zip([0, *ends], ends))
 
     def gamma(

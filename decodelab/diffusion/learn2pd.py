@@ -144,16 +144,16 @@ class EndOfText(Unmasker):
     @staticmethod
     def _committed(step: Step) -> torch.Tensor:
         # leftmost EOS token in the block, -1 where there is none, [n]; an earlier block would have cut this one off
-        return _first(torch.isin(step.block, step.ends) & step.canvas.exists[step.rows, step.start : step.stop])
+        return _first(torch.isin(step.ids, step.plan.eos_ids) & step.canvas.exists[step.rows, step.start : step.stop])
 
     def _predicted(self, step: Step) -> torch.Tensor:
         # leftmost trusted proposal of an EOS token in the block, else the most confident one, also behind the block, [n]
         parts = [step] if step.beyond is None else [step, step.beyond]
         for part in parts[1:]:
             self.propose(part)
-        score = torch.cat([part.confidence.masked_fill(~part.proposes_end(), -torch.inf) for part in parts], dim=-1)
+        score = torch.cat([part.confidence.masked_fill(~part.proposes_eos(), -torch.inf) for part in parts], dim=-1)
         surest = torch.where(score.amax(-1) > -torch.inf, score.argmax(-1), -1)
-        trusted = _first(self.trusted(step) & step.proposes_end())
+        trusted = _first(self.trusted(step) & step.proposes_eos())
         return torch.where(trusted >= 0, trusted, surest)
 
 
@@ -199,7 +199,7 @@ class Learn2PD(EndOfText, LLaDA):
         super().check(call)
         if self.filter is None or self.tau >= 1:
             return
-        longest, B = max(b - a for a, b in self._plan(call.budget)), self.filter.config.block_length
+        longest, B = max(b - a for a, b in self.blocks(call.budget)), self.filter.config.block_length
         if longest > B:
             raise ValueError(
                 f"the filter reads blocks of at most {B} positions, not {longest}: set block_length={B}, or train another filter"

@@ -21,7 +21,7 @@ from ..lab.tasks.text import LIST_PROMPTS, ArithmeticTask, Example, ListTask, Ta
 from .base import LLaDA, Unmasker
 from .fast_dllm import EntropyBound, FastDLLM
 from .step import Step, top
-from ..lab.watch import PassLog, encode, watch
+from ..lab.watch import StepLog, encode, watch
 
 # %% auto #0
 __all__ = ['EXERCISES', 'BANDS', 'GAMMAS', 'RADII', 'TAUS', 'exercises', 'delays', 'Share', 'share', 'distance', 'decay',
@@ -41,7 +41,7 @@ def exercises(
 
 # %% ../../nbs/diffusion/localleap.ipynb #101cbf99
 def delays(
-    log: PassLog,  # a watched call
+    log: StepLog,  # a watched call
 ) -> dict[str, np.ndarray]:
     "For each committed place of the texts: row, place, pass of its commit, pass from which its proposal was final, and the delay."
     width = int(log.place.max()) + 1
@@ -80,7 +80,7 @@ class Share:
 
 
 def share(
-    log: PassLog,  # a watched call
+    log: StepLog,  # a watched call
     where: torch.Tensor,  # proposals to count, [k, B], bool; what is no hole of a text is ignored
     among: torch.Tensor | None = None,  # control: each pass's proposals here are shuffled among themselves, [k, B], bool
 ) -> Share:
@@ -109,7 +109,7 @@ def distance(
 
 # %% ../../nbs/diffusion/localleap.ipynb #2ee600b3
 def decay(
-    log: PassLog,  # a watched call
+    log: StepLog,  # a watched call
     anchors: tuple[float, float] = (0.9, 1.01),  # confidences of what counts as an anchor, from (included) to (excluded)
     own: tuple[float, float] = (0.0, 0.9),  # confidences of the proposals that are counted
     reach: int = 16,  # largest distance
@@ -126,7 +126,7 @@ BANDS = ((0.5, 0.7), (0.7, 0.9), (0.9, 0.99), (0.99, 1.01))  # confidences of an
 
 
 def principles(
-    log: PassLog,  # a watched call, one hole a pass
+    log: StepLog,  # a watched call, one hole a pass
     threshold: float = 0.9,  # kappa
     relaxed_threshold: float = 0.75,  # tau
     radius: int = 4,  # W

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from ..core.contract import Decoder
-from .exact import Count, Schedule, check_schedule, schedule_law
+from .exact import Count, Schedule, check_schedule, schedule_distribution
 from .fast_dllm import FastDLLM
-from .ideal import IdealDenoiser, Law, distinct_rows
+from .ideal import IdealDenoiser, Distribution, distinct_rows
 from .step import Step, top
 
 # %% auto #0
@@ -28,7 +28,7 @@ __all__ = ['entropy', 'total_correlation', 'schedule_loss', 'schedule_kl', 'sche
 
 # %% ../../nbs/diffusion/parallelbench.ipynb #fa2c4985
 def entropy(
-    law: Law,  # law of the strings
+    law: Distribution,  # law of the strings
     positions: Sequence[int],  # which positions
 ) -> float:
     "H of the tokens at some positions together, in bits."
@@ -40,7 +40,7 @@ def entropy(
 
 
 def total_correlation(
-    law: Law,  # law of the strings
+    law: Distribution,  # law of the strings
     positions: Sequence[int] | None = None,  # S, positions committed together; all when None
     given: Sequence[int] = (),  # Z, positions that are visible, none of them in S
 ) -> float:
@@ -53,7 +53,7 @@ def total_correlation(
 
 # %% ../../nbs/diffusion/parallelbench.ipynb #d878d33f
 def schedule_loss(
-    law: Law,  # law of the strings
+    law: Distribution,  # law of the strings
     schedule: Schedule,  # sets of positions that are committed together, in order
 ) -> float:
     "L_T, the bits that a schedule loses at least, from entropies."
@@ -63,12 +63,12 @@ def schedule_loss(
 
 
 def schedule_kl(
-    law: Law,  # the data P
+    law: Distribution,  # the data P
     schedule: Schedule,  # sets of positions that are committed together, in order
     temperature: float = 1.0,  # of the draws, above 0; 1 are the exact marginals
 ) -> float:
     "KL(P || P_theta) in bits, from the probabilities that a decoder with this schedule writes each string."
-    q = schedule_law(law, schedule, temperature)
+    q = schedule_distribution(law, schedule, temperature)
     return float((torch.special.xlogy(law.p, law.p) - torch.special.xlogy(law.p, q)).sum() / math.log(2))
 
 # %% ../../nbs/diffusion/parallelbench.ipynb #255c572d
@@ -87,7 +87,7 @@ def schedules(
 
 
 def best_schedules(
-    law: Law,  # law of the strings, of at most 8 positions
+    law: Distribution,  # law of the strings, of at most 8 positions
 ) -> list[tuple[float, list[list[int]]]]:
     "L*_T and a schedule that reaches it, for T = 1, ..., m: the best of all ordered partitions, each tail solved once."
     m = law.length
@@ -237,7 +237,7 @@ class Harness:
 
 def harness(
     decoder: Decoder,  # a decoder of the family
-    law: Law,  # law of the right answers
+    law: Distribution,  # law of the right answers
     samples: int = 4000,  # rows that are decoded
     do_sample: bool = False,  # draw tokens at temperature 1; else the best, ties drawn
     seed: int = 0,  # seed of the run; the global generators are left as they were
@@ -263,4 +263,4 @@ class ReleasedFactor(FastDLLM):
         rank = torch.arange(1, ordered.shape[1] + 1, device=ordered.device)
         fails = ((rank + 1) * (1 - ordered) > self.factor) & (rank > 1)
         passed = (~fails).cumprod(-1).sum(-1)  # ranks before the first failure
-        return top(step.confidence, torch.where(passed >= step.left - 1, step.left, passed))
+        return top(step.confidence, torch.where(passed >= step.masked_count - 1, step.masked_count, passed))

@@ -26,7 +26,7 @@ class _Before:
     def __init__(self) -> None:
         self.tokens: torch.Tensor | None = None
 
-    def select(self, keep: torch.Tensor) -> None:
+    def keep_rows(self, keep: torch.Tensor) -> None:
         self.tokens = None if self.tokens is None else self.tokens[keep]
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -11,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from toys import PAD, left_pad, random_prompts, small_model
+from toys import PAD, left_pad, made_step, random_prompts, small_model
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
@@ -23,19 +22,18 @@ from decodelab.diffusion.ccd import (
     Agreement,
     History,
     TrapDenoiser,
+    confidence_score,
     disagreement,
     drift,
     drift_aucs,
     entropy,
     experiment,
     idle_runs,
-    law_score,
     rivals,
     stratified_auc,
     watch_laws,
 )
-from decodelab.diffusion.ideal import IdealDenoiser, Law
-from decodelab.diffusion.step import Step
+from decodelab.diffusion.ideal import Distribution, IdealDenoiser
 from decodelab.lab.lab import Lab
 
 MASK, VOCAB = 0, 9
@@ -79,19 +77,19 @@ class Spy(CCD):
     "Notes what each pass saw, row by row, and what it filled."
 
     seen: list = field(default_factory=list, init=False, repr=False)
-    blocks: int = field(default=0, init=False, repr=False)
+    opened: int = field(default=0, init=False, repr=False)
 
     def remember(self, call, rows):
-        self.blocks += 1
+        self.opened += 1
         return super().remember(call, rows)
 
     def select(self, step):
         law, proposals = step.warped.softmax(-1), step.tokens.clone()
-        masked, quota, steps = step.masked.clone(), step.quota, step.steps
+        masked, quota, steps = step.masked.clone(), step.quota, step.plan.block_steps
         chosen = super().select(step)
         for i, row in enumerate(step.rows.tolist()):
-            facts = {"row": row, "block": self.blocks, "masked": masked[i].tolist(), "p": law[i].tolist(), "best": proposals[i].tolist()}
-            facts |= {"quota": int(quota[i]), "index": int(step.passes[i]), "steps": steps, "masks": int(step.masks[i])}
+            facts = {"row": row, "block": self.opened, "masked": masked[i].tolist(), "p": law[i].tolist(), "best": proposals[i].tolist()}
+            facts |= {"quota": int(quota[i]), "index": step.block.index, "steps": steps, "masks": int(step.block.initial_count[i])}
             facts |= {
                 "chosen": chosen[i].nonzero()[:, 0].tolist(),
                 "tokens": step.tokens[i].tolist(),
@@ -267,8 +265,8 @@ def test_disagreement_is_zero_when_all_laws_coincide_and_largest_when_they_exclu
 
 def test_scores_of_a_law():
     p = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]])
-    assert law_score(p).tolist() == pytest.approx([-1.5 * math.log(2), 0.0], abs=1e-6)
-    assert law_score(p, "max_prob").tolist() == [0.5, 1.0]
+    assert confidence_score(p).tolist() == pytest.approx([-1.5 * math.log(2), 0.0], abs=1e-6)
+    assert confidence_score(p, "max_prob").tolist() == [0.5, 1.0]
 
 
 def test_laws_are_averaged_not_logits():
@@ -301,7 +299,7 @@ def test_without_history_it_is_the_baseline_of_the_same_score(fields):
 
 def order(decoder, model, inputs, new):
     out = decoder.generate(model, **inputs, max_new_tokens=new, do_sample=False)
-    return [[s.info["pass"] for s in out.trace.row(i)] for i in range(len(inputs["input_ids"]))], out.sequences.tolist()
+    return [[s.info["step"] for s in out.trace.row(i)] for i in range(len(inputs["input_ids"]))], out.sequences.tolist()
 
 
 @pytest.mark.parametrize("conf", ["entropy", "max_prob"])
@@ -311,15 +309,12 @@ def test_a_wide_buffer_and_laws_that_never_change_give_the_baselines_order(conf,
     assert order(CCD(V=20, d=3, conf=conf, rank=conf, trace=True), still, prompts, 18) == order(baseline, still, prompts, 18)
 
 
-def step_of(laws, masked=None, quota=1, **fields):
-    "A first pass over a block with given laws [n, block, vocab]."
+def step_of(laws, masked=None, quota=1, memory=None, **fields):
+    "A first step of a block with given distributions [n, block, vocab]."
     laws = torch.as_tensor(laws)
-    masked = torch.ones(laws.shape[:2], dtype=torch.bool) if masked is None else masked
-    n = len(laws)
-    facts = {"canvas": SimpleNamespace(), "rows": torch.arange(n), "start": 0, "stop": laws.shape[1], "masked": masked}
-    facts |= {"scores": laws.log(), "warped": laws.log(), "basis": laws.log(), "masks": masked.sum(-1), "steps": laws.shape[1] // quota}
-    facts |= {"passes": torch.zeros(n, dtype=torch.long), "index": torch.zeros(n, dtype=torch.long), "planned": laws.shape[1]}
-    return Step(**{**facts, "ends": torch.empty(0, dtype=torch.long), **fields})
+    step = made_step(laws.log(), masked, steps=laws.shape[1] // quota, **fields)
+    step.memory = memory
+    return step
 
 
 def filled(decoder, step):
@@ -555,7 +550,7 @@ def test_confidence_of_a_sampled_pass_is_that_of_the_tempered_law():
     tempered = torch.tensor([[[0.6, 0.4], [0.9, 0.1]]])
     plain = torch.tensor([[[0.9, 0.1], [0.6, 0.4]]])
     step = step_of(plain, memory=History(0))
-    step.basis, step.do_sample = tempered.log(), True
+    step.basis, step.plan.do_sample = tempered.log(), True
     for conf in ("entropy", "max_prob"):
         CCD(conf=conf).propose(step)
         assert step.memory.conf.argmax().item() == 1
@@ -608,7 +603,7 @@ def test_a_trap_that_is_open_from_the_start_catches_everyone():
 
 def test_on_exact_marginals_the_average_may_write_what_has_become_impossible():
     # the last place is 1 with probability 0.48 in three records; then the fourth place becomes 2, and it is 2 with 0.27 / 0.52
-    law = Law(torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 2, 2], [0, 0, 0, 2, 3]]), torch.tensor([0.48, 0.27, 0.25]))
+    law = Distribution(torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 2, 2], [0, 0, 0, 2, 3]]), torch.tensor([0.48, 0.27, 0.25]))
     assert 3 * 0.48 > 3 * 0.27 + 0.27 / 0.52
     model = IdealDenoiser(law)
     for fields, text in (({}, [0, 0, 0, 2, 1]), ({"token_from": "pass"}, [0, 0, 0, 2, 2]), ({"d": 1}, [0, 0, 0, 2, 2])):
@@ -623,7 +618,7 @@ def test_on_exact_marginals_the_average_may_write_what_has_become_impossible():
 class WithHistory(Agreement):
     history: History = field(default_factory=lambda: History(1))
 
-    def select(self, keep):
+    def keep_rows(self, keep):
         super().select(keep)
         self.history.select(keep)
 
@@ -640,7 +635,7 @@ class Both(CCD):
         return memory
 
     def select(self, step):
-        conf, p = step.memory.conf, step.p
+        conf, p = step.memory.conf, step.probs
         places = conf.argsort(descending=True)[:, : self.V]
         law = p.gather(1, places[..., None].expand(-1, -1, p.shape[-1]))
         known = step.memory.history.compare(places, law)[0]

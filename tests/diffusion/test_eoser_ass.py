@@ -4,13 +4,14 @@ import math
 import re
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import EOS, PAD, VOCAB, left_pad, random_prompts, small_model
+from toys import EOS, PAD, VOCAB, left_pad, made_step, random_prompts, small_model
 
 from decodelab.core.contract import decoders
 from decodelab.diffusion import eoser_ass
@@ -34,7 +35,6 @@ from decodelab.diffusion.eoser_ass import (
     toy_model,
 )
 from decodelab.diffusion.eoser_ass import EOS as TOY_EOS
-from decodelab.diffusion.step import Step
 from decodelab.lab.lab import Lab
 from decodelab.lab.provenance import to_plain
 from decodelab.lab.watch import watch
@@ -203,27 +203,18 @@ def test_the_order_of_two_passes_by_hand():
     assert score[0].tolist() == pytest.approx([0.5, 0.45, 0.3, 0.3, -math.inf])
     decoder = EOSER(gamma_min=0.5, gamma_max=0.5)
     assert decoder.select(step).tolist() == [[True, False, False, False, False]]
-    step.masks, step.steps = torch.tensor([4]), 2
+    step.block.initial_count, step.plan.block_steps = torch.tensor([4]), 2
     assert decoder.select(step).tolist() == [[True, True, False, False, False]]
     assert LLaDA().select(step).tolist() == [[False, True, False, True, False]]
 
 
 def by_hand(confidence, ends, masked):
     "A first pass with given proposals: token 1 is an end."
-    zero, masked = torch.zeros(1, dtype=torch.long), torch.tensor([masked]).bool()
-    places = masked.shape[1]
-    facts = {
-        "canvas": None,
-        "rows": zero,
-        "start": 0,
-        "stop": places,
-        "masked": masked,
-        "masks": masked.sum(-1),
-        "steps": int(masked.sum()),
-    }
-    facts |= dict.fromkeys(("scores", "warped", "basis"), torch.zeros(1, places, 2)) | {"passes": zero, "index": zero, "planned": places}
-    proposals = {"tokens": torch.tensor([ends]).long(), "raw_confidence": torch.tensor([confidence])}
-    return Step(**facts, ends=torch.tensor([1]), **proposals)
+    masked, tokens = torch.tensor([masked]).bool(), torch.tensor([ends]).long()
+    canvas = SimpleNamespace(steps_taken=torch.zeros(1, dtype=torch.long))
+    step = made_step(torch.zeros(*masked.shape, 2), masked, tokens, canvas, steps=int(masked.sum()), eos_ids=[1])
+    step.raw_confidence = torch.tensor([confidence])
+    return step
 
 
 # only the order changes
@@ -237,9 +228,9 @@ PLACE = st.tuples(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, 1.0]), st.booleans()
 def test_a_smaller_factor_never_commits_more_ends_in_the_first_pass(places, gammas, k):
     places[0] = (*places[0][:2], True)
     step = by_hand(*(list(column) for column in zip(*places)))
-    step.masks, step.steps = torch.tensor([k]), 1  # the schedule commits k places
+    step.block.initial_count, step.plan.block_steps = torch.tensor([k]), 1  # the schedule commits k places
     low, high = sorted(gammas)
-    ends = step.proposes_end()
+    ends = step.proposes_eos()
     counts = [int((EOSER(gamma_min=g, gamma_max=1).select(step) & ends).sum()) for g in (low, high)]
     plain = int((LLaDA().select(step) & ends).sum())
     assert counts[0] <= counts[1] <= plain
@@ -311,7 +302,7 @@ class Zeroed(LLaDA):
 
     def propose(self, step):
         super().propose(step)
-        step.raw_confidence = step.raw_confidence.masked_fill(step.proposes_end(), 0.0)
+        step.raw_confidence = step.raw_confidence.masked_fill(step.proposes_eos(), 0.0)
 
 
 def test_a_factor_of_zero_commits_ends_last(model, prompts):
@@ -335,7 +326,7 @@ def test_ascending_steps_differ_from_llada_in_their_sizes_only(remasking, model,
         "Every pass fills as many as LLaDA's schedule says."
 
         def select(self, step):
-            step.steps = len(ascending_steps(16))
+            step.plan.block_steps = len(ascending_steps(16))
             return LLaDA.select(self, step)
 
     batch = left_pad(prompts)
@@ -395,7 +386,7 @@ def test_every_state_follows_from_the_pass_of_each_place(decoder, model, prompts
     out = decode(decoder, model, prompts[2])
     tokens, holes = canvases(decoder, model, prompts[2])
     when = torch.tensor(holes[holes["committed"]].sort_values("place")["pass"].tolist())  # one number a place
-    told = [w for step in out.trace for w in step.info["pass"]]
+    told = [w for step in out.trace for w in step.info["step"]]
     assert told == when[: len(told)].tolist()
     passes = len(out.stats.emitted[0])
     assert len(when) == 16

@@ -14,7 +14,8 @@ from transformers.modeling_outputs import MaskedLMOutput
 import decodelab.training.learn2pd as training
 from decodelab.core.contract import decoders
 from decodelab.diffusion.base import LLaDA, Unmasker
-from decodelab.diffusion.canvas import CACHES, Canvas, Denoiser
+from decodelab.diffusion.canvas import CACHES, Canvas
+from decodelab.diffusion.denoiser import Denoiser
 from decodelab.diffusion.fast_dllm import FastDLLM
 from decodelab.diffusion.learn2pd import (
     ConfidenceFilter,
@@ -646,7 +647,7 @@ def test_a_cut_canvas_feeds_only_what_is_left(shallow):
             assert canvas.stats.target_tokens - before == 2 * {"none": P + 6, "prefix": 6, "dual": 4}[cache]
             whole = Denoiser(shallow)(canvas.ids, canvas.exists)
             assert (logits - whole[:, P : P + 4])[:, :3].nan_to_num().abs().max() < 1e-4
-            canvas.rest(torch.tensor([True, False]))
+            canvas.keep_rows(torch.tensor([True, False]))
             before = canvas.stats.target_tokens
             logits = canvas.logits()
             assert canvas.stats.target_tokens - before == {"none": P + 3, "prefix": 3, "dual": 3}[cache]
@@ -735,7 +736,7 @@ def test_oracle_is_greedy_and_not_always_the_shortest():
     @dataclass
     class FirstOneThenAll(Unmasker):
         def select(self, step):
-            return step.masked if int(step.passes[0]) else step.best()
+            return step.masked if step.block.index else step.best()
 
     outs = [d.generate(model, prompt, max_new_tokens=4, do_sample=False) for d in (oracle, FirstOneThenAll())]
     assert [continuations(out) for out in outs] == [[[9, 9, 9, 9]]] * 2

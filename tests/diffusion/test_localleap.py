@@ -16,9 +16,9 @@ from transformers import LogitsProcessorList, TopPLogitsWarper
 from decodelab.core.contract import decoders
 from decodelab.diffusion import localleap
 from decodelab.diffusion.base import LLaDA
-from decodelab.diffusion.canvas import Denoiser
+from decodelab.diffusion.denoiser import Denoiser
 from decodelab.diffusion.fast_dllm import Dream, EntropyBound, FastDLLM
-from decodelab.diffusion.ideal import IdealDenoiser, Law, list_law
+from decodelab.diffusion.ideal import Distribution, IdealDenoiser
 from decodelab.diffusion.localleap import (
     BANDS,
     LocalLeap,
@@ -41,6 +41,7 @@ from decodelab.diffusion.step import top
 from decodelab.lab.frontier import table
 from decodelab.lab.provenance import to_plain
 from decodelab.lab.tasks.catalogue import CountdownTask
+from decodelab.lab.tasks.ideal_lists import list_distribution
 from decodelab.lab.tasks.text import ListTask
 from decodelab.lab.watch import watch
 
@@ -653,11 +654,11 @@ def test_the_experiment_on_a_small_scale(monkeypatch):
 
 
 def replace_one(entries, commas):
-    law = list_law("replace_random", entries)
+    law = list_distribution("replace_random", entries)
     if commas:
         spread = torch.full((entries, 2 * entries - 1), 20)
         spread[:, ::2] = law.strings
-        law = Law.uniform(spread)
+        law = Distribution.uniform(spread)
     return IdealDenoiser(law, 24, ties="random"), law.length
 
 

@@ -11,20 +11,9 @@ from scipy.stats import chisquare
 from toys import left_pad
 
 from decodelab.diffusion.base import LLaDA
-from decodelab.diffusion.exact import ONE_BY_ONE, greedy_law, one_by_one_law, schedule_law
+from decodelab.diffusion.exact import ONE_BY_ONE, greedy_distribution, one_by_one_distribution, schedule_distribution
 from decodelab.diffusion.fast_dllm import FastDLLM
-from decodelab.diffusion.ideal import (
-    LIST_OPERATIONS,
-    TIE_NOISE,
-    UNKNOWN,
-    IdealDenoiser,
-    Law,
-    ListWorld,
-    coins,
-    distinct_rows,
-    latin_squares,
-    list_law,
-)
+from decodelab.diffusion.ideal import TIE_NOISE, UNKNOWN, Distribution, IdealDenoiser, coins, distinct_rows, latin_squares
 from decodelab.diffusion.parallelbench import (
     ReleasedFactor,
     best_schedules,
@@ -42,6 +31,7 @@ from decodelab.diffusion.parallelbench import (
     top_k,
     total_correlation,
 )
+from decodelab.lab.tasks.ideal_lists import LIST_OPERATIONS, ListWorld, list_distribution
 
 RANDOM_TASKS = ("shuffle", "insert_random", "remove_random", "replace_random")
 
@@ -53,7 +43,7 @@ def laws(draw, tokens=3, most=4):
     everything = list(product(range(tokens), repeat=m))
     chosen = draw(st.lists(st.sampled_from(everything), min_size=1, max_size=20, unique=True))
     weights = torch.tensor(draw(st.lists(st.integers(1, 50), min_size=len(chosen), max_size=len(chosen)))).double()
-    return Law(torch.tensor(chosen), weights / weights.sum())
+    return Distribution(torch.tensor(chosen), weights / weights.sum())
 
 
 @st.composite
@@ -131,7 +121,7 @@ def test_list_laws_hold_the_right_answers(operation):
         "remove_random": [(*items[:i], *items[i + 1 :]) for i in range(4)],
         "replace_random": [(*items[:i], word, *items[i + 1 :]) for i in range(4)],
     }[operation]
-    law = list_law(operation, items, word, index)
+    law = list_distribution(operation, items, word, index)
     assert as_dict(law) == pytest.approx({s: 1 / len(expected) for s in expected})
 
 
@@ -145,15 +135,15 @@ def test_latin_squares_are_those_of_a_filter():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Law(torch.tensor([[0], [1]]), torch.tensor([0.5, 0.6])), "sum to 1"),
-        (lambda: Law(torch.tensor([[0], [1]]), torch.tensor([1.5, -0.5])), "at least 0"),
-        (lambda: Law.uniform([[0, 1], [0, 1]]), "different from each other"),
-        (lambda: Law.uniform([[0, -1]]), "token ids of at least 0"),
-        (lambda: Law(torch.tensor([0, 1]), torch.tensor([0.5, 0.5])), "needs strings"),
-        (lambda: list_law("rotate", 3), "unknown list operation"),
-        (lambda: list_law("shuffle", 9), "at most 8"),
-        (lambda: list_law("copy", 1), "at least 2 items"),
-        (lambda: list_law("insert_index", 3, index=4), "outside the list"),
+        (lambda: Distribution(torch.tensor([[0], [1]]), torch.tensor([0.5, 0.6])), "sum to 1"),
+        (lambda: Distribution(torch.tensor([[0], [1]]), torch.tensor([1.5, -0.5])), "at least 0"),
+        (lambda: Distribution.uniform([[0, 1], [0, 1]]), "different from each other"),
+        (lambda: Distribution.uniform([[0, -1]]), "token ids of at least 0"),
+        (lambda: Distribution(torch.tensor([0, 1]), torch.tensor([0.5, 0.5])), "needs strings"),
+        (lambda: list_distribution("rotate", 3), "unknown list operation"),
+        (lambda: list_distribution("shuffle", 9), "at most 8"),
+        (lambda: list_distribution("copy", 1), "at least 2 items"),
+        (lambda: list_distribution("insert_index", 3, index=4), "outside the list"),
         (lambda: latin_squares(5), "1 to 4 rows"),
         (lambda: ListWorld().prompt("copy", "a"), "no word of this world"),
         (lambda: IdealDenoiser(lambda prompt: coins([0.5])), "needs vocab_size"),
@@ -161,10 +151,10 @@ def test_latin_squares_are_those_of_a_filter():
         (lambda: IdealDenoiser(coins([0.5]))(torch.tensor([[0]])), "no separator"),
         (lambda: IdealDenoiser(coins([0.5]))(torch.tensor([[3, 2, 2]])), "the canvas has 2 places, the answer 1"),
         (lambda: IdealDenoiser(coins([0.5]), 4, mask_token_id=1)(torch.tensor([[3, 1]])), "writes the mask or the separator"),
-        (lambda: schedule_law(coins([0.5, 0.5]), [[0]]), "each of the 2 positions once"),
-        (lambda: schedule_law(coins([0.5, 0.5]), [[0, 1], []]), "no empty set"),
-        (lambda: one_by_one_law(coins([0.5]), "sideways"), "unknown order"),
-        (lambda: greedy_law(coins([0.5]), len, "entropy"), "must be 'confidence' or 'random'"),
+        (lambda: schedule_distribution(coins([0.5, 0.5]), [[0]]), "each of the 2 positions once"),
+        (lambda: schedule_distribution(coins([0.5, 0.5]), [[0, 1], []]), "no empty set"),
+        (lambda: one_by_one_distribution(coins([0.5]), "sideways"), "unknown order"),
+        (lambda: greedy_distribution(coins([0.5]), len, "entropy"), "must be 'confidence' or 'random'"),
         (lambda: total_correlation(coins([0.5, 0.5]), [0], [0]), "must be different"),
         (lambda: total_correlation(coins([0.5, 0.5]), [2]), "lie in 0, ..., 1"),
         (lambda: best_schedules(latin_squares()), "at most 8 positions"),
@@ -231,7 +221,7 @@ def test_wrong_answers_are_not_possible():
 
 
 def test_random_ties_lower_confidence_by_little_and_leave_certainty():
-    model = IdealDenoiser(list_law("replace_random", 4), ties="random")
+    model = IdealDenoiser(list_distribution("replace_random", 4), ties="random")
     canvas = torch.tensor([[model.separator] + [model.config.mask_token_id] * 4]).expand(500, -1)
     torch.manual_seed(0)
     p = model(canvas).logits[:, 1:].exp()
@@ -244,7 +234,7 @@ def test_random_ties_lower_confidence_by_little_and_leave_certainty():
 
 
 def test_random_ties_are_fair_and_first_ties_are_not():
-    law = list_law("shuffle", 4)
+    law = list_distribution("shuffle", 4)
     for ties, fair in (("random", True), ("first", False)):
         model = IdealDenoiser(law, ties=ties)
         canvas = torch.tensor([[model.separator] + [model.config.mask_token_id] * 4]).expand(4000, -1)
@@ -256,7 +246,7 @@ def test_random_ties_are_fair_and_first_ties_are_not():
 
 
 def test_the_model_runs_on_double_columns_of_blocks():
-    law = list_law("reverse", 6)
+    law = list_distribution("reverse", 6)
     model = IdealDenoiser(law)
     for decoder in (LLaDA(block_length=2), LLaDA(block_length=4), FastDLLM(block_length=3)):
         out = model.generate(model.start, custom_generate=decoder, max_new_tokens=6, do_sample=False)
@@ -299,7 +289,7 @@ def plain_one_by_one(law, order, state=None):
 @given(laws(most=3), st.sampled_from(ONE_BY_ONE))
 def test_one_by_one_law_is_that_of_all_proposals(law, order):
     q = plain_one_by_one(law, order)
-    mine = one_by_one_law(law, order)
+    mine = one_by_one_distribution(law, order)
     assert mine.tolist() == pytest.approx([q.get(tuple(s), 0.0) for s in law.strings.tolist()], abs=1e-9)
     assert float(mine.sum()) == pytest.approx(1)
 
@@ -307,12 +297,12 @@ def test_one_by_one_law_is_that_of_all_proposals(law, order):
 @given(laws())
 def test_orders_that_do_not_look_at_the_draw_keep_the_law(law):
     for order in set(ONE_BY_ONE) - {"low_confidence"}:
-        assert one_by_one_law(law, order).allclose(law.p, atol=1e-12)
+        assert one_by_one_distribution(law, order).allclose(law.p, atol=1e-12)
 
 
 def test_confidence_of_the_draw_bends_two_coins():
     # proposals 11 (.48) and 10 (.32) commit a 1 at the first place, 01 (.12) a 1 at the second, 00 (.08) a 0 at the second
-    bent = one_by_one_law(coins([0.8, 0.6]), "low_confidence")
+    bent = one_by_one_distribution(coins([0.8, 0.6]), "low_confidence")
     assert bent.tolist() == pytest.approx([0.08 * 0.2, 0.12 * 0.2, 0.8 * 0.4 + 0.08 * 0.8, 0.8 * 0.6 + 0.12 * 0.8])
 
 
@@ -320,7 +310,7 @@ def test_confidence_of_the_draw_bends_two_coins():
 def test_schedule_law_is_the_product_along_the_path(case):
     law, schedule = case
     table = as_dict(law)
-    for string, mine in zip(law.strings.tolist(), schedule_law(law, schedule).tolist()):
+    for string, mine in zip(law.strings.tolist(), schedule_distribution(law, schedule).tolist()):
         seen, q = [UNKNOWN] * law.length, 1.0
         for step in schedule:
             p = plain_marginals(table, seen, 3)
@@ -332,22 +322,22 @@ def test_schedule_law_is_the_product_along_the_path(case):
 
 def test_greedy_law_on_cases_counted_by_hand():
     # all of three letters at once: 6 of 27 strings are permutations, each with 1/27
-    q, passes = greedy_law(list_law("shuffle", 3), top_k(3))
+    q, passes = greedy_distribution(list_distribution("shuffle", 3), top_k(3))
     assert (q.tolist(), passes) == (pytest.approx([1 / 27] * 6), 1.0)
     # insert anywhere into 5, two at a time: both ends (5/6), then their neighbours (3/4), then a tie of two against two
-    assert float(greedy_law(list_law("insert_random", 5), top_k(2))[0].sum()) == pytest.approx(0.5)
-    assert float(greedy_law(list_law("insert_random", 5), top_k(6))[0].sum()) == 0
+    assert float(greedy_distribution(list_distribution("insert_random", 5), top_k(2))[0].sum()) == pytest.approx(0.5)
+    assert float(greedy_distribution(list_distribution("insert_random", 5), top_k(6))[0].sum()) == 0
     # remove any: the best tokens leave out the middle item; one by one, ties let others go, too
     for k in (2, 4):
-        assert greedy_law(list_law("remove_random", 5), top_k(k))[0].tolist() == pytest.approx([0, 0, 1, 0, 0])
-    one_by_one = greedy_law(list_law("remove_random", 5), top_k(1))[0]
+        assert greedy_distribution(list_distribution("remove_random", 5), top_k(k))[0].tolist() == pytest.approx([0, 0, 1, 0, 0])
+    one_by_one = greedy_distribution(list_distribution("remove_random", 5), top_k(1))[0]
     assert float(one_by_one.sum()) == pytest.approx(1)
     assert one_by_one.max() < 1
 
 
 def test_greedy_law_counts_passes_until_finished_or_impossible():
     # shuffle of 4 by pairs: the first pair is wrong with 1/4 and stops there
-    q, passes = greedy_law(list_law("shuffle", 4), top_k(2))
+    q, passes = greedy_distribution(list_distribution("shuffle", 4), top_k(2))
     assert float(q.sum()) == pytest.approx(3 / 8)
     assert passes == pytest.approx(1 + 3 / 4)
 
@@ -408,7 +398,7 @@ def test_schedules_are_all_ordered_partitions():
 
 
 def test_the_staircase_of_a_shuffle():
-    best = best_schedules(list_law("shuffle", 6))
+    best = best_schedules(list_distribution("shuffle", 6))
     assert [[len(s) for s in schedule] for _, schedule in best] == [[6], [4, 2], [3, 2, 1], [2, 2, 1, 1], [2, 1, 1, 1, 1], [1] * 6]
     by_hand = [6 * math.log2(6), 4 * math.log2(6) + 2, 3 * math.log2(6) + 2 * math.log2(3), 2 * math.log2(6) + 4 + 1]
     by_hand += [2 * math.log2(6) + 2 + math.log2(3) + 1, math.log2(720)]
@@ -420,7 +410,7 @@ def test_the_staircase_of_a_shuffle():
 def test_closed_forms_are_the_counted_entropies(operation, n):
     if operation == "remove_random" and n == 2:  # one item is left: nothing can depend on anything
         assert closed_correlation(operation, n) == pytest.approx(0, abs=1e-12)
-    assert closed_correlation(operation, n) == pytest.approx(total_correlation(list_law(operation, n)), abs=1e-9)
+    assert closed_correlation(operation, n) == pytest.approx(total_correlation(list_distribution(operation, n)), abs=1e-9)
 
 
 def test_limits_of_the_closed_forms():
@@ -439,7 +429,7 @@ def test_loss_of_a_shuffle_by_set_sizes(sizes):
         return
     places = list(range(n))
     schedule = [places[sum(sizes[:t]) : sum(sizes[: t + 1])] for t in range(len(sizes))]
-    assert shuffle_loss(sizes) == pytest.approx(schedule_loss(list_law("shuffle", n), schedule), abs=1e-9)
+    assert shuffle_loss(sizes) == pytest.approx(schedule_loss(list_distribution("shuffle", n), schedule), abs=1e-9)
 
 
 @pytest.mark.parametrize("n", [4, 6, 10])
@@ -492,8 +482,8 @@ def broken_joint_entropy(law, schedule):
 
 @pytest.mark.parametrize("broken", [broken_nats, broken_reversed, broken_not_renormalised, broken_blind, broken_joint_entropy])
 def test_theorem_1_rejects_broken_twins(broken):
-    law, schedule = list_law("shuffle", 4), [[0], [1, 2, 3]]
-    noisy = Law(law.strings, torch.arange(1, 25).double() / 300)
+    law, schedule = list_distribution("shuffle", 4), [[0], [1, 2, 3]]
+    noisy = Distribution(law.strings, torch.arange(1, 25).double() / 300)
     for example in (law, noisy):
         kl = schedule_kl(example, schedule)
         assert kl == pytest.approx(schedule_loss(example, schedule), abs=1e-9)
@@ -512,7 +502,7 @@ RULES |= {f"{'released ' if c else ''}factor {f}": factor(f, c) for f in (0.5, 1
 @pytest.mark.parametrize("rule", RULES)
 def test_the_argument_by_items_left_is_exact(operation, rule):
     for n in (3, 4, 5):
-        q, _ = greedy_law(list_law(operation, n), RULES[rule])
+        q, _ = greedy_distribution(list_distribution(operation, n), RULES[rule])
         assert greedy_run(operation, n, RULES[rule])[0] == pytest.approx(float(q.sum()), abs=1e-9)
 
 
@@ -555,10 +545,10 @@ def test_rules_are_their_definitions(numbers, tenths):
 
 
 def test_sampled_accuracy_is_that_of_the_schedule():
-    law = list_law("replace_random", 6)
+    law = list_distribution("replace_random", 6)
     for k in (1, 2, 3, 4, 6):
         schedule = [list(range(i, min(i + k, 6))) for i in range(0, 6, k)]
-        assert sampled_accuracy(6, k) == pytest.approx(float(schedule_law(law, schedule).sum()), abs=1e-12)
+        assert sampled_accuracy(6, k) == pytest.approx(float(schedule_distribution(law, schedule).sum()), abs=1e-12)
     assert sampled_accuracy(8, 8) == pytest.approx((7 / 8) ** 7)
 
 
@@ -583,7 +573,7 @@ SAMPLES = 2000
     ],
 )
 def test_harness_agrees_with_the_formulas(operation, n, k, drawn, theory):
-    law = list_law(operation, n)
+    law = list_distribution(operation, n)
     decoder = LLaDA(steps=law.length // k, remasking="random" if drawn else "low_confidence")
     run = harness(decoder, law, SAMPLES, drawn)
     assert abs(run.deviations(theory)) < 3
@@ -591,25 +581,25 @@ def test_harness_agrees_with_the_formulas(operation, n, k, drawn, theory):
 
 
 def test_deviations_reject_a_wrong_theory():
-    run = harness(LLaDA(steps=3), list_law("shuffle", 6), SAMPLES)
+    run = harness(LLaDA(steps=3), list_distribution("shuffle", 6), SAMPLES)
     assert abs(run.deviations(0.3125)) < 3 < abs(run.deviations(0.36))
     assert math.isinf(run.deviations(1.0))
-    unfair = IdealDenoiser(list_law("shuffle", 6), ties="first")
+    unfair = IdealDenoiser(list_distribution("shuffle", 6), ties="first")
     out = LLaDA(steps=3).generate(unfair, unfair.start.expand(50, -1), max_new_tokens=6, do_sample=False)
     assert not unfair.possible(out.sequences).any()
 
 
 def test_the_harness_leaves_the_generator_alone():
     before = torch.get_rng_state()
-    a = harness(LLaDA(steps=2), list_law("shuffle", 4), 50, seed=3)
+    a = harness(LLaDA(steps=2), list_distribution("shuffle", 4), 50, seed=3)
     assert torch.get_rng_state().equal(before)
-    assert a.right.equal(harness(LLaDA(steps=2), list_law("shuffle", 4), 50, seed=3).right)
+    assert a.right.equal(harness(LLaDA(steps=2), list_distribution("shuffle", 4), 50, seed=3).right)
 
 
 @pytest.mark.parametrize("gamma", [0.3, 0.49, 0.51, 0.82, 0.84, 1.0])
 @pytest.mark.parametrize("operation", ["shuffle", "replace_random"])
 def test_threshold_decoder_follows_the_theory(operation, gamma):
-    run = harness(FastDLLM(threshold=gamma), list_law(operation, 6), 600)
+    run = harness(FastDLLM(threshold=gamma), list_distribution(operation, 6), 600)
     accuracy, passes = greedy_run(operation, 6, threshold(gamma))
     assert abs(run.deviations(accuracy)) < 3.5
     assert run.passes[run.right].eq(passes).all()
@@ -618,7 +608,7 @@ def test_threshold_decoder_follows_the_theory(operation, gamma):
 @pytest.mark.parametrize("f", [0.5, 0.7, 1.0, 1.3, 1.9])
 @pytest.mark.parametrize(("operation", "n"), [("shuffle", 6), ("replace_random", 8)])
 def test_factor_decoder_follows_the_theory(operation, n, f):
-    run = harness(FastDLLM(factor=f), list_law(operation, n), 600)
+    run = harness(FastDLLM(factor=f), list_distribution(operation, n), 600)
     accuracy, passes = greedy_run(operation, n, factor(f))
     assert abs(run.deviations(accuracy)) < 3.5
     assert run.passes[run.right].eq(passes).all()
@@ -627,7 +617,7 @@ def test_factor_decoder_follows_the_theory(operation, n, f):
 @pytest.mark.parametrize("f", [0.7, 1.01, 1.3, 1.9])
 @pytest.mark.parametrize(("operation", "n"), [("shuffle", 6), ("replace_random", 8)])
 def test_released_factor_decoder_follows_its_own_theory(operation, n, f):
-    run = harness(ReleasedFactor(factor=f), list_law(operation, n), 600)
+    run = harness(ReleasedFactor(factor=f), list_distribution(operation, n), 600)
     accuracy, passes = greedy_run(operation, n, factor(f, compat=True))
     assert abs(run.deviations(accuracy)) < 3.5
     assert run.passes[run.right].eq(passes).all()
@@ -635,7 +625,7 @@ def test_released_factor_decoder_follows_its_own_theory(operation, n, f):
 
 def test_the_released_loop_fails_where_the_formula_does_not():
     for operation, n in (("shuffle", 6), ("replace_random", 8)):
-        law = list_law(operation, n)
+        law = list_distribution(operation, n)
         assert harness(FastDLLM(factor=1.01), law, 400).accuracy == 1
         assert harness(ReleasedFactor(factor=1.01), law, 400).accuracy < 0.6
 
@@ -650,21 +640,21 @@ def outcomes(law, decoder, samples=2400):
 
 @pytest.mark.parametrize("order", ["random", "left_to_right", "low_confidence"])
 def test_one_token_a_pass_reproduces_a_shuffle_of_four(order):
-    counts = outcomes(list_law("shuffle", 4), LLaDA(remasking=order))
+    counts = outcomes(list_distribution("shuffle", 4), LLaDA(remasking=order))
     assert counts.sum() == 2400
     assert chisquare(counts).pvalue > 0.01
 
 
 def test_two_tokens_a_pass_do_not_and_confidence_bends_coins():
-    assert outcomes(list_law("shuffle", 4), LLaDA(steps=2, remasking="random")).sum() < 1200
+    assert outcomes(list_distribution("shuffle", 4), LLaDA(steps=2, remasking="random")).sum() < 1200
     pair = coins([0.8, 0.6])
     counts = outcomes(pair, LLaDA())
     assert chisquare(counts, 2400 * pair.p).pvalue < 1e-6
-    assert chisquare(counts, 2400 * one_by_one_law(pair, "low_confidence")).pvalue > 0.01
+    assert chisquare(counts, 2400 * one_by_one_distribution(pair, "low_confidence")).pvalue > 0.01
 
 
 def test_without_dependence_every_rule_is_right():
     for operation in set(LIST_OPERATIONS) - set(RANDOM_TASKS):
-        run = harness(LLaDA(steps=1), list_law(operation, 5), 20)
+        run = harness(LLaDA(steps=1), list_distribution(operation, 5), 20)
         assert run.accuracy == 1
         assert run.passes.eq(1).all()

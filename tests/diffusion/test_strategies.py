@@ -20,7 +20,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from decodelab.core.zoo import load
 from decodelab.diffusion.base import LLaDA, Unmasker
 from decodelab.diffusion.fast_dllm import Dream, FastDLLM
-from decodelab.diffusion.ideal import IdealDenoiser, Law
+from decodelab.diffusion.ideal import Distribution, IdealDenoiser
 from decodelab.diffusion.parallelbench import sampled_accuracy
 from decodelab.experiments.diffusion import strategies
 from decodelab.experiments.diffusion.strategies import (
@@ -132,7 +132,7 @@ def test_a_name_says_what_its_rule_does():
 
 
 def test_a_laxer_threshold_takes_fewer_passes_and_dream_at_most_its_steps(words_of):
-    law = Law.uniform([[20 + x for x in (i, j, (i + j) % 2, *[5] * 13)] for i, j in ((0, 0), (0, 1), (1, 0), (2, 0), (3, 0))])
+    law = Distribution.uniform([[20 + x for x in (i, j, (i + j) % 2, *[5] * 13)] for i, j in ((0, 0), (0, 1), (1, 0), (2, 0), (3, 0))])
     ideal = IdealDenoiser(law, ties="random")
 
     def passes(kind):
@@ -300,12 +300,12 @@ COMMA, END, PAD_ID = 20, 21, 22
 
 
 def written_with_commas(operation, n):
-    "Law of the answers to a list 0, ..., n - 1 with a comma between entries and an end behind them; n is the new word."
+    "Distribution of the answers to a list 0, ..., n - 1 with a comma between entries and an end behind them; n is the new word."
     if operation == "shuffle":
         answers = list(permutations(range(n)))
     else:
         answers = [[n if j == i else j for j in range(n)] for i in range(n)]
-    return Law.uniform([[*[t for x in answer for t in (x, COMMA)][:-1], END] for answer in answers])
+    return Distribution.uniform([[*[t for x in answer for t in (x, COMMA)][:-1], END] for answer in answers])
 
 
 TEMPLATE = {n: [*[t for _ in range(n) for t in (-1, COMMA)][:-1], END] for n in (4, 5)}
@@ -334,7 +334,7 @@ class Watched(Infill):
     "Keeps the canvas before each pass."
 
     def select(self, step):
-        self.__dict__.setdefault("seen", []).append(step.block.clone())
+        self.__dict__.setdefault("seen", []).append(step.ids.clone())
         return super().select(step)
 
 

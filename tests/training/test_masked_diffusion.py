@@ -12,7 +12,7 @@ import torch
 from toys import VOCAB, character_tokenizer, small_model
 
 from decodelab.core.zoo import load, zoo_path
-from decodelab.diffusion.canvas import Denoiser
+from decodelab.diffusion.denoiser import Denoiser
 from decodelab.lab.tasks.text import ListTask
 from decodelab.training.denoising_data import Examples, TaskBatches, TextBatches, task_example, task_examples
 from decodelab.training.language_model import cosine_adamw
@@ -103,7 +103,7 @@ def test_both_forms_of_the_loss_have_the_expectation_that_enumeration_gives():
 # the bound
 
 
-class Law:
+class Distribution:
     "A law of strings of three letters from {4, 5}, and denoisers that read it."
 
     def __init__(self, seed=0):
@@ -139,16 +139,16 @@ def exact_bound(denoiser, law):
 
 
 def test_an_exact_denoiser_reaches_the_entropy_and_no_other_goes_below():
-    law = Law()
+    law = Distribution()
     assert exact_bound(law, law) == pytest.approx(law.entropy, abs=1e-5)
     for seed in range(1, 6):
-        assert exact_bound(Law(seed), law) > law.entropy + 1e-3
+        assert exact_bound(Distribution(seed), law) > law.entropy + 1e-3
     for sharpen in (0.5, 2.0):
         assert exact_bound(lambda ids, s=sharpen: law(ids, sharpen=s).log_softmax(-1), law) > law.entropy + 1e-3
 
 
 def test_likelihood_bound_estimates_the_enumerated_bound():
-    law, other = Law(), Law(1)
+    law, other = Distribution(), Distribution(1)
     answers = torch.ones_like(law.strings, dtype=torch.bool)
     found = likelihood_bound(other, law.strings, answers, draws=3000, generator=generator(), batch_size=1000)
     assert float((found * law.p).sum()) == pytest.approx(exact_bound(other, law), abs=0.05)

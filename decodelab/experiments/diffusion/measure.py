@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ...diffusion.canvas import CACHES, Canvas, Denoiser
+from ...diffusion.canvas import CACHES, Canvas
+from ...diffusion.denoiser import Denoiser
 from ...lab.cost import cost_growth
 from ...lab.frontier import COMPARED, frontier, loop_overheads, policies, same_texts, table
 

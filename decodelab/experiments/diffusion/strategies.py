@@ -21,7 +21,7 @@ from ...core.contract import Decoder
 from ...lab.tasks.catalogue import CountdownTask, SudokuTask
 from ...lab.tasks.text import LIST_PROMPTS, SHORT_WORDS, ArithmeticTask, Example, ListTask, list_answers
 from ...diffusion.base import LLaDA, Unmasker
-from ...diffusion.canvas import Denoiser
+from ...diffusion.denoiser import Denoiser
 from ...diffusion.fast_dllm import Dream, FastDLLM
 from ...lab.frontier import frontier
 from ...lab.tasks.parallel_scores import SpeedCurve, average_curve, measured_curve, oracle, order_agreement
@@ -246,7 +246,7 @@ class Infill(LLaDA):
         step.tokens = torch.where(given >= 0, given, step.tokens)
 
     def select(self, step: Step) -> torch.Tensor:
-        best = top(order_score(step, self.remasking), torch.full_like(step.passes, self.entries))
+        best = top(order_score(step, self.remasking), self.entries)
         return torch.where((step.index == 0)[:, None], self._given(step) >= 0, best)
 
 # %% ../../../nbs/experiments/diffusion/strategies.ipynb #41f256e4
@@ -335,7 +335,7 @@ def writing_orders(
                 assert out.trace is not None
                 for row, example in enumerate(part):
                     story = out.trace.row(row)
-                    order = [t for step in story for t in step.info["pass"]]
+                    order = [t for step in story for t in step.info["step"]]
                     if story[-1].tokens[-1] == tokenizer.eos_token_id:
                         order.pop()
                     tau = order_agreement(order)[0] if len(order) > 1 else float("nan")
