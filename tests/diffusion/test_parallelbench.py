@@ -15,13 +15,11 @@ from decodelab.diffusion.exact import ONE_BY_ONE, greedy_distribution, one_by_on
 from decodelab.diffusion.fast_dllm import FastDLLM
 from decodelab.diffusion.ideal import TIE_NOISE, UNKNOWN, Distribution, IdealDenoiser, coins, distinct_rows, latin_squares
 from decodelab.diffusion.parallelbench import (
-    ReleasedFactor,
     best_schedules,
     closed_correlation,
     entropy,
     factor,
     greedy_run,
-    harness,
     sampled_accuracy,
     schedule_kl,
     schedule_loss,
@@ -31,6 +29,7 @@ from decodelab.diffusion.parallelbench import (
     top_k,
     total_correlation,
 )
+from decodelab.experiments.diffusion.parallelbench import ReleasedFactor, harness
 from decodelab.lab.tasks.ideal_lists import LIST_OPERATIONS, ListWorld, list_distribution
 
 RANDOM_TASKS = ("shuffle", "insert_random", "remove_random", "replace_random")
@@ -577,7 +576,7 @@ def test_harness_agrees_with_the_formulas(operation, n, k, drawn, theory):
     decoder = LLaDA(steps=law.length // k, remasking="random" if drawn else "low_confidence")
     run = harness(decoder, law, SAMPLES, drawn)
     assert abs(run.deviations(theory)) < 3
-    assert run.passes.eq(law.length // k).all()
+    assert run.steps.eq(law.length // k).all()
 
 
 def test_deviations_reject_a_wrong_theory():
@@ -602,7 +601,7 @@ def test_threshold_decoder_follows_the_theory(operation, gamma):
     run = harness(FastDLLM(threshold=gamma), list_distribution(operation, 6), 600)
     accuracy, passes = greedy_run(operation, 6, threshold(gamma))
     assert abs(run.deviations(accuracy)) < 3.5
-    assert run.passes[run.right].eq(passes).all()
+    assert run.steps[run.right].eq(passes).all()
 
 
 @pytest.mark.parametrize("f", [0.5, 0.7, 1.0, 1.3, 1.9])
@@ -611,7 +610,7 @@ def test_factor_decoder_follows_the_theory(operation, n, f):
     run = harness(FastDLLM(factor=f), list_distribution(operation, n), 600)
     accuracy, passes = greedy_run(operation, n, factor(f))
     assert abs(run.deviations(accuracy)) < 3.5
-    assert run.passes[run.right].eq(passes).all()
+    assert run.steps[run.right].eq(passes).all()
 
 
 @pytest.mark.parametrize("f", [0.7, 1.01, 1.3, 1.9])
@@ -620,7 +619,7 @@ def test_released_factor_decoder_follows_its_own_theory(operation, n, f):
     run = harness(ReleasedFactor(factor=f), list_distribution(operation, n), 600)
     accuracy, passes = greedy_run(operation, n, factor(f, compat=True))
     assert abs(run.deviations(accuracy)) < 3.5
-    assert run.passes[run.right].eq(passes).all()
+    assert run.steps[run.right].eq(passes).all()
 
 
 def test_the_released_loop_fails_where_the_formula_does_not():
@@ -657,4 +656,4 @@ def test_without_dependence_every_rule_is_right():
     for operation in set(LIST_OPERATIONS) - set(RANDOM_TASKS):
         run = harness(LLaDA(steps=1), list_distribution(operation, 5), 20)
         assert run.accuracy == 1
-        assert run.passes.eq(1).all()
+        assert run.steps.eq(1).all()
