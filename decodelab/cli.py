@@ -114,6 +114,7 @@ def _train(
     if tokenizer and "tokenizer" not in signature(train).parameters:
         raise ValueError(f"{recipe} has the tokenizer of the model it starts from: leave out --tokenizer")
     folder = out or Path("runs") / recipe
+    check_folder(folder.absolute())
     try:
         figures = train(plan, folder, **({"tokenizer": tokenizer} if tokenizer else {}))
     except KeyboardInterrupt:
@@ -168,11 +169,11 @@ def _lab(
     ]
     data = [{"data set": s.name, "here": has_data(s.name), "hub": " ".join(s.hub[:1]), "licence": s.licence} for s in data_sets()]
     facts = {"profile": lab.profile, "device": lab.device, "dtype": lab.settings["dtype"], "seed": lab.seed}
-    places = {"data folder": data_root(), "results": results_folder()}
+    folders = {"data folder": data_root(), "results": results_folder()}
     if as_json:
-        emit_json({**facts, **places, "models": models, "data": data})
+        emit_json({**facts, **folders, "models": models, "data": data})
         return
-    show_table([{"setting": k, "value": str(v or "none")} for k, v in (facts | places).items()])
+    show_table([{"setting": k, "value": str(v or "none")} for k, v in (facts | folders).items()])
     show_table(models)
     show_table(data)
 
@@ -222,7 +223,8 @@ def _experiment(
     if place is None or kinds is None:
         raise ValueError(f"{name} has no experiment; {known}")
     given = typed_settings(kinds, settings, f"the experiment of {name}")
-    conditions = provenance()
+    lab = Lab()
+    conditions = provenance(seed=lab.seed, profile=lab.profile)
     if not allow_dirty and (conditions["commit"] is None or conditions["dirty"]):
         raise ValueError("the tree has uncommitted changes, so the result could not be made again: commit first, or pass --allow-dirty")
     if kept := results_folder():
@@ -232,7 +234,7 @@ def _experiment(
         raise ValueError(f"the experiment of {name} returned {type(result).__name__}: it must return a dictionary")
     stored = False
     try:
-        path = store_result(f"{name}-full", result, seed=Lab.current().seed, allow_dirty=allow_dirty)
+        path = store_result(f"{name}-full", result, allow_dirty=allow_dirty, conditions=conditions)
         stored = True
     finally:  # a full disk must not take hours of work with it
         if as_json or not stored:

@@ -88,7 +88,7 @@ def read_prompts(
     if path.suffix not in (".txt", ".jsonl", ".json"):
         raise ValueError(f"{path} is no file of prompts: its name must end in .txt (one a line), .jsonl or .json")
     text = read_text(path)
-    lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    lines = [(f"{path}, line {i}", line) for i, line in enumerate(re.split("\r\n?|\n", text), start=1) if line.strip()]
     if path.suffix == ".txt":
         found = [line.strip() for _, line in lines]
     elif path.suffix == ".jsonl":

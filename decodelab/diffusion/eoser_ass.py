@@ -19,7 +19,7 @@ from ..core.contract import Call, register
 from ..lab.tasks.catalogue import TASKS
 from ..lab.tasks.text import LIST_PROMPTS, Example
 from .base import LLaDA, Unmasker
-from .ideal import IdealDenoiser, Distribution
+from .ideal import Distribution, IdealDenoiser
 from ..lab.frontier import frontier, table
 from .step import Step, order_score, top
 from ..lab.watch import encode, watch

@@ -152,9 +152,9 @@ class EndOfText(Unmasker):
         for part in parts[1:]:
             self.propose(part)
         score = torch.cat([part.confidence.masked_fill(~part.proposes_eos(), -torch.inf) for part in parts], dim=-1)
-        surest = torch.where(score.amax(-1) > -torch.inf, score.argmax(-1), -1)
+        best = torch.where(score.amax(-1) > -torch.inf, score.argmax(-1), -1)
         trusted = _first(self.trusted(step) & step.proposes_eos())
-        return torch.where(trusted >= 0, trusted, surest)
+        return torch.where(trusted >= 0, trusted, best)
 
 
 def _first(found: torch.Tensor) -> torch.Tensor:

@@ -97,8 +97,16 @@ class Step:
         return self.masked.sum(-1)
 
     @property
+    def written_confidence(self) -> torch.Tensor:
+        "Confidence with which each token of the block was written, [n, block]; for a policy that `remasks`, after its first token."
+        assert self.canvas.confidence is not None
+        return self.canvas.confidence[self.rows, self.start : self.stop]
+
+    @property
     def quota(self) -> torch.Tensor:
-        "k_i, positions that the static schedule fills in this step, [n]."
+        "k_i, positions that the static schedule fills in this step, [n]; behind the planned steps one, for what was masked again."
+        if self.block.index >= self.plan.block_steps:
+            return torch.ones_like(self.block.initial_count)
         return schedule(self.block.initial_count, self.plan.block_steps, self.block.index)
 
     @property

@@ -238,13 +238,14 @@ def store_result(
     prompts: Iterable[Any] | None = None,  # prompts of the run; their fingerprint is kept
     command: str | None = None,  # what was run; this process's command line when None
     allow_dirty: bool = False,  # store although the tree is not that of a commit; recorded in the file
+    conditions: dict[str, Any] | None = None,  # `provenance` as it was when the run began; that of now when None
 ) -> Path | None:
     "Store `data` under `name` with its provenance; returns the file, None where nothing is written."
     profile = _profile_or_default(profile)
     path = _result_path(name, profile)
     if path is None:
         return None
-    conditions = provenance(seed=seed, prompts=prompts, profile=profile, command=command)
+    conditions = conditions or provenance(seed=seed, prompts=prompts, profile=profile, command=command)
     if (conditions["commit"] is None or conditions["dirty"]) and not allow_dirty:
         what = "has uncommitted changes" if conditions["dirty"] else "has no commit"
         raise ValueError(f"{name}: the tree {what}, so the result could not be made again: commit first, or pass allow_dirty=True")

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from decodelab.core.provenance import write_whole
 from typer.testing import CliRunner
 
 from decodelab.cli import app, full_experiments
 from decodelab.cli_generate import generate
 from decodelab.core.contract import decoders
 from decodelab.core.output import TraceStep
-from decodelab.core.provenance import write_whole
 from decodelab.core.zoo import load
 from decodelab.demo import masked_decoders, masked_table
 from decodelab.demo_page import DemoRow, DemoTable, comparison_page, demo_table, draft_svg
@@ -703,9 +703,9 @@ def test_the_headline_is_what_the_interval_carries(tales):
     page = comparison_page([DemoTable("temperature 0.7", "p", base.name, CONDITIONS, [base, lucky])], {}, tales[1])
     assert "of the lossless decoders is clearly faster than sampling (transformers) here: 6 prompts, temperature 0.7" in page
     assert "4.80x" not in page
-    sure, other = made_up("sure", 1.5, 1.4, 1.6, True), made_up("unlike", 3.0, 2.9, 3.1, True, lossless=False)
-    page = comparison_page([DemoTable("temperature 0.7", "p", base.name, CONDITIONS, [base, lucky, sure, other])], {}, tales[1])
-    assert "1.50x</b><span>speed of sure relative to sampling (transformers): 1.40 to 1.60 on 6 prompts, temperature 0.7" in page
+    confident, other = made_up("confident", 1.5, 1.4, 1.6, True), made_up("unlike", 3.0, 2.9, 3.1, True, lossless=False)
+    page = comparison_page([DemoTable("temperature 0.7", "p", base.name, CONDITIONS, [base, lucky, confident, other])], {}, tales[1])
+    assert "1.50x</b><span>speed of confident relative to sampling (transformers): 1.40 to 1.60 on 6 prompts, temperature 0.7" in page
 
 
 def test_page_check_can_fail():

@@ -193,8 +193,8 @@ def experiment(
     lab.seed_everything()
     model, tokenizer = lab.load("diffusion_tasks")
     folder = zoo_path("tasks-learn2pd")
-    places = {"learn2pd": "", "one layer": "d1", "four layers": "d4", "whole canvases only": "whole"}
-    filters = {name: load_filter(folder / place, model.device) for name, place in places.items()}
+    parts = {"learn2pd": "", "one layer": "d1", "four layers": "d4", "whole canvases only": "whole"}
+    filters = {name: load_filter(folder / part, model.device) for name, part in parts.items()}
     methods = baselines({"learn2pd": filters["learn2pd"]})
     methods |= baselines({name: filters[name] for name in ("one layer", "four layers")}, gammas=())
     frame = decoded(model, tokenizer, methods, exercises(per_task, lab.seed, tasks), max_new_tokens, lab.seed)
