@@ -21,8 +21,9 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from ..lab.tasks.text import Example
-from ..diffusion.learn2pd import ConfidenceFilter, FilterConfig, InHindsight
+from ..diffusion.learn2pd import ConfidenceFilter, FilterConfig
 from ..diffusion.step import Step
+from ..lab.oracle import InHindsight
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint, write_training
 from .denoising_data import task_example
 from .recipes import recipe
