@@ -73,10 +73,11 @@ def versus(
     ours: str,  # name of a method
     other: str,  # name of the method it is compared with
 ) -> dict[str, list[float]]:
-    "Speed and tokens per forward of one method over those of another, paired by prompt: ratio and its 95 % interval."
-    speed = BenchResult([r for r in result.rows if r.method in (ours, other)], other).figures(ours)
+    "Speed by the clock and in processor time, and tokens per forward, of one method over those of another: ratio and its 95 % interval."
+    found = BenchResult([r for r in result.rows if r.method in (ours, other)], other).figures(ours)
+    speed, cpu = ([found[f"{kind}{name}"] for name in ("ratio", "low", "high")] for kind in ("", "cpu_"))
     forwards = [[1 / r.tokens_per_forward for r in result.rows if r.method == name and not r.repeat] for name in (other, ours)]  # type: ignore[operator]
-    return {"speed": [speed["ratio"], speed["low"], speed["high"]], "tokens per forward": list(ratio_interval(*forwards))}
+    return {"speed": speed, "processor time": cpu, "tokens per forward": list(ratio_interval(*forwards))}
 
 # %% ../../nbs/lab/speeds.ipynb #139d5225
 def by_group(

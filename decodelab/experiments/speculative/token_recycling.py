@@ -90,10 +90,10 @@ def copying(
     table = result.table()["tokens_per_forward"].to_dict()
     return {"prompts": len(prompts), "tokens_per_forward": table, **versus(result, "prompt lookup (hf)", "token recycling, 80 nodes")}
 
-# %% ../../../nbs/experiments/speculative/token_recycling.ipynb #ea5cb2d7
+# %% ../../../nbs/experiments/speculative/token_recycling.ipynb #68825ab4
 def experiment(
-    prompts: int = 24,  # held-out prompts
-    max_new_tokens: int = 96,  # tokens of a continuation
+    prompts: int = 16,  # held-out prompts
+    max_new_tokens: int = 64,  # tokens of a continuation
     texts: Sequence[str] = ("greedy", "T = 1.0", "momentum text"),  # kinds of text
 ) -> dict[str, Any]:
     "All comparisons on held-out prompts from the test books of `tales`; needs the data set."
@@ -105,7 +105,7 @@ def experiment(
     lab.seed_everything()
     (model, tokenizer), (draft, _) = lab.target(), lab.draft()
     ids = [x.to(model.device) for x in held_out_prompts(tokenizer, prompts)]
-    others = [tokenizer(p, return_tensors="pt").input_ids.to(model.device) for p in tale_prompts(12, seed=lab.seed + 1)]
+    others = [tokenizer(p, return_tensors="pt").input_ids.to(model.device) for p in tale_prompts(8, seed=lab.seed + 1)]
     curve = forward_curve(model, ns=(1, 2, 4, 8, 16, 32, 64, 81), repeats=15)
     found: dict[str, Any] = {"prompts": len(ids), "max_new_tokens": max_new_tokens, "seed": lab.seed, "curve": curve}
     found |= {"templates": {}, "hits": {}, "tables": {}, "versus": {}}
