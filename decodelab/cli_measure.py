@@ -81,11 +81,11 @@ def _set_up(asked: _Request, own_draft: bool, shown: int = 0) -> _Setting:
 
 def _measured(own: _Setting, asked: _Request, title: str, settings: Mapping[str, Any], **limits: Any) -> tuple[Any, Any] | None:
     # (result, table), or None when no decoder can run with these settings
-    from decodelab.demo import demo_rows, line_up, measure_in_turns
+    from decodelab.demo import demo_rows, baselines, measure_in_turns
     from decodelab.demo_page import DemoTable
 
     with waiting("trying every decoder once ..."):
-        line = line_up(own.model, own.ready, {"max_new_tokens": asked.tokens, **settings}, own.trial, own.draft)
+        line = baselines(own.model, own.ready, {"max_new_tokens": asked.tokens, **settings}, own.trial, own.draft)
     if not line.ready:
         own.left_out |= line.left_out
         return None

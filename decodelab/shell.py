@@ -130,9 +130,10 @@ def check_place(
     out: Path,  # file to write
 ) -> None:
     "Refuse a file that cannot be written, before any work is done for it."
-    if out.is_dir() or not out.absolute().parent.is_dir():
+    place = out.resolve()
+    if (place.exists() and not place.is_file()) or not place.parent.is_dir():
         raise ValueError(f"cannot write {out}: name a file in a folder that exists")
-    check_folder(out.absolute().parent)
+    check_folder(place.parent)
 
 # %% ../nbs/shell.ipynb #6524fffb
 class LabGroup(TyperGroup):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from scipy.stats import chi2 as chi2_law
+from scipy.stats import chi2 as chi2_distribution
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers import decoders as token_decoders
 from transformers import (
@@ -125,7 +125,7 @@ V = 6
 PER_BATCH = 4000
 
 
-LAW_RULES = {
+SAMPLING_RULES = {
     "plain": ({}, []),
     "temperature": ({"temperature": 0.6}, [TemperatureLogitsWarper(0.6)]),
     "top_k": ({"top_k": 3}, [TopKLogitsWarper(3)]),
@@ -138,25 +138,25 @@ TOY_PROMPT = torch.tensor([[2, 5, 3, 4]])
 
 
 @torch.no_grad()
-def exact_law(model, processors, end=None):
+def exact_probs(model, processors, end=None):
     "Probability of every sequence of three tokens, by running all prefixes."
     processors = LogitsProcessorList(processors)
-    law = {(): 1.0}
+    probs = {(): 1.0}
     for _ in range(3):
-        prefixes = list(law)
+        prefixes = list(probs)
         ids = torch.cat([torch.cat([TOY_PROMPT, torch.tensor([p], dtype=torch.long)], 1) for p in prefixes])
         p = torch.softmax(processors(ids, model(ids).logits[:, -1].float()).double(), -1).tolist()
         longer = {}
         for prefix, row in zip(prefixes, p):
             if end is not None and end in prefix:
-                longer[(*prefix, 0)] = law[prefix]  # padding
+                longer[(*prefix, 0)] = probs[prefix]  # padding
             else:
-                longer |= {(*prefix, t): law[prefix] * q for t, q in enumerate(row)}
-        law = longer
-    return law
+                longer |= {(*prefix, t): probs[prefix] * q for t, q in enumerate(row)}
+        probs = longer
+    return probs
 
 
-def sample_law(decoder, model, draws, **kwargs):
+def sample_counts(decoder, model, draws, **kwargs):
     "Counts of every sequence of three tokens; the rows of a batch are independent draws."
     counts = {}
     ids = TOY_PROMPT.expand(PER_BATCH, -1)
@@ -168,15 +168,15 @@ def sample_law(decoder, model, draws, **kwargs):
     return counts
 
 
-def fit(counts, law):
-    "p-value of the chi-square test of counts against a law; cells that expect fewer than five are pooled."
+def fit(counts, probs):
+    "p-value of the chi-square test of counts against a distribution; cells that expect fewer than five are pooled."
     draws = sum(counts.values())
-    if any(law.get(cell, 0.0) == 0.0 for cell in counts):
+    if any(probs.get(cell, 0.0) == 0.0 for cell in counts):
         return 0.0
-    seen = np.array([counts.get(cell, 0) for cell in law], dtype=float)
-    expected = draws * np.array(list(law.values()))
+    seen = np.array([counts.get(cell, 0) for cell in probs], dtype=float)
+    expected = draws * np.array(list(probs.values()))
     rare = expected < 5
     if rare.any():
         seen, expected = np.append(seen[~rare], seen[rare].sum()), np.append(expected[~rare], expected[rare].sum())
     seen, expected = seen[expected > 0], expected[expected > 0]
-    return float(chi2_law.sf(((seen - expected) ** 2 / expected).sum(), len(seen) - 1))
+    return float(chi2_distribution.sf(((seen - expected) ** 2 / expected).sum(), len(seen) - 1))

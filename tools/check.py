@@ -81,10 +81,11 @@ def check_export() -> None:
 
 
 def check_lint() -> None:
-    "Lint everything; check the format of what people write (generated modules follow their notebooks)."
+    "Lint everything; check format and words of what people write (generated modules follow their notebooks)."
     written = [p for p in sorted((ROOT / "decodelab").rglob("*.py")) if p.name != "_modidx.py" and not is_generated(p)]
     run("ruff", "check", ".")
     run("ruff", "format", "--check", *(f for f in ("nbs", "tests", "tools", "docs") if (ROOT / f).exists()), *written)
+    run(sys.executable, ROOT / "tools/words.py")
 
 
 def check_types() -> None:

@@ -21,7 +21,7 @@ from .provenance import provenance, to_plain, write_json
 from ..core.zoo import checkout_root
 
 # %% auto #0
-__all__ = ['VERDICTS', 'results_folder', 'verdict_of', 'Claim', 'Claims', 'store_result', 'load_result']
+__all__ = ['VERDICTS', 'results_folder', 'verdict_of', 'Claim', 'Claims', 'store_result', 'load_result', 'Found', 'found']
 
 # %% ../../nbs/lab/claims.ipynb #94b5640b
 def results_folder() -> Path | None:
@@ -238,13 +238,14 @@ def store_result(
     prompts: Iterable[Any] | None = None,  # prompts of the run; their fingerprint is kept
     command: str | None = None,  # what was run; this process's command line when None
     allow_dirty: bool = False,  # store although the tree is not that of a commit; recorded in the file
+    conditions: dict[str, Any] | None = None,  # `provenance` as it was when the run began; that of now when None
 ) -> Path | None:
     "Store `data` under `name` with its provenance; returns the file, None where nothing is written."
     profile = _profile_or_default(profile)
     path = _result_path(name, profile)
     if path is None:
         return None
-    conditions = provenance(seed=seed, prompts=prompts, profile=profile, command=command)
+    conditions = conditions or provenance(seed=seed, prompts=prompts, profile=profile, command=command)
     if (conditions["commit"] is None or conditions["dirty"]) and not allow_dirty:
         what = "has uncommitted changes" if conditions["dirty"] else "has no commit"
         raise ValueError(f"{name}: the tree {what}, so the result could not be made again: commit first, or pass allow_dirty=True")
@@ -264,3 +265,36 @@ def load_result(
         paper = name.split("/")[-1].split("-")[0]
         raise FileNotFoundError(f"no stored result {name!r} for profile {profile!r}: make it with `decodelab experiment {paper}`")
     return json.loads(paths[0].read_text(encoding="utf-8"))
+
+# %% ../../nbs/lab/claims.ipynb #f0und002
+class Found:
+    "The first claims of a stored run, as the first screen of a method page shows them."
+
+    def __init__(
+        self,
+        notebook: str,  # name of the experiments, such as `sampling/momentum`
+        n: int = 3,  # claims to show
+    ):
+        root = checkout_root()
+        paths = sorted((root / "data" / "results").glob(f"*/{notebook}.json")) if root else []
+        self.notebook, self.n = notebook, n
+        self.runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+    def _repr_markdown_(self) -> str:
+        lines = ["**What we found**"]
+        for run in self.runs:
+            for facts in [c for c in run["claims"] if c["kind"] == "paper"][: self.n]:
+                claim = Claim(**facts)
+                numbers = f" ({claim.measured}; expected {_short(claim.expected)})" if claim.measured else ""
+                lines.append(f"- {claim.mark}, `{run['provenance']['profile']}`: {claim.text}{numbers}. {claim.why}".rstrip())
+        if len(lines) == 1:
+            lines.append(f"- no stored run of {self.notebook} here: run its experiments page in a checkout")
+        return lines[0] + "\n\n" + "\n".join(lines[1:])
+
+
+def found(
+    notebook: str,  # name of the experiments, such as `sampling/momentum`
+    n: int = 3,  # claims to show
+) -> Found:
+    "What the experiments of a paper found: their first claims, in every profile that has a stored run."
+    return Found(notebook, n)

@@ -72,13 +72,13 @@ _EVENTS = (
 
 def tale_prompts(
     n: int,  # how many (1 to 16,016)
-    seed: int = 0,  # order of times, places, heroes and events
+    seed: int = 0,  # order of times, positions, heroes and events
 ) -> list[str]:
     "`n` different openings of fairy tales, 16 to 25 words each, that stop in mid-sentence."
     lists = (_TIMES, _PLACES, _HEROES, _EVENTS)
     if not 1 <= n <= 16_016:
         raise ValueError(f"n must be 1 to 16,016, got {n}: there are no more different prompts")
     rng = random.Random(f"tale_prompts {seed}")
-    times, places, heroes, events = (rng.sample(entries, len(entries)) for entries in lists)
-    parts = ((times[i % 7], places[i % 13], heroes[i % 16], events[i % 11]) for i in range(n))
+    times, positions, heroes, events = (rng.sample(entries, len(entries)) for entries in lists)
+    parts = ((times[i % 7], positions[i % 13], heroes[i % 16], events[i % 11]) for i in range(n))
     return [f"{time}, {place}, there lived {hero} {event}" for time, place, hero, event in parts]

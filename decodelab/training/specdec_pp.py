@@ -22,19 +22,20 @@ from ..core.warp import draw
 from ..speculative.drafters import end_ids
 from ..speculative.specdec_pp import AcceptanceHead, AcceptanceHeadConfig
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint, write_training
+from .recipes import recipe
 from .runs import RunTrainer, TrainingRun, check_recipe, training_arguments
 
 # %% auto #0
-__all__ = ['log_law', 'acceptance', 'label_batch', 'acceptance_loss', 'pessimistic', 'calibrated', 'AcceptanceHeadRecipe',
+__all__ = ['log_probs', 'acceptance', 'label_batch', 'acceptance_loss', 'pessimistic', 'calibrated', 'AcceptanceHeadRecipe',
            'head_prompts', 'HeadData', 'build_data', 'cached_data', 'HeadTrainer', 'hidden_states', 'head_figures',
-           'train_acceptance_head', 'head_card']
+           'train_acceptance_head', 'head_card', 'train_head']
 
 # %% ../../nbs/training/specdec_pp.ipynb #7e7d889b
-def log_law(
+def log_probs(
     logits: torch.Tensor,  # raw logits, [..., vocab]
     temperature: float = 1.0,  # as in decoding; 0 is greedy decoding
 ) -> torch.Tensor:
-    "Logarithm of the law that decoding at `temperature` uses, [..., vocab]."
+    "Logarithm of the distribution that decoding at `temperature` uses, [..., vocab]."
     if temperature > 0:
         return (logits.float() / temperature).log_softmax(-1)
     best = logits.argmax(-1, keepdim=True)
@@ -42,8 +43,8 @@ def log_law(
 
 
 def acceptance(
-    log_p: torch.Tensor,  # target's log law, [..., vocab]
-    log_q: torch.Tensor,  # drafter's log law, [..., vocab]
+    log_p: torch.Tensor,  # target's log distribution, [..., vocab]
+    log_q: torch.Tensor,  # drafter's log distribution, [..., vocab]
     tokens: torch.Tensor,  # drafted tokens, [...]
 ) -> torch.Tensor:
     "min(1, p(Y) / q(Y)), the probability that the target accepts Y, [...]."
@@ -66,7 +67,7 @@ def label_batch(
     lengths, begin = (torch.tensor(n, device=ids.device)[:, None] for n in ([len(t) for t in texts], starts))
     written = (place >= begin) & (place < lengths)
     # causal models never look at the padding on the right: no mask is needed
-    log_p, log_q = (log_law(m(ids).logits[:, :-1], temperature) for m in (target, drafter))
+    log_p, log_q = (log_probs(m(ids).logits[:, :-1], temperature) for m in (target, drafter))
     drawn = draw(log_q.exp())
     labels = acceptance(log_p, log_q, drawn)
     drafted = written[:, 1:] & (torch.rand(drawn.shape, device=ids.device) >= r)
@@ -367,3 +368,14 @@ def head_card(
     text = head + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items())
     (folder / "README.md").write_text(text, encoding="utf-8")
     return text
+
+# %% ../../nbs/training/specdec_pp.ipynb #rcp00002
+@recipe("specdec-pp", AcceptanceHeadRecipe())
+def train_head(
+    settings: AcceptanceHeadRecipe,  # the recipe
+    folder: Path,  # where the head goes
+) -> dict[str, Any]:
+    "Train, and write the head's card."
+    figures = train_acceptance_head(settings, folder)
+    head_card(folder)
+    return figures
