@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ import typer
 
 from .cli_generate import generate
 from .cli_measure import bench, demo
-from .reading import decoder_files, function_kinds, typed_settings
+from .reading import decoder_files, function_kinds, recipe_names, typed_settings
 from .shell import JsonOption, LabGroup, SetOption, check_folder, decoder_settings, emit_json, make_decoder
 from .shell import say, show_table
 
@@ -82,35 +83,21 @@ def _methods(
     )
 
 # %% ../nbs/cli.ipynb #3c434f44
-def _recipes() -> dict[str, tuple[Any, Callable[..., dict[str, Any]]]]:
-    # name -> settings, and the function that trains with them
-    from decodelab.training.language_model import RECIPES
-    from decodelab.training.learn2pd import FilterRecipe
-    from decodelab.training.masked_diffusion import MDM_RECIPES
-    from decodelab.training.specdec_pp import AcceptanceHeadRecipe
-
-    return {
-        **{name: (recipe, _train_language_model) for name, recipe in RECIPES.items()},
-        **{name: (recipe, _train_masked_diffusion) for name, recipe in MDM_RECIPES.items()},
-        "specdec-pp": (AcceptanceHeadRecipe(), _train_head),
-        "tasks-learn2pd": (FilterRecipe(), _train_filter),
-    }
-
-
 def _recipe(name: str, texts: Iterable[str], steps: int | None = None) -> tuple[Any, Callable[..., dict[str, Any]]]:
     from dataclasses import replace
 
-    recipes = _recipes()
-    if name not in recipes:
-        raise ValueError(f"unknown recipe {name!r}: use one of {', '.join(recipes)}")
-    recipe, train = recipes[name]
-    settings = typed_settings(recipe, texts, f"recipe {name}")
-    return replace(recipe, **settings | ({"steps": steps} if steps else {})), train
+    if name not in recipe_names():
+        raise ValueError(f"unknown recipe {name!r}: use one of {', '.join(recipe_names())}")
+    from decodelab.training.recipes import recipes
+
+    found = recipes()[name]
+    settings = typed_settings(found.settings, texts, f"recipe {name}")
+    return replace(found.settings, **settings | ({"steps": steps} if steps else {})), found.train
 
 
 @app.command("train")
 def _train(
-    recipe: Annotated[str, typer.Argument(help="tales, tales-draft, tasks, tasks-mdm, tales-mdm, specdec-pp or tasks-learn2pd.")],
+    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(recipe_names())}.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the model; runs/<recipe> when left out.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local data folder; DECODELAB_DATA when left out.")] = None,
     tokenizer: Annotated[str, typer.Option(help="Zoo name or folder of a tokenizer; trained on the text when left out.")] = "",
@@ -124,7 +111,7 @@ def _train(
     if data_dir is not None:
         os.environ["DECODELAB_DATA"] = str(data_dir)
     plan, train = _recipe(recipe, settings or (), steps)
-    if tokenizer and train is not _train_language_model:
+    if tokenizer and "tokenizer" not in signature(train).parameters:
         raise ValueError(f"{recipe} has the tokenizer of the model it starts from: leave out --tokenizer")
     folder = out or Path("runs") / recipe
     try:
@@ -154,57 +141,6 @@ def _train_stopped(run: Path, as_json: bool) -> None:
         for point in kept["curve"]:
             rows.setdefault(point["step"], {}).update(point)
         show_table([{"step": n, "loss": row.get("loss"), "held-out loss": row.get("eval_loss")} for n, row in rows.items()][-8:])
-
-
-def _train_language_model(plan: Any, folder: Path, tokenizer: str = "") -> dict[str, Any]:
-    from decodelab.lab.data import load_data
-    from decodelab.core.zoo import model_card
-    from decodelab.training.language_model import train_language_model, train_tokenizer
-
-    books = load_data("tales")
-    train, held_out = ([b["text"] for b in books if b["split"] == split] for split in ("train", "test"))
-    vocabulary = _tokenizer(tokenizer) if tokenizer else train_tokenizer(train, plan.vocab_size)
-    figures = train_language_model(plan, vocabulary, train, held_out, folder)
-    model_card(folder)
-    return figures
-
-
-def _train_masked_diffusion(plan: Any, folder: Path) -> dict[str, Any]:
-    from decodelab.training.masked_diffusion import denoiser_card, train_masked_diffusion
-
-    figures = train_masked_diffusion(plan, folder)
-    denoiser_card(folder)
-    return figures
-
-
-def _train_head(plan: Any, folder: Path) -> dict[str, Any]:
-    from decodelab.training.specdec_pp import head_card, train_acceptance_head
-
-    figures = train_acceptance_head(plan, folder)
-    head_card(folder)
-    return figures
-
-
-def _train_filter(plan: Any, folder: Path) -> dict[str, Any]:
-    from decodelab.training.learn2pd import filter_card, train_filter
-
-    figures = train_filter(plan, folder)
-    filter_card(folder)
-    return figures
-
-
-def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    from decodelab.core.zoo import zoo_path
-
-    place = Path(name) if Path(name).is_dir() else zoo_path(name)
-    try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{place} holds no tokenizer that transformers can read: save one there with `tokenizer.save_pretrained`"
-        ) from error
 
 # %% ../nbs/cli.ipynb #9d731aee
 @app.command("lab")
@@ -274,6 +210,7 @@ def _experiment(
     from importlib import import_module
 
     from decodelab.lab.claims import results_folder, store_result
+    from decodelab.lab.lab import Lab
     from decodelab.lab.provenance import provenance
 
     found = full_experiments()
@@ -295,7 +232,7 @@ def _experiment(
         raise ValueError(f"the experiment of {name} returned {type(result).__name__}: it must return a dictionary")
     stored = False
     try:
-        path = store_result(f"{name}-full", result, allow_dirty=allow_dirty)
+        path = store_result(f"{name}-full", result, seed=Lab.current().seed, allow_dirty=allow_dirty)
         stored = True
     finally:  # a full disk must not take hours of work with it
         if as_json or not stored:

@@ -23,7 +23,7 @@ from .core.fields import type_words
 
 # %% auto #0
 __all__ = ['decode_text', 'read_text', 'read_prompts', 'read_value', 'kinds_of', 'split_setting', 'typed_settings',
-           'decoder_files', 'check_decoder', 'decoder_kinds', 'function_kinds']
+           'decoder_files', 'recipe_names', 'check_decoder', 'decoder_kinds', 'function_kinds']
 
 # %% ../nbs/reading.ipynb #e9a4c276
 def decode_text(
@@ -227,6 +227,12 @@ def decoder_files() -> dict[str, Path]:
         for match in re.finditer(r'^@register\(\s*"(\w+)"', path.read_text(encoding="utf-8"), flags=re.M):
             found[match[1]] = path
     return dict(sorted(found.items()))
+
+
+def recipe_names() -> list[str]:
+    "Names of the registered training recipes."
+    texts = [path.read_text(encoding="utf-8") for path in sorted((_package() / "training").glob("*.py"))]
+    return sorted(match[1] for text in texts for match in re.finditer(r'^@recipe\("([\w-]+)"', text, flags=re.M))
 
 
 def check_decoder(

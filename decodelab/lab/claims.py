@@ -21,7 +21,7 @@ from .provenance import provenance, to_plain, write_json
 from ..core.zoo import checkout_root
 
 # %% auto #0
-__all__ = ['VERDICTS', 'results_folder', 'verdict_of', 'Claim', 'Claims', 'store_result', 'load_result']
+__all__ = ['VERDICTS', 'results_folder', 'verdict_of', 'Claim', 'Claims', 'store_result', 'load_result', 'Found', 'found']
 
 # %% ../../nbs/lab/claims.ipynb #94b5640b
 def results_folder() -> Path | None:
@@ -264,3 +264,36 @@ def load_result(
         paper = name.split("/")[-1].split("-")[0]
         raise FileNotFoundError(f"no stored result {name!r} for profile {profile!r}: make it with `decodelab experiment {paper}`")
     return json.loads(paths[0].read_text(encoding="utf-8"))
+
+# %% ../../nbs/lab/claims.ipynb #f0und002
+class Found:
+    "The first claims of a stored run, as the first screen of a method page shows them."
+
+    def __init__(
+        self,
+        notebook: str,  # name of the experiments, such as `sampling/momentum`
+        n: int = 3,  # claims to show
+    ):
+        root = checkout_root()
+        paths = sorted((root / "data" / "results").glob(f"*/{notebook}.json")) if root else []
+        self.notebook, self.n = notebook, n
+        self.runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+    def _repr_markdown_(self) -> str:
+        lines = ["**What we found**"]
+        for run in self.runs:
+            for facts in [c for c in run["claims"] if c["kind"] == "paper"][: self.n]:
+                claim = Claim(**facts)
+                numbers = f" ({claim.measured}; expected {_short(claim.expected)})" if claim.measured else ""
+                lines.append(f"- {claim.mark}, `{run['provenance']['profile']}`: {claim.text}{numbers}. {claim.why}".rstrip())
+        if len(lines) == 1:
+            lines.append(f"- no stored run of {self.notebook} here: run its experiments page in a checkout")
+        return lines[0] + "\n\n" + "\n".join(lines[1:])
+
+
+def found(
+    notebook: str,  # name of the experiments, such as `sampling/momentum`
+    n: int = 3,  # claims to show
+) -> Found:
+    "What the experiments of a paper found: their first claims, in every profile that has a stored run."
+    return Found(notebook, n)

@@ -16,15 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .checkpoints import fingerprint, tokenizer_fingerprint, write_training
+from .recipes import recipe
 from .runs import RunTrainer, TrainingRun, check_recipe, training_arguments
+from ..core.zoo import model_card, zoo_path
+from ..lab.data import load_data
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'RECIPES', 'train_tokenizer', 'check_length', 'Windows', 'encode_stream',
            'LanguageModelRecipe', 'vocabulary_size', 'fast_bfloat16', 'cosine_adamw', 'train_language_model',
-           'save_model', 'held_out_figures']
+           'save_model', 'train_tales', 'held_out_figures']
 
 # %% ../../nbs/training/language_model.ipynb #e2e9f6ed
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>", "<|user|>", "<|assistant|>", "<sep>", *(f"<extra_{i}>" for i in range(8)))
@@ -221,6 +224,30 @@ def save_model(
     "Write `model` in bfloat16 `safetensors` and its tokenizer to `out`."
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+# %% ../../nbs/training/language_model.ipynb #rcp00002
+def _tokenizer(name: str) -> Any:
+    folder = Path(name) if Path(name).is_dir() else zoo_path(name)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no tokenizer that transformers can read: save one there with `tokenizer.save_pretrained`") from error
+
+
+@recipe("tales", RECIPES["tales"])
+@recipe("tales-draft", RECIPES["tales-draft"])
+def train_tales(
+    settings: LanguageModelRecipe,  # the recipe
+    folder: Path,  # where the model goes
+    tokenizer: str = "",  # zoo name or folder of a tokenizer; trained on the text when empty
+) -> dict[str, Any]:
+    "Train on the books of the data set `tales`, and write the model card."
+    books = load_data("tales")
+    train, held_out = ([b["text"] for b in books if b["split"] == split] for split in ("train", "test"))
+    vocabulary = _tokenizer(tokenizer) if tokenizer else train_tokenizer(train, settings.vocab_size)
+    figures = train_language_model(settings, vocabulary, train, held_out, folder)
+    model_card(folder)
+    return figures
 
 # %% ../../nbs/training/language_model.ipynb #485611ea
 @torch.no_grad()

@@ -25,11 +25,13 @@ from ..diffusion.learn2pd import ConfidenceFilter, FilterConfig, InHindsight
 from ..diffusion.step import Step
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint, write_training
 from .denoising_data import task_example
+from .recipes import recipe
 from .runs import FREE, RunTrainer, TrainingRun, check_recipe, training_arguments
 
 # %% auto #0
 __all__ = ['EDGES', 'Records', 'Recorder', 'static_texts', 'record', 'split_by_prompt', 'auc', 'logistic_curve', 'filter_figures',
-           'FilterRecipe', 'cached_records', 'WholeBatch', 'FilterTrainer', 'train_filter', 'filter_card']
+           'FilterRecipe', 'cached_records', 'WholeBatch', 'FilterTrainer', 'train_filter', 'filter_card',
+           'train_confidence_filter']
 
 # %% ../../nbs/training/learn2pd.ipynb #b0fff0cd
 @dataclass
@@ -416,3 +418,14 @@ def filter_card(
     text = head + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items())
     (folder / "README.md").write_text(text, encoding="utf-8")
     return text
+
+# %% ../../nbs/training/learn2pd.ipynb #rcp00002
+@recipe("tasks-learn2pd", FilterRecipe())
+def train_confidence_filter(
+    settings: FilterRecipe,  # the recipe
+    folder: Path,  # where the filter goes
+) -> dict[str, Any]:
+    "Train, and write the filter's card."
+    figures = train_filter(settings, folder)
+    filter_card(folder)
+    return figures

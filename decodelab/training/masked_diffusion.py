@@ -31,11 +31,12 @@ from .checkpoints import fingerprint, tokenizer_fingerprint, write_training
 from .denoising_data import TaskBatches, TextBatches, task_examples
 from .language_model import check_length, cosine_adamw, encode_stream, fast_bfloat16, save_model, vocabulary_size
 from .masked_loss import likelihood_bound, masked_loss
+from .recipes import recipe
 from .runs import RunTrainer, TrainingRun, check_recipe, training_arguments
 
 # %% auto #0
 __all__ = ['MDM_RECIPES', 'BOUND', 'SOURCES', 'MaskedDiffusionRecipe', 'DenoiserTrainer', 'evaluation_tasks', 'accuracy',
-           'held_out_bound', 'train_masked_diffusion', 'denoiser_card']
+           'held_out_bound', 'train_masked_diffusion', 'denoiser_card', 'train_denoiser']
 
 # %% ../../nbs/training/masked_diffusion.ipynb #7955cf23
 @dataclass
@@ -281,3 +282,16 @@ def denoiser_card(
     if "start_from" in recipe:
         data += f". The weights start from those of `{recipe['start_from']}`"
     return model_card(folder, data=data, data_licence=licence, samples=samples)
+
+# %% ../../nbs/training/masked_diffusion.ipynb #rcp00002
+@recipe("tasks-mdm", MDM_RECIPES["tasks-mdm"])
+@recipe("tales-mdm", MDM_RECIPES["tales-mdm"])
+@recipe("tasks", MDM_RECIPES["tasks"])
+def train_denoiser(
+    settings: MaskedDiffusionRecipe,  # the recipe
+    folder: Path,  # where the model goes
+) -> dict[str, Any]:
+    "Train, and write the model card."
+    figures = train_masked_diffusion(settings, folder)
+    denoiser_card(folder)
+    return figures

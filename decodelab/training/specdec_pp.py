@@ -22,12 +22,13 @@ from ..core.warp import draw
 from ..speculative.drafters import end_ids
 from ..speculative.specdec_pp import AcceptanceHead, AcceptanceHeadConfig
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint, write_training
+from .recipes import recipe
 from .runs import RunTrainer, TrainingRun, check_recipe, training_arguments
 
 # %% auto #0
 __all__ = ['log_law', 'acceptance', 'label_batch', 'acceptance_loss', 'pessimistic', 'calibrated', 'AcceptanceHeadRecipe',
            'head_prompts', 'HeadData', 'build_data', 'cached_data', 'HeadTrainer', 'hidden_states', 'head_figures',
-           'train_acceptance_head', 'head_card']
+           'train_acceptance_head', 'head_card', 'train_head']
 
 # %% ../../nbs/training/specdec_pp.ipynb #7e7d889b
 def log_law(
@@ -367,3 +368,14 @@ def head_card(
     text = head + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items())
     (folder / "README.md").write_text(text, encoding="utf-8")
     return text
+
+# %% ../../nbs/training/specdec_pp.ipynb #rcp00002
+@recipe("specdec-pp", AcceptanceHeadRecipe())
+def train_head(
+    settings: AcceptanceHeadRecipe,  # the recipe
+    folder: Path,  # where the head goes
+) -> dict[str, Any]:
+    "Train, and write the head's card."
+    figures = train_acceptance_head(settings, folder)
+    head_card(folder)
+    return figures

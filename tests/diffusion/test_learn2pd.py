@@ -984,10 +984,11 @@ def test_recipes_and_cards_say_what_is_wrong(tmp_path, wide, tokenizer, recipe):
 
 
 def test_command_line_knows_the_recipe(monkeypatch, tmp_path):
-    from decodelab.cli import _recipe, _train_filter
+    from decodelab.cli import _recipe
+    from decodelab.training.learn2pd import train_confidence_filter
 
     recipe, train = _recipe("tasks-learn2pd", ["depth=1", "cuts=false"])
-    assert (recipe, train) == (FilterRecipe(depth=1, cuts=False), _train_filter)
+    assert (recipe, train) == (FilterRecipe(depth=1, cuts=False), train_confidence_filter)
     with pytest.raises(ValueError, match="recipe tasks-learn2pd has no setting 'tau'"):
         _recipe("tasks-learn2pd", ["tau=1.0"])
     done = []

@@ -588,10 +588,10 @@ def test_no_card_without_figures(tmp_path):
 
 
 def test_the_command(monkeypatch, tmp_path):
-    from decodelab.cli import _recipe, _train_head
+    from decodelab.cli import _recipe
 
     recipe, train = _recipe("specdec-pp", ["w_rej=1", "D=0"])
     assert (recipe.w_rej, recipe.D) == (1.0, 0)
-    assert train is _train_head
+    assert train is training.train_head
     with pytest.raises(ValueError, match="recipe specdec-pp has no setting 'w'"):
         _recipe("specdec-pp", ["w=1.0"])
