@@ -231,7 +231,9 @@ def _tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no tokenizer that transformers can read: save one there with `tokenizer.save_pretrained`") from error
+        raise ValueError(
+            f"{folder} holds no tokenizer that transformers can read: save one there with `tokenizer.save_pretrained`"
+        ) from error
 
 
 @recipe("tales", RECIPES["tales"])
