@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from decodelab.lab.provenance import write_whole
 from typer.testing import CliRunner
 
 from decodelab.cli import app, full_experiments
@@ -24,6 +23,7 @@ from decodelab.demo import masked_decoders, masked_table
 from decodelab.demo_page import DemoRow, DemoTable, comparison_page, demo_table, draft_svg
 from decodelab.hub import export_hub
 from decodelab.lab.frontier import compared_policies
+from decodelab.lab.provenance import write_whole
 from decodelab.reading import typed_settings
 from decodelab.shell import make_decoder, show_table
 
