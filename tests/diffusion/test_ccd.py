@@ -309,10 +309,10 @@ def test_a_wide_buffer_and_laws_that_never_change_give_the_baselines_order(conf,
     assert order(CCD(V=20, d=3, conf=conf, rank=conf, trace=True), still, prompts, 18) == order(baseline, still, prompts, 18)
 
 
-def step_of(laws, masked=None, quota=1, memory=None, **fields):
+def step_of(laws, masked=None, quota=1, memory=None, scores=None, **fields):
     "A first step of a block with given distributions [n, block, vocab]."
     laws = torch.as_tensor(laws)
-    step = made_step(laws.log(), masked, steps=laws.shape[1] // quota, **fields)
+    step = made_step(laws.log() if scores is None else scores, masked, steps=laws.shape[1] // quota, **fields)
     step.memory = memory
     return step
 
@@ -340,8 +340,7 @@ def test_nearly_certain_laws_are_told_apart(score, d):
     memory = History(d)
     for taken in (2, 1, 0):
         masked = torch.arange(3)[None] <= taken
-        facts = dict.fromkeys(("scores", "warped", "basis"), scores)
-        step = step_of(scores.softmax(-1), masked, memory=memory, **facts)
+        step = step_of(scores.softmax(-1), masked, memory=memory, scores=scores)
         chosen = filled(CCD(V=3, d=d, conf=score, rank=score), step)
         assert chosen.nonzero().tolist() == [[0, taken]]
         assert step.memory.conf[0, : taken + 1].argsort(descending=True).tolist() == list(range(taken, -1, -1))
@@ -549,8 +548,8 @@ def test_with_a_temperature_unchanged_means_the_best_token_not_the_drawn_one():
 def test_confidence_of_a_sampled_pass_is_that_of_the_tempered_law():
     tempered = torch.tensor([[[0.6, 0.4], [0.9, 0.1]]])
     plain = torch.tensor([[[0.9, 0.1], [0.6, 0.4]]])
-    step = step_of(plain, memory=History(0))
-    step.basis, step.plan.do_sample = tempered.log(), True
+    step = step_of(plain, memory=History(0), score_from="sampled", do_sample=True)
+    step.warped = tempered.log()
     for conf in ("entropy", "max_prob"):
         CCD(conf=conf).propose(step)
         assert step.memory.conf.argmax().item() == 1
@@ -619,8 +618,8 @@ class WithHistory(Agreement):
     history: History = field(default_factory=lambda: History(1))
 
     def keep_rows(self, keep):
-        super().select(keep)
-        self.history.select(keep)
+        super().keep_rows(keep)
+        self.history.keep_rows(keep)
 
 
 @dataclass
