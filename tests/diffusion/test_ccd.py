@@ -301,8 +301,8 @@ def test_nearly_certain_distributions_are_told_apart(score, d):
     memory = History(d)
     for taken in (2, 1, 0):
         masked = torch.arange(3)[None] <= taken
-        facts = dict.fromkeys(("scores", "warped", "basis"), scores)
-        step = step_of(scores.softmax(-1), masked, memory=memory, **facts)
+        step = made_step(scores, masked, steps=3)
+        step.memory = memory
         chosen = filled(CCD(V=3, d=d, conf=score, rank=score), step)
         assert chosen.nonzero().tolist() == [[0, taken]]
         assert step.memory.conf[0, : taken + 1].argsort(descending=True).tolist() == list(range(taken, -1, -1))
