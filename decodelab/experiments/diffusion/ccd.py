@@ -66,7 +66,7 @@ def arms(
 
 def sweeps() -> dict[str, Unmasker]:
     "CCD by depth, CCD-DS by width and depth."
-    widths = {f"CCD-DS, V = {v}": CCD(adaptive=True, V=v, early_stop=False) for v in (2, 6)}
+    widths: dict[str, Unmasker] = {f"CCD-DS, V = {v}": CCD(adaptive=True, V=v, early_stop=False) for v in (2, 6)}
     depths = {f"{n}, d = 1": CCD(adaptive=adaptive, d=1, early_stop=False) for n, adaptive in (("CCD", False), ("CCD-DS", True))}
     return widths | depths
 

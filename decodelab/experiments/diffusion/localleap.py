@@ -219,12 +219,14 @@ def experiment(
     lab = Lab("diffusion/localleap")
     lab.seed_everything()
     (model, tokenizer), (storyteller, words) = lab.load("diffusion_tasks"), lab.diffusion()
-    openings, settings = tale_prompts(prompts, seed=lab.seed), {"max_new_tokens": 32, "do_sample": False}
+    openings = tale_prompts(prompts, seed=lab.seed)
+    settings: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False}
     texts = {"exercises": [e.prompt for e in exercises(watched)], "stories": openings}
     models = {"exercises": (model, tokenizer), "stories": (storyteller, words)}
     logs = {k: watch(LLaDA(32), models[k][0], **encode(models[k][1], t, models[k][0]), **settings) for k, t in texts.items()}
     told = {name: policies(storyteller, names=[name])[name] for name in ("threshold 0.9", "localleap")}
-    steps = {k: d.generate(storyteller, **encode(words, openings, storyteller), **settings).stats.emitted for k, d in told.items()}
+    inputs: dict[str, Any] = encode(words, openings, storyteller)
+    stats = {name: d.generate(storyteller, **inputs, **settings).stats for name, d in told.items()}
     frame = frontier(model, tokenizer, arms(model), exercises(per_task), max_new_tokens=32, batch_size=25, seed=lab.seed)
     frame["kind"] = np.where(frame["task"].isin(FREE), "free choice", "the rest")
     split = table(frame[frame["method"].isin(BASELINES)], by="kind").reset_index()
@@ -235,5 +237,5 @@ def experiment(
         "arms": table(frame).assign(**{"same text": same_texts(frame)}).to_dict("index"),
         "kinds": {kind: part.drop(columns="kind").set_index("method").to_dict("index") for kind, part in split.groupby("kind")},
         "pairs": {f"{a} / {b}": paired(frame, a, b) for a, b in PAIRS},
-        "steps of stories": {k: float(np.mean([len(row) for row in e])) for k, e in steps.items()},
+        "steps of stories": {name: float(np.mean([len(row) for row in s.emitted])) for name, s in stats.items() if s},
     }
