@@ -326,7 +326,7 @@ def _looks(model: Any, tokenizer: Any, words: Sequence[str], count: int) -> dict
 
 
 def experiment(
-    per_task: int = 10,  # exercises of each task
+    per_task: int = 8,  # exercises of each task
     samples: int = 400,  # infilled answers of each operation
     duels: int = 60,  # exercises of the comparisons of confidence and random order
 ) -> dict[str, Any]:
