@@ -74,6 +74,7 @@ class ReMDM(Unmasker):
     schedule: str = field(default="cap", kw_only=True)  # how sigma follows from sigma_max, one of `SCHEDULES`
     eta: float = field(default=0.02, kw_only=True)  # cap of sigma, or its share of sigma_max (0 to 1; 0: nothing is masked again)
     loop: tuple[float, float, float] | None = field(default=None, kw_only=True)  # t_on, t_off, alpha_on (1 > t_on > t_off > 0)
+    draw: bool = field(default=False, kw_only=True)  # draw what is masked again in proportion to exp(-confidence), as the paper does
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,6 +104,6 @@ class ReMDM(Unmasker):
         if not again:
             return None
         score = -step.written_confidence
-        if step.plan.do_sample:  # the largest of score + Gumbel noise: a draw without replacement from softmax(-psi)
+        if self.draw:  # the largest of score + Gumbel noise: a draw without replacement from softmax(-psi)
             score = score - torch.empty_like(score).exponential_().clamp_min(1e-20).log()
         return top(score.masked_fill(step.masked, -torch.inf), again)  # only what was visible before the step

@@ -391,7 +391,7 @@ def filter_card(
     changed = [f"{k}={v}" for k, v in recipe.items() if k != "name" and v != getattr(FilterRecipe(), k)]
     points = [p for p in figures["curve"] if "eval_loss" in p][::4]
     rows = {
-        "masked": "masked",
+        "masked positions": "masked",
         "all positions": "all",
         "masked positions, logistic curve of the own confidence": "own confidence, masked positions",
     }

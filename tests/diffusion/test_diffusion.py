@@ -415,7 +415,7 @@ def test_dream_may_draw_places():
     torch.manual_seed(0)
     rows = 20_000
     p = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.9, 0.1]]).expand(rows, -1, -1)
-    step = made_step(p, torch.ones(rows, 3, dtype=torch.bool), steps=3, masks=torch.full((rows,), 3))
+    step = step_of(p, torch.ones(rows, 3, dtype=torch.bool), steps=3)
     chosen = Dream(alg="maskgit_plus", alg_temp=0.2, eps=0.0).select(step)
     assert chosen.sum(-1).unique().tolist() == [1]
     expected = (torch.tensor([0.7, 0.6, 0.9]) / 0.2).softmax(-1)
@@ -466,6 +466,7 @@ def test_without_ends_the_other_tokens_share_their_probability():
     LLaDA(suppress_eos_confidence=True).propose(step)
     assert step.tokens.tolist() == [[2, EOS]]  # an end may still be proposed
     assert step.raw_confidence[0].tolist() == pytest.approx([0.5 / 0.55, 0.0], abs=1e-6)
+    step = step_of(p, torch.ones(1, 2, dtype=torch.bool))
     LLaDA().propose(step)
     assert step.raw_confidence[0].tolist() == pytest.approx([0.5, 0.4], abs=1e-6)
 
@@ -586,7 +587,7 @@ def test_leaving_early_changes_no_text(method, block, llama, batch):
 
 @every_policy
 def test_what_is_filled_stays_and_nothing_is_left(method, llama, prompt, monkeypatch):
-    seen, write = [], Canvas.write
+    seen, again, write = [], [], Canvas.write
 
     def spy(canvas, tokens, chosen, confidence=None):
         before = canvas.ids.clone()
@@ -595,10 +596,11 @@ def test_what_is_filled_stays_and_nothing_is_left(method, llama, prompt, monkeyp
         filled[:, : canvas.prompt] = True
         assert canvas.ids[filled].equal(before[filled])
         seen.append(int(chosen.sum()))
+        again[:] = [] if canvas.remasked is None else [int(canvas.remasked.sum())]
 
     monkeypatch.setattr(Canvas, "write", spy)
     out = decode(method.example(llama), llama, prompt, 14)
-    assert sum(seen) == 14
+    assert sum(seen) == 14 + sum(again)
     assert MASK not in new_ids(out)[0]
     assert out.sequences[:, :7].equal(prompt)
 

@@ -1,12 +1,13 @@
 """ReMDM: the plan of numbers, the decoder against a plain loop, its limits; and the loop's `remask` for any policy."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import PAD, left_pad, random_prompts, small_model
+from toys import PAD, left_pad, made_step, random_prompts, small_model
 
 from decodelab.diffusion.base import LLaDA, Unmasker
 from decodelab.diffusion.canvas import CACHES
@@ -108,13 +109,23 @@ def test_without_remasking_it_is_llada(model, batch):
     assert ReMDM().remasks
 
 
-def test_sampling_prefers_tokens_of_low_confidence_and_obeys_the_seed(model, batch):
-    def draw(seed):
+def test_a_draw_prefers_tokens_of_low_confidence_and_obeys_the_seed(model, batch):
+    def write(seed):
         torch.manual_seed(seed)
-        return new_ids(decode(ReMDM(eta=0.3), model, batch, do_sample=True, top_k=0))
+        return new_ids(decode(ReMDM(eta=0.3, draw=True), model, batch))
 
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
+    assert write(1) == write(1)
+    assert write(1) != write(2)
+    torch.manual_seed(0)
+    p, rows = torch.tensor([0.1, 0.5, 0.9]), 20_000
+    canvas = SimpleNamespace(confidence=p.expand(rows, -1))
+    step = made_step(torch.zeros(rows, 3, 2), torch.zeros(rows, 3, dtype=torch.bool), canvas=canvas, count=torch.full((rows,), 3), index=1)
+    decoder = ReMDM(draw=True)
+    decoder.counts = lambda step: (1, 1)
+    share = decoder.remask(step).double().mean(0)
+    assert torch.allclose(share, (-p).softmax(-1).double(), atol=0.015)
+    decoder.draw = False
+    assert decoder.remask(step).all(0).tolist() == [True, False, False]
 
 
 @dataclass
@@ -128,7 +139,7 @@ class Rewrites(LLaDA):
 def test_decoding_ends_however_much_is_masked_again(model, batch):
     for block in (None, 4):
         out = decode(Rewrites(block_length=block), model, batch)
-        assert MASK not in sum(new_ids(out), [])
+        assert MASK not in [t for row in new_ids(out) for t in row]
         blocks, size = 12 // (block or 12), block or 12
         assert out.stats.target_forwards <= blocks * 2 * size  # the planned steps, and one a position behind them
 
@@ -146,7 +157,7 @@ class Never(Unmasker):
 
 def test_a_policy_that_takes_everything_back_ends_too(model, batch):
     out = decode(Never(trace=True), model, batch)
-    assert MASK not in sum(new_ids(out), [])
+    assert MASK not in [t for row in new_ids(out) for t in row]
     assert sum(t for step in out.trace for t in step.info["remasked"]) == 12 * 4  # one in each of twelve planned steps, four rows
 
 
