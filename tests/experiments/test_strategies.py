@@ -255,7 +255,7 @@ def test_compare_decodes_every_exercise_with_every_rule_on_its_canvas(model, wor
     examples = [e for e in exercises(tokenizer, 2) if e.task in ("list_copy", "arithmetic")]
     frame = compare(model, tokenizer, lambda n: dict(list(rules(n, ("confidence", "random")).items())[2:]), examples)
     counts = frame.groupby(["kind", "setting", "task"]).size()
-    assert set(counts) == {2} and len(counts) == 2 * 6
+    assert set(counts) == {2} and len(counts) == 2 * 8
     assert frame.groupby("task")["positions"].unique().map(list).to_dict() == {"arithmetic": [32], "list_copy": [16]}
     assert (frame["positions"] / frame["passes"] == frame["setting"]).all()
     assert set(frame["kind"]) == {"confidence", "random"}

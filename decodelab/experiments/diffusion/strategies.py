@@ -326,7 +326,7 @@ def _looks(model: Any, tokenizer: Any, words: Sequence[str], count: int) -> dict
 
 
 def experiment(
-    per_task: int = 10,  # exercises of each task
+    per_task: int = 8,  # exercises of each task
     samples: int = 400,  # infilled answers of each operation
     duels: int = 60,  # exercises of the comparisons of confidence and random order
 ) -> dict[str, Any]:
@@ -337,7 +337,10 @@ def experiment(
     lab.seed_everything()
     model, tokenizer = lab.load("diffusion_tasks")
     words, two = single_words(tokenizer), ("confidence", "random")
-    found: dict[str, Any] = {"per_task": per_task, "tasks": pack(compare(model, tokenizer, rules, exercises(tokenizer, per_task, seed=1)))}
+    found: dict[str, Any] = {
+        "per_task": per_task,
+        "tasks": pack(compare(model, tokenizer, lambda n: rules(n, most=8), exercises(tokenizer, per_task, seed=1))),
+    }
     made = {operation: lists(words, operation, (6,), samples, seed=5) for operation in FAIR}
     drawn = {
         operation: infilled(model, tokenizer, examples, (1, 2, 3, 6), seed=10 * i) for i, (operation, examples) in enumerate(made.items())
