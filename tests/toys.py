@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from decodelab.core.contract import decoders
+from decodelab.diffusion.canvas import Block
+from decodelab.diffusion.step import Plan, Step
 
 VOCAB = 97  # <pad>, <eos> and the 95 printable ASCII characters
 
@@ -180,3 +182,13 @@ def fit(counts, probs):
         seen, expected = np.append(seen[~rare], seen[rare].sum()), np.append(expected[~rare], expected[rare].sum())
     seen, expected = seen[expected > 0], expected[expected > 0]
     return float(chi2_distribution.sf(((seen - expected) ** 2 / expected).sum(), len(seen) - 1))
+
+
+def made_step(scores, masked=None, tokens=None, canvas=None, index=0, count=None, steps=None, eos_ids=(), **plan):
+    "A denoising step on scores of our own, [rows, block, vocab]; all positions are masked, and a step is planned for each, unless told otherwise."
+    n, length = scores.shape[:2]
+    masked = torch.ones(n, length, dtype=torch.bool) if masked is None else masked
+    count = masked.sum(-1) if count is None else count
+    block = Block(0, length, torch.arange(n), masked, count, index)
+    plan = Plan(steps or length, length, torch.tensor(eos_ids, dtype=torch.long), **plan)
+    return Step(canvas, block, masked, scores, scores, plan, tokens=torch.empty(0) if tokens is None else tokens)

@@ -21,8 +21,9 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from ..lab.tasks.text import Example
-from ..diffusion.learn2pd import ConfidenceFilter, FilterConfig, InHindsight
+from ..diffusion.learn2pd import ConfidenceFilter, FilterConfig
 from ..diffusion.step import Step
+from ..lab.oracle import InHindsight
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint, write_training
 from .denoising_data import task_example
 from .recipes import recipe
@@ -72,13 +73,14 @@ class Recorder(InHindsight):
         right = (step.tokens == self.ahead(step)) & there
         block = torch.full_like(step.rows, (step.start - step.canvas.prompt) // (step.stop - step.start))
         c = torch.where(there, step.raw_confidence, 0.0).float()
-        self.lines.append((c, right, step.masked, there, step.rows, block, step.passes - int(self.cut and block[0] == 0)))
+        index = torch.full_like(step.rows, step.block.index - int(self.cut and block[0] == 0))
+        self.lines.append((c, right, step.masked, there, step.rows, block, index))
         return super().select(step)
 
     def stop(self, step: Step, chosen: torch.Tensor) -> torch.Tensor | None:
         if not self.cut or bool(step.index.any()):
             return None
-        ends = torch.isin(self.final[step.rows], step.ends)
+        ends = torch.isin(self.final[step.rows], step.plan.eos_ids)
         first = torch.where(ends.any(-1), ends.int().argmax(-1) + 1, ends.shape[1])
         return step.canvas.prompt + first
 

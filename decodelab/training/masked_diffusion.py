@@ -24,7 +24,7 @@ from ..lab.tasks.catalogue import TASKS
 from ..lab.tasks.text import LIST_PROMPTS, ListTask, Task
 from ..core.zoo import load, model_card
 from ..diffusion.base import LLaDA
-from ..diffusion.canvas import Denoiser
+from ..diffusion.denoiser import Denoiser
 from ..lab.frontier import frontier
 from ..sampling.base import Autoregressive
 from .checkpoints import fingerprint, tokenizer_fingerprint, write_training

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ..diffusion.canvas import Denoiser
+from ..diffusion.denoiser import Denoiser
 
 # %% auto #0
 __all__ = ['mask_answers', 'mask_exactly', 'stratified_counts', 'position_losses', 'masked_loss', 'likelihood_bound']

@@ -12,7 +12,7 @@ import torch
 from toys import VOCAB, character_tokenizer, small_model
 
 from decodelab.core.zoo import load, zoo_path
-from decodelab.diffusion.canvas import Denoiser
+from decodelab.diffusion.denoiser import Denoiser
 from decodelab.lab.tasks.text import ListTask
 from decodelab.training.denoising_data import Examples, TaskBatches, TextBatches, task_example, task_examples
 from decodelab.training.language_model import cosine_adamw

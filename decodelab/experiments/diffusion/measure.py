@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ...diffusion.canvas import CACHES, Canvas, Denoiser
+from ...diffusion.canvas import CACHES, Canvas
+from ...diffusion.denoiser import Denoiser
 from ...lab.cost import cost_growth
 from ...lab.frontier import COMPARED, frontier, loop_overheads, policies, same_texts, table
 
@@ -81,7 +82,7 @@ def experiment(
 ) -> dict[str, Any]:
     "All tables of this page."
     from decodelab.lab.lab import Lab
-    from decodelab.diffusion.learn2pd import InHindsight
+    from decodelab.lab.oracle import InHindsight
 
     lab = Lab("diffusion/measure")
     lab.seed_everything()
