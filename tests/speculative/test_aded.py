@@ -973,7 +973,7 @@ def test_rows_with_shorter_drafts_are_filled_up(llama):
     draft = found[0]
     assert draft.tokens.tolist() == [[6, 7, 8, 9], [4, 0, 0, 0], [7, 9, 0, 0]]
     assert draft.tree.parents.tolist() == [[-1, 0, 0, 1], [-1] * 4, [-1, 0, -1, -1]]
-    assert [draft.guesses(row) for row in range(3)] == [[[1, 2], [3], [], []], [[], [], [], []], [[1], [], [], []]]
+    assert [draft.drafted(row) for row in range(3)] == [[[1, 2], [3], [], []], [[], [], [], []], [[1], [], [], []]]
     assert sum(draft.lengths) == 4
 
 
