@@ -1,33 +1,26 @@
 """A literate laboratory of decoding methods for language models.
 
-Names are found on first use: `from decodelab import TokenRecycling` imports the one module that defines it, and nothing else.
+Top-level names are the registered decoders, `load` (models) and `decoders` (what there is); everything else is imported from its module.
+They are found on first use: `from decodelab import TokenRecycling` imports the one module that defines it, and nothing else.
 """
 
 from importlib import import_module as _import_module
 from typing import Any as _Any
 
 __version__ = "0.1.0"
+_OTHERS = {"load": "decodelab.core.zoo", "decoders": "decodelab.core.registry"}
 
 
 def _where() -> dict[str, str]:
-    # public name -> module, from nbdev's index; a name that two modules define is left out
-    from decodelab._modidx import d
+    # public name -> module
+    from decodelab.reading import decoder_classes
 
-    found: dict[str, str] = {}
-    twice = set()
-    index: dict[str, dict[str, _Any]] = d["syms"]  # type: ignore[assignment]
-    for module, symbols in index.items():
-        for path in symbols:
-            name = path.removeprefix(module + ".")
-            if "." not in name and not name.startswith("_"):
-                if name in found:
-                    twice.add(name)
-                found[name] = module
-    return {name: module for name, module in found.items() if name not in twice}
+    found = {cls: f"decodelab.{path.parent.name}.{path.stem}" for path, cls in decoder_classes().values()}
+    return found | _OTHERS
 
 
 def __getattr__(name: str) -> _Any:
-    module = None if name.startswith("_") else _where().get(name)
+    module = None if name.startswith("_") else _OTHERS.get(name) or _where().get(name)
     if module is None:
         raise AttributeError(f"module 'decodelab' has no attribute {name!r}")
     value = getattr(_import_module(module), name)

@@ -22,7 +22,7 @@ import typer
 from .cli_generate import generate
 from .cli_measure import bench, demo
 from .reading import decoder_files, function_kinds, recipe_names, typed_settings
-from .shell import JsonOption, LabGroup, SetOption, check_folder, decoder_settings, emit_json, make_decoder
+from .shell import JsonOption, LabGroup, SetOption, check_folder, decoder_settings, emit_json, make_decoder, require
 from .shell import say, show_table
 
 # %% auto #0
@@ -106,14 +106,14 @@ def _train(
     as_json: JsonOption = False,
 ) -> None:
     "Train a model of the zoo again, or a variant of it; resumes where it was stopped."
-    if find_spec("accelerate") is None:
-        raise ValueError("training needs more packages: pip install 'decodelab[train]'")
+    require("train", "accelerate", "filelock")
     if data_dir is not None:
         os.environ["DECODELAB_DATA"] = str(data_dir)
     plan, train = _recipe(recipe, settings or (), steps)
     if tokenizer and "tokenizer" not in signature(train).parameters:
         raise ValueError(f"{recipe} has the tokenizer of the model it starts from: leave out --tokenizer")
     folder = out or Path("runs") / recipe
+    check_folder(folder.absolute())
     try:
         figures = train(plan, folder, **({"tokenizer": tokenizer} if tokenizer else {}))
     except KeyboardInterrupt:
@@ -168,11 +168,11 @@ def _lab(
     ]
     data = [{"data set": s.name, "here": has_data(s.name), "hub": " ".join(s.hub[:1]), "licence": s.licence} for s in data_sets()]
     facts = {"profile": lab.profile, "device": lab.device, "dtype": lab.settings["dtype"], "seed": lab.seed}
-    places = {"data folder": data_root(), "results": results_folder()}
+    folders = {"data folder": data_root(), "results": results_folder()}
     if as_json:
-        emit_json({**facts, **places, "models": models, "data": data})
+        emit_json({**facts, **folders, "models": models, "data": data})
         return
-    show_table([{"setting": k, "value": str(v or "none")} for k, v in (facts | places).items()])
+    show_table([{"setting": k, "value": str(v or "none")} for k, v in (facts | folders).items()])
     show_table(models)
     show_table(data)
 
@@ -213,6 +213,7 @@ def _experiment(
     from decodelab.lab.lab import Lab
     from decodelab.lab.provenance import provenance
 
+    require("lab", "pandas", "datasets")
     found = full_experiments()
     known = f"notebooks with an experiment: {', '.join(found) or 'none yet'}"
     if not re.fullmatch(r"[a-z0-9_]+/[a-z0-9_]+", name) or find_spec(f"decodelab.experiments.{name.split('/')[0]}") is None:
@@ -222,7 +223,8 @@ def _experiment(
     if place is None or kinds is None:
         raise ValueError(f"{name} has no experiment; {known}")
     given = typed_settings(kinds, settings, f"the experiment of {name}")
-    conditions = provenance()
+    lab = Lab()
+    conditions = provenance(seed=lab.seed, profile=lab.profile)
     if not allow_dirty and (conditions["commit"] is None or conditions["dirty"]):
         raise ValueError("the tree has uncommitted changes, so the result could not be made again: commit first, or pass --allow-dirty")
     if kept := results_folder():
@@ -232,7 +234,7 @@ def _experiment(
         raise ValueError(f"the experiment of {name} returned {type(result).__name__}: it must return a dictionary")
     stored = False
     try:
-        path = store_result(f"{name}-full", result, seed=Lab.current().seed, allow_dirty=allow_dirty)
+        path = store_result(f"{name}-full", result, allow_dirty=allow_dirty, conditions=conditions)
         stored = True
     finally:  # a full disk must not take hours of work with it
         if as_json or not stored:
@@ -240,6 +242,23 @@ def _experiment(
     say(f"written: {path}" if path else "not written: results are switched off, or there is no checkout here")
 
 # %% ../nbs/cli.ipynb #674567b0
+@app.command("new")
+def _new(
+    family: Annotated[str, typer.Argument(help="Family whose loop the paper changes: sampling, speculative or diffusion.")],
+    paper: Annotated[str, typer.Argument(help="Name of its module, such as typical_sampling.")],
+) -> None:
+    "Write the pages and the test file of a new paper from a template; for a checkout."
+    from decodelab.core.zoo import checkout_root
+    from decodelab.new import new_paper
+
+    root = checkout_root()
+    if root is None:
+        raise ValueError("a paper is written in the repository, not in the installed package: clone it, then run `decodelab new` there")
+    for path in new_paper(family, paper, root):
+        typer.echo(path.relative_to(root).as_posix())
+    say("next: run both pages, then nbdev-export, and make test")
+
+
 @_export_app.command("hub")
 def _export_hub(
     name: Annotated[str, typer.Argument(help="Decoder, see `decodelab methods`.")],

@@ -28,6 +28,8 @@ def _texts(prompt: str | None, file: Path | None) -> list[str]:
         raise ValueError("give a text to continue (- reads it from standard input), or a file of them with --prompts")
     if file is not None:
         return read_prompts(file)
+    if prompt == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed: give the text as an argument, or a file with --prompts")
     text = decode_text(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt or ""
     try:
         text.encode()

@@ -27,8 +27,9 @@ from .prompting import encode_prompts, left_padded
 from .reading import check_decoder
 
 # %% auto #0
-__all__ = ['Methods', 'LEFT_TO_RIGHT', 'QUESTIONS', 'transformers_methods', 'ready_decoders', 'drop_failing', 'LineUp', 'line_up',
-           'ends_of', 'measure_in_turns', 'demo_rows', 'TextKeeper', 'traced_calls', 'masked_decoders', 'masked_table']
+__all__ = ['Methods', 'LEFT_TO_RIGHT', 'QUESTIONS', 'transformers_methods', 'ready_decoders', 'drop_failing', 'Comparison',
+           'baselines', 'ends_of', 'measure_in_turns', 'demo_rows', 'TextKeeper', 'traced_calls', 'masked_decoders',
+           'masked_table']
 
 # %% ../nbs/demo.ipynb #d10475e1
 Methods = dict[str, Callable[[Any], DecodeOutput]]
@@ -97,7 +98,7 @@ _TRIED = 4  # new tokens of the trial
 
 
 @dataclass
-class LineUp:
+class Comparison:
     "Methods that can run the prompts, ready to be measured."
 
     methods: Methods  # name -> function of a tokenized prompt, the baseline first
@@ -106,13 +107,13 @@ class LineUp:
     settings: dict[str, Any]  # arguments of `generate`
 
 
-def line_up(
+def baselines(
     model: Any,  # target model
     ready: Mapping[str, Decoder],  # decoders; those that cannot sample are passed over when the settings ask for it
     settings: Mapping[str, Any],  # arguments of `generate`
     trial: Any,  # a tokenized prompt to try every method on; none of those that are measured
     draft: Any = None,  # draft model for assisted generation
-) -> LineUp:
+) -> Comparison:
     "Everything that can run with these settings; each method is tried once."
     able = {name: d for name, d in ready.items() if d.method.samples or not settings.get("do_sample")}
 
@@ -122,7 +123,7 @@ def line_up(
 
     good, refused = drop_failing(calls({**settings, "max_new_tokens": min(_TRIED, settings["max_new_tokens"])}), trial)
     methods = {name: call for name, call in calls(settings).items() if name in good}
-    return LineUp(methods, {name: d for name, d in able.items() if name in methods}, refused, dict(settings))
+    return Comparison(methods, {name: d for name, d in able.items() if name in methods}, refused, dict(settings))
 
 
 def ends_of(

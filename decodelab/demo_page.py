@@ -1,4 +1,4 @@
-"""One file that shows a comparison of decoders: table, texts in the colours of their traces, trees of guesses. It loads nothing from anywhere.
+"""One file that shows a comparison of decoders: table, texts in the colours of their traces, trees of draft tokens. It loads nothing from anywhere.
 
 Docs: https://decodelab.github.io/decodelab/demo_page.html.md"""
 
@@ -136,7 +136,7 @@ def draft_svg(
             f'<g class="{mark}"><rect x="{x[n]}" y="{y[n]}" width="84" height="20" rx="6"/><text x="{x[n] + 42}" y="{y[n] + 14}">{text}</text></g>'
         )
     width, height = max(x.values()) + 96, max(y.values()) + 32
-    return f'<svg class="tree" role="img" aria-label="tree of guesses" viewBox="0 0 {width} {height:.0f}" width="{width}">{"".join(lines + boxes)}</svg>'
+    return f'<svg class="tree" role="img" aria-label="tree of draft tokens" viewBox="0 0 {width} {height:.0f}" width="{width}">{"".join(lines + boxes)}</svg>'
 
 # %% ../nbs/demo_page.ipynb #a2ed7a13
 _TREE_STYLE = """
@@ -239,7 +239,7 @@ def _card(row: DemoRow, out: DecodeOutput | None, tokenizer: Any) -> str:
         steps = [step for step in out.trace if "parents" in step.info]
         if steps:
             best = max(steps, key=lambda step: len(step.tokens))
-            tree = f'<p class="dim">Its best guess: {len(best.tokens)} tokens from one forward.</p><div class="scroll">{draft_svg(best, tokenizer)}</div>'
+            tree = f'<p class="dim">Its best draft token: {len(best.tokens)} tokens from one forward.</p><div class="scroll">{draft_svg(best, tokenizer)}</div>'
     return f'<section class="card"><h3>{html.escape(row.name)}</h3>{paper}{shown}{tree}</section>'
 
 # %% ../nbs/demo_page.ipynb #bc7795d3

@@ -48,8 +48,8 @@ def encode_prompts(
         if not ids:
             raise ValueError(f"{which} is empty: the tokenizer makes no token of {text!r}")
         if limit is not None and len(ids) + max_new_tokens > limit:
-            room = limit - len(ids)
-            advice = f"ask for at most {room} new tokens" if room > 0 else "shorten it"
+            remaining = limit - len(ids)
+            advice = f"ask for at most {remaining} new tokens" if remaining > 0 else "shorten it"
             raise ValueError(
                 f"{which} has {len(ids)} tokens; with {max_new_tokens} new ones they exceed the model's context of {limit}: {advice}"
             )

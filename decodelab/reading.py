@@ -23,7 +23,7 @@ from .core.fields import type_words
 
 # %% auto #0
 __all__ = ['decode_text', 'read_text', 'read_prompts', 'read_value', 'kinds_of', 'split_setting', 'typed_settings',
-           'decoder_files', 'recipe_names', 'check_decoder', 'decoder_kinds', 'function_kinds']
+           'decoder_classes', 'decoder_files', 'recipe_names', 'check_decoder', 'decoder_kinds', 'function_kinds']
 
 # %% ../nbs/reading.ipynb #e9a4c276
 def decode_text(
@@ -65,6 +65,11 @@ def _json_prompts(values: Iterable[tuple[str, str | Any]]) -> list[str]:
         prompt = _prompt_of(value)
         if prompt is None:
             raise ValueError(f'{where} holds no prompt: write a text, or an object with "prompt" or "turns"')
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            code = ord(prompt[error.start])
+            raise ValueError(f"{where} is no text: it holds half of a surrogate pair (U+{code:04X})") from error
         found.append(prompt)
     return found
 
@@ -83,7 +88,7 @@ def read_prompts(
     if path.suffix not in (".txt", ".jsonl", ".json"):
         raise ValueError(f"{path} is no file of prompts: its name must end in .txt (one a line), .jsonl or .json")
     text = read_text(path)
-    lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    lines = [(f"{path}, line {i}", line) for i, line in enumerate(re.split("\r\n?|\n", text), start=1) if line.strip()]
     if path.suffix == ".txt":
         found = [line.strip() for _, line in lines]
     elif path.suffix == ".jsonl":
@@ -220,13 +225,18 @@ def _package() -> Path:
     return Path(decodelab.__path__[0])
 
 
-def decoder_files() -> dict[str, Path]:
-    "Name of every registered decoder -> the module that defines it; the folder of the module is the family."
+def decoder_classes() -> dict[str, tuple[Path, str]]:
+    "Name of every registered decoder -> the module that defines it, and its class."
     found = {}
     for path in sorted(_package().glob("*/*.py")):
-        for match in re.finditer(r'^@register\(\s*"(\w+)"', path.read_text(encoding="utf-8"), flags=re.M):
-            found[match[1]] = path
+        for match in re.finditer(r'^@register\(\s*"(\w+)".*?^class (\w+)', path.read_text(encoding="utf-8"), flags=re.M | re.S):
+            found[match[1]] = (path, match[2])
     return dict(sorted(found.items()))
+
+
+def decoder_files() -> dict[str, Path]:
+    "Name of every registered decoder -> the module that defines it; the folder of the module is the family."
+    return {name: path for name, (path, _) in decoder_classes().items()}
 
 
 def recipe_names() -> list[str]:

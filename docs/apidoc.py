@@ -45,8 +45,8 @@ def read_modules(notebooks: list[Notebook]) -> list[Module]:
 
 def _rank(module: Module) -> tuple:
     family, _, leaf = module.page.rpartition(".")
-    room = FAMILIES.index(family) if family in FAMILIES else len(FAMILIES)
-    return (room, family, FIRST.index(leaf) if leaf in FIRST else len(FIRST), leaf)
+    rank = FAMILIES.index(family) if family in FAMILIES else len(FAMILIES)
+    return (rank, family, FIRST.index(leaf) if leaf in FIRST else len(FIRST), leaf)
 
 
 def symbols(modules: list[Module]) -> dict[str, str]:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 REPOSITORY = "https://github.com/decodelab/decodelab"
 
-# the order of the rooms, and of the notebooks of `core` and of a family's own; what is not named comes after, by name
+# the order of the families, and of the notebooks in them; what is not named comes after, by name
 FAMILIES = (
     *("core", "sampling", "search", "speculative", "diffusion", "structured", "memory", "theory", "vision"),
     *("lab", "training", "experiments"),

@@ -12,7 +12,7 @@ from apidoc import Module
 from notebooks import ROOT, Notebook, family_rank, repository_links
 
 # family -> (title, what its notebooks share)
-ROOMS = {
+ABOUT = {
     "core": ("Engine", "What every method stands on: the contract of a decoder, the state of a call, the model session with its cache."),
     "lab": ("Laboratory", "What the experiments stand on: profiles, data, tasks, metrics, timing, claims and their provenance."),
     "experiments": ("Experiments", "What each paper claims, measured: baselines on the same prompts in the same run, with intervals."),
@@ -44,9 +44,9 @@ ROOMS = {
 NOT_PAPERS = ("core", "lab", "training")
 
 
-def room(family: str) -> tuple[str, str]:
+def about(family: str) -> tuple[str, str]:
     """Title and description of a family."""
-    return ROOMS.get(family, (family.replace("_", " ").capitalize(), ""))
+    return ABOUT.get(family, (family.replace("_", " ").capitalize(), ""))
 
 
 def toctree(entries: list[str], caption: str = "", depth: int = 2) -> str:
@@ -87,13 +87,13 @@ def landing(summary: str, body: str, notebooks: list[Notebook], contents: str) -
 
 def family_page(family: str, notebooks: list[Notebook]) -> str:
     """The page of a family: what its papers share, and its notebooks."""
-    title, about = room(family)
+    title, summary = about(family)
     mine = [n for n in notebooks if n.family == family]
-    parts = [f"# {title}\n\n> {about}"]
+    parts = [f"# {title}\n\n> {summary}"]
     for folder in dict.fromkeys(n.name.rpartition("/")[0] for n in mine):
         inner = [n for n in mine if n.name.rpartition("/")[0] == folder]
         items = [f":::{{container}} dl-card\n[{n.title}](/{n.name}.ipynb)\n\n{n.summary}\n:::" for n in inner]
-        heading = "" if folder == family else f"## {room(folder.removeprefix(family + '/'))[0]}\n\n"
+        heading = "" if folder == family else f"## {about(folder.removeprefix(family + '/'))[0]}\n\n"
         parts.append(heading + "::::{container} dl-cards dl-list\n" + "\n\n".join(items) + "\n::::")
     parts.append(toctree([n.name.removeprefix(family + "/") for n in mine]))
     return "\n\n".join(parts) + "\n"
@@ -109,7 +109,7 @@ def method_table(methods: dict[str, Any], notebooks: list[Notebook]) -> str:
         name = m.decoder.__name__
         link = f"[{name}](/{m.notebook}.ipynb)" if m.notebook in known else f"`{name}`"
         paper = f"[{_cell(m.paper)}]({m.url})" if m.url else _cell(m.paper)
-        rows.append(f"| {link} | {room(m.family)[0]} | {paper} | {m.year} | {_tick(m.lossless)} | {_tick(m.needs_training)} |")
+        rows.append(f"| {link} | {about(m.family)[0]} | {paper} | {m.year} | {_tick(m.lossless)} | {_tick(m.needs_training)} |")
     head = ["| method | family | paper | year | lossless | needs training |", "|---|---|---|---|---|---|"]
     return ":::{container} dl-filter\n" + "\n".join(head + rows) + "\n:::"
 
@@ -294,7 +294,7 @@ def api_index(modules: list[Module]) -> str:
     for family in dict.fromkeys(m.page.rpartition(".")[0] for m in modules):
         mine = [m for m in modules if m.page.rpartition(".")[0] == family]
         rows = [f"| [{m.page}]({m.page}.md) | {_cell(m.summary)} |" for m in mine]
-        parts += [f"## {room(family)[0] if family else 'Top level'}", "\n".join(["| module | |", "|---|---|", *rows])]
+        parts += [f"## {about(family)[0] if family else 'Top level'}", "\n".join(["| module | |", "|---|---|", *rows])]
     return "\n\n".join([*parts, toctree([m.page for m in modules], depth=1)]) + "\n"
 
 
@@ -309,6 +309,6 @@ def llms_text(description: str, base: str, notebooks: list[Notebook], modules: l
     for family in sorted({n.family for n in notebooks}, key=family_rank):
         lines = [f"- [{n.title}]({base}{n.name}.html.md): {n.summary}" for n in notebooks if n.family == family and n.name != "index"]
         if lines:
-            parts.append(f"## {room(family)[0] if family else 'Start'}\n\n" + "\n".join(lines))
+            parts.append(f"## {about(family)[0] if family else 'Start'}\n\n" + "\n".join(lines))
     parts.append("## API\n\n" + "\n".join(f"- [{m.name}]({base}_sources/api/{m.page}.md): {m.summary}" for m in modules))
     return "\n\n".join(parts) + "\n"

@@ -53,7 +53,7 @@ def tales():
 
 @pytest.fixture(scope="module")
 def toy():
-    "Six tokens; a law far from uniform that depends on positions."
+    "Six tokens; a distribution far from uniform that depends on positions."
     model = small_model(vocab=V, hidden=16, spread=0.6, seed=8)
     torch.manual_seed(4)
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from scipy.stats import chi2 as chi2_law
+from scipy.stats import chi2 as chi2_distribution
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers import decoders as token_decoders
 from transformers import (
@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from decodelab.core.contract import decoders
+from decodelab.diffusion.canvas import Block
+from decodelab.diffusion.step import Plan, Step
 
 VOCAB = 97  # <pad>, <eos> and the 95 printable ASCII characters
 
@@ -125,7 +127,7 @@ V = 6
 PER_BATCH = 4000
 
 
-LAW_RULES = {
+SAMPLING_RULES = {
     "plain": ({}, []),
     "temperature": ({"temperature": 0.6}, [TemperatureLogitsWarper(0.6)]),
     "top_k": ({"top_k": 3}, [TopKLogitsWarper(3)]),
@@ -138,25 +140,25 @@ TOY_PROMPT = torch.tensor([[2, 5, 3, 4]])
 
 
 @torch.no_grad()
-def exact_law(model, processors, end=None):
+def exact_probs(model, processors, end=None):
     "Probability of every sequence of three tokens, by running all prefixes."
     processors = LogitsProcessorList(processors)
-    law = {(): 1.0}
+    probs = {(): 1.0}
     for _ in range(3):
-        prefixes = list(law)
+        prefixes = list(probs)
         ids = torch.cat([torch.cat([TOY_PROMPT, torch.tensor([p], dtype=torch.long)], 1) for p in prefixes])
         p = torch.softmax(processors(ids, model(ids).logits[:, -1].float()).double(), -1).tolist()
         longer = {}
         for prefix, row in zip(prefixes, p):
             if end is not None and end in prefix:
-                longer[(*prefix, 0)] = law[prefix]  # padding
+                longer[(*prefix, 0)] = probs[prefix]  # padding
             else:
-                longer |= {(*prefix, t): law[prefix] * q for t, q in enumerate(row)}
-        law = longer
-    return law
+                longer |= {(*prefix, t): probs[prefix] * q for t, q in enumerate(row)}
+        probs = longer
+    return probs
 
 
-def sample_law(decoder, model, draws, **kwargs):
+def sample_counts(decoder, model, draws, **kwargs):
     "Counts of every sequence of three tokens; the rows of a batch are independent draws."
     counts = {}
     ids = TOY_PROMPT.expand(PER_BATCH, -1)
@@ -168,15 +170,25 @@ def sample_law(decoder, model, draws, **kwargs):
     return counts
 
 
-def fit(counts, law):
-    "p-value of the chi-square test of counts against a law; cells that expect fewer than five are pooled."
+def fit(counts, probs):
+    "p-value of the chi-square test of counts against a distribution; cells that expect fewer than five are pooled."
     draws = sum(counts.values())
-    if any(law.get(cell, 0.0) == 0.0 for cell in counts):
+    if any(probs.get(cell, 0.0) == 0.0 for cell in counts):
         return 0.0
-    seen = np.array([counts.get(cell, 0) for cell in law], dtype=float)
-    expected = draws * np.array(list(law.values()))
+    seen = np.array([counts.get(cell, 0) for cell in probs], dtype=float)
+    expected = draws * np.array(list(probs.values()))
     rare = expected < 5
     if rare.any():
         seen, expected = np.append(seen[~rare], seen[rare].sum()), np.append(expected[~rare], expected[rare].sum())
     seen, expected = seen[expected > 0], expected[expected > 0]
-    return float(chi2_law.sf(((seen - expected) ** 2 / expected).sum(), len(seen) - 1))
+    return float(chi2_distribution.sf(((seen - expected) ** 2 / expected).sum(), len(seen) - 1))
+
+
+def made_step(scores, masked=None, tokens=None, canvas=None, index=0, count=None, steps=None, eos_ids=(), **plan):
+    "A denoising step on scores of our own, [rows, block, vocab]; all positions are masked, and a step is planned for each, unless told otherwise."
+    n, length = scores.shape[:2]
+    masked = torch.ones(n, length, dtype=torch.bool) if masked is None else masked
+    count = masked.sum(-1) if count is None else count
+    block = Block(0, length, torch.arange(n), masked, count, index)
+    plan = Plan(steps or length, length, torch.tensor(eos_ids, dtype=torch.long), **plan)
+    return Step(canvas, block, masked, scores, scores, plan, tokens=torch.empty(0) if tokens is None else tokens)

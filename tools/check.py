@@ -81,10 +81,11 @@ def check_export() -> None:
 
 
 def check_lint() -> None:
-    "Lint everything; check the format of what people write (generated modules follow their notebooks)."
+    "Lint everything; check format and words of what people write (generated modules follow their notebooks)."
     written = [p for p in sorted((ROOT / "decodelab").rglob("*.py")) if p.name != "_modidx.py" and not is_generated(p)]
     run("ruff", "check", ".")
     run("ruff", "format", "--check", *(f for f in ("nbs", "tests", "tools", "docs") if (ROOT / f).exists()), *written)
+    run(sys.executable, ROOT / "tools/words.py")
 
 
 def check_types() -> None:
@@ -160,7 +161,7 @@ def check_docs() -> None:
     "Build the site, then open it in headless Chromium."
     run("python", "docs/build.py")
     if browser := find_browser():
-        run("pytest", "tests/test_site.py", "-m", "browser", env={"CHROMIUM": browser})
+        run("pytest", "tests/doors/test_site.py", "-m", "browser", env={"CHROMIUM": browser})
     elif os.environ.get("CI", "").lower() not in ("", "0", "false"):
         raise CheckFailed("no Chromium found, and CI is set: the site must be opened in a browser (install Chromium or set CHROMIUM)")
     else:

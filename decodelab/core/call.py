@@ -210,7 +210,7 @@ class Call:
         if self.no_cache:
             raise ValueError("draft tokens are verified with the KV cache: leave out use_cache=False")
         positions = self.model_kwargs.get("position_ids")
-        settings: dict[str, Any] = {"compiled": self.compile, "room": self.budget, "position_ids": positions}
+        settings: dict[str, Any] = {"compiled": self.compile, "remaining": self.budget, "position_ids": positions}
         return Session(self.model, self.mask, self.cache, self.stats, **settings, **self.extra)
 
     def watch(self, best: torch.Tensor) -> None:

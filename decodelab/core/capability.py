@@ -204,13 +204,13 @@ def rope_change(
     model: Any,  # causal language model
 ) -> int | None:
     "Positions after which the rotary embedding changes with the length of the text (LongRoPE, dynamic); None when it never does."
-    config, places = text_config(model), []
+    config, positions = text_config(model), []
     for rope in _ropes(model):
         if rope.get("rope_type") == "longrope":
-            places.append(rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None))
+            positions.append(rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None))
         elif rope.get("rope_type") == "dynamic":
-            places.append(config.max_position_embeddings)
-    return min((int(place) for place in places if place), default=None)
+            positions.append(config.max_position_embeddings)
+    return min((int(at) for at in positions if at), default=None)
 
 
 def _structural_error(model: Any, accepts: frozenset[str], states: set[type]) -> str | None:

@@ -96,10 +96,10 @@ class Decoder:
         "Decode; this is what `model.generate(custom_generate=decoder)` calls."
         if logits_processor is None or stopping_criteria is None:
             return self.generate(model, input_ids, generation_config=generation_config, streamer=streamer, **model_kwargs)
-        if streamer is None and (lost := _lost_streamer()) is not None:
+        if (lost := _lost_streamer()) is not None and lost is not streamer:
             lost.end()  # or whoever reads it would wait for ever
             warnings.warn(
-                "transformers does not hand `streamer` to custom_generate, so nothing is streamed: use decoder.generate(model, streamer=...) "
+                "transformers does not hand `streamer` to custom_generate, so nothing is streamed to it: use decoder.generate(model, streamer=...) "
                 "or custom_generate=decoder.bind(streamer=...)",
                 stacklevel=2,
             )
@@ -179,7 +179,12 @@ class Bound:
         if logits_processor is None or stopping_criteria is None:
             return model.generate(input_ids, custom_generate=self, generation_config=generation_config, **model_kwargs)
         if self.stop_strings is not None:
-            stops = StopStringCriteria(tokenizer=self.tokenizer, stop_strings=self.stop_strings)
+            try:
+                stops = StopStringCriteria(tokenizer=self.tokenizer, stop_strings=self.stop_strings)
+            except BaseException:
+                if self.streamer is not None:
+                    self.streamer.end()  # or whoever reads it would wait for ever
+                raise
             stopping_criteria = StoppingCriteriaList([*stopping_criteria, stops])
         streamer = self.streamer
         out = self.decoder(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs)

@@ -143,7 +143,7 @@ class Trace(list[TraceStep]):
 # %% ../../nbs/core/output.ipynb #45dbf908
 @dataclass
 class DecodeOutput(GenerateDecoderOnlyOutput):
-    "Result of a decoding call: `sequences` [batch, length] (prompt, continuation, right padding), the bill and the story."
+    "Result of a decoding call: `sequences` [batch, length] (prompt, continuation, right padding), the stats and the story."
 
     stats: DecodeStats | None = None  # what the call cost
     trace: Trace | None = None  # how the tokens came about, when asked for

@@ -83,7 +83,7 @@ class Session:
         *,
         position_ids: torch.Tensor | None = None,  # of the prompt, [batch, prompt]; those of the real tokens when None
         compiled: bool = False,  # run trees and chains (not the prefill) as compiled code
-        room: int = 0,  # tokens to come, if known: the cache then seldom grows
+        remaining: int = 0,  # tokens to come, if known: the cache then seldom grows
         name: str = "",  # what the model is, if not the target, such as "the drafter "
         trusted: bool = False,  # do not ask whether the model can verify a tree
         **forward_kwargs: Any,  # further arguments of the model's forward
@@ -100,7 +100,7 @@ class Session:
         self.positions: torch.Tensor | int = 0  # next position id: an int while all rows agree, else [batch]
         self.limit, self.local = context_length(model), found.local
         self.output: Any = None  # the model's last output
-        self.compiled, self.room, self.name = compiled, room, name
+        self.compiled, self.remaining, self.name = compiled, remaining, name
         self._compiled: CompiledForward | None = None
         self._kept: list[list[int]] = []  # of each row, the slots of its tokens, in order
         self._free: list[list[int]] = []  # of each row, slots to write to, the next one last
@@ -152,10 +152,10 @@ class Session:
 
     def _check_rope(self, length: int) -> None:
         # what a token becomes there depends on the length of the text; a draft reaches a little beyond it
-        change = rope_change(self.model) if self.room and not self.name else None
-        if change is not None and change < length + self.room + 32:
-            room = change - length - 32
-            shorter = f"set max_new_tokens <= {room}, or " if room > 0 else ""
+        change = rope_change(self.model) if self.remaining and not self.name else None
+        if change is not None and change < length + self.remaining + 32:
+            remaining = change - length - 32
+            shorter = f"set max_new_tokens <= {remaining}, or " if remaining > 0 else ""
             raise ValueError(
                 f"the rotary embedding of {type(executed(self.model)).__name__} changes after {change} positions, within this text: "
                 f"{shorter}use a token-by-token decoder such as Autoregressive"
@@ -208,7 +208,7 @@ class Session:
         # from the cache that the prefill has filled, if any, to slots 0, 1, ...
         rows, length = len(tokens), self.cache.get_seq_length()
         old = self.cache
-        capacity = bucket(length + (self.room if self.compiled else min(self.room, 512)) + 64)
+        capacity = bucket(length + (self.remaining if self.compiled else min(self.remaining, 512)) + 64)
         self.cache = Slots(self.model.config.get_text_config(decoder=True).num_hidden_layers, capacity)
         self.cache.copy_from(old)
         self.cache.place.width = capacity if self.compiled else length
@@ -285,8 +285,8 @@ class Session:
         if rows == 1:
             mask[0, :n].index_copy_(1, torch.tensor(self._waiting[0], device=mask.device), own if tree.shared else own[0])
         else:
-            places = torch.tensor(self._waiting, device=mask.device)[:, None].expand(-1, n, -1)
-            mask[:, :n].scatter_(2, places, own.expand(rows, n, nodes))
+            positions = torch.tensor(self._waiting, device=mask.device)[:, None].expand(-1, n, -1)
+            mask[:, :n].scatter_(2, positions, own.expand(rows, n, nodes))
         return mask[:, None]
 
     def _seen(self, mask: torch.Tensor, positions: torch.Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Keys and values stay where they were written; which of them count is a matter of the mask. So a rejected guess costs nothing, and a forward can be compiled.
+"""Keys and values stay where they were written; which of them count is a matter of the mask. So a rejected draft token costs nothing, and a forward can be compiled.
 
 Docs: https://decodelab.github.io/decodelab/core/slots.html.md"""
 

@@ -1,4 +1,4 @@
-"""A tree of guesses is an array of parents; from it follow depths, children and the mask that lets one forward check all of its paths.
+"""A tree of draft tokens is an array of parents; from it follow depths, children and the mask that lets one forward check all of its paths.
 
 Docs: https://decodelab.github.io/decodelab/core/tree.html.md"""
 
@@ -112,11 +112,11 @@ def trie(
     limit: int | None = None,  # most nodes, root included; what does not fit is left out
 ) -> tuple[list[int], list[int], list[list[int]]]:
     "Tokens and parents of the tree of all continuations, breadth first, and the nodes of each continuation."
-    places: list[list[int]] = [[0] for _ in texts]
+    positions: list[list[int]] = [[0] for _ in texts]
     tokens, parents = [root], [-1]
     node_of: dict[tuple[int, int], int] = {}
     for depth in range(max(map(len, texts), default=0)):
-        for text, place in zip(texts, places):
+        for text, place in zip(texts, positions):
             if len(text) <= depth or len(place) <= depth:  # finished, or cut off above
                 continue
             key = (place[-1], text[depth])
@@ -127,4 +127,4 @@ def trie(
                 tokens.append(text[depth])
                 parents.append(place[-1])
             place.append(node_of[key])
-    return tokens, parents, [place[1:] for place in places]
+    return tokens, parents, [place[1:] for place in positions]

@@ -29,7 +29,7 @@ def process(
 def probabilities(
     scores: torch.Tensor,  # processed scores, [..., vocab]
 ) -> torch.Tensor:
-    "The law that `scores` define: softmax in float32, [..., vocab]."
+    "The distribution that `scores` define: softmax in float32, [..., vocab]."
     return torch.softmax(scores.float(), dim=-1)
 
 
@@ -52,12 +52,12 @@ def greedy(
     if scores.device.type != "cpu" or scores.numel() < 2**15:
         best = scores.max(dim=-1)
         return best.indices, best.values
-    size, shelf = scores.shape[-1], 128
-    full = size - size % shelf
-    tops = scores[..., :full].unflatten(-1, (-1, shelf)).amax(-1)
+    size, chunk = scores.shape[-1], 128
+    full = size - size % chunk
+    tops = scores[..., :full].unflatten(-1, (-1, chunk)).amax(-1)
     if full < size:
         tops = torch.cat([tops, scores[..., full:].amax(-1, keepdim=True)], dim=-1)
-    columns = tops.max(dim=-1, keepdim=True).indices * shelf + torch.arange(shelf)
+    columns = tops.max(dim=-1, keepdim=True).indices * chunk + torch.arange(chunk)
     columns = columns.clamp_max(size - 1)
     near = scores.gather(-1, columns).max(dim=-1, keepdim=True)
     return columns.gather(-1, near.indices)[..., 0], near.values[..., 0]

@@ -7,8 +7,8 @@ Docs: https://decodelab.github.io/decodelab/diffusion/base.html.md"""
 # %% ../../nbs/diffusion/base.ipynb #ad7e808a
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from transformers.generation.logits_process import MinLengthLogitsProcessor, Min
 from ..core.contract import Call, Decoder, register
 from ..core.output import DecodeOutput
 from ..core.warp import check_finite, confidence, draw, greedy, probabilities, process
-from .canvas import CACHES, Canvas, Denoiser, check_model
-from .step import ORDERS, Step, order_score, top
+from .canvas import CACHES, Canvas
+from .denoiser import Denoiser, check_model
+from .step import ORDERS, Plan, Step, order_score, top
 
 # %% auto #0
 __all__ = ['is_warper', 'Unmasker', 'with_generate', 'LLaDA']
@@ -33,8 +34,8 @@ def is_warper(
     return type(processor).__name__.endswith("Warper")
 
 
-class _Law:
-    "The user's logits processors, sorted by what they are for: shaping the law, drawing from it, keeping a text from ending too early."
+class _Processed:
+    "The user's logits processors, sorted by what they are for: shaping scores, drawing from them, keeping a text from ending too early."
 
     def __init__(self, call: Call, warpers: Sequence[Any]):
         others = [p for p in call.processors or [] if not is_warper(p)]
@@ -43,14 +44,14 @@ class _Law:
         self.warp = LogitsProcessorList(warpers) or None
         length = call.prompt.shape[1]
         floors = [p.min_length if isinstance(p, MinLengthLogitsProcessor) else length + p.min_new_tokens for p in early]
-        self.floor = max(floors, default=0)  # first column that may hold an end
-        self.ends = call.ends
+        self.floor = max(floors, default=0)  # first column that may hold an EOS token
+        self.eos_ids = call.ends
 
     def __call__(self, logits: torch.Tensor, masked: torch.Tensor, canvas: Canvas) -> tuple[torch.Tensor, torch.Tensor]:
         scores, start = logits, canvas.block.start
         if start < self.floor:
             scores = scores.clone()
-            scores[:, : self.floor - start, self.ends] = -torch.inf
+            scores[:, : self.floor - start, self.eos_ids] = -torch.inf
         if self.shape is not None:
             scores = self._shaped(scores, masked, canvas)
         if self.warp is None:
@@ -60,7 +61,7 @@ class _Law:
         return scores, warped
 
     def _shaped(self, scores: torch.Tensor, masked: torch.Tensor, canvas: Canvas) -> torch.Tensor:
-        # a processor reads the whole canvas, holes included, and may hold values for every row of the batch: one call a column
+        # a processor reads the whole canvas, masks included, and may hold values for every row of the batch: one call a column
         rows, out = canvas.block.rows, scores.clone()
         for j in masked.any(0).nonzero()[:, 0].tolist():
             everyone = scores.new_zeros(len(canvas.ids), scores.shape[-1])
@@ -68,73 +69,19 @@ class _Law:
             out[:, j] = process(everyone, canvas.ids, self.shape)[rows]
         return out
 
-# %% ../../nbs/diffusion/base.ipynb #3afdd08c
-class _Diary:
-    "Which pass filled which hole, with what confidence; and handing finished blocks to the books."
-
-    def __init__(self, call: Call, canvas: Canvas):
-        batch, device = len(call.prompt), call.prompt.device
-        self.call, self.canvas = call, canvas
-        self.passes = torch.zeros(batch, dtype=torch.long, device=device)  # passes of each row
-        self.when = torch.zeros_like(canvas.ids)  # pass that filled each column
-        self.confidence = torch.zeros(canvas.ids.shape, device=device) if call.trace is not None else None
-        self.opened = self.passes.clone()  # passes of each row before the block
-
-    def write(self, step: Step, chosen: torch.Tensor) -> None:
-        "Fill the holes that this pass has chosen, and remember it."
-        rows, places = chosen.nonzero().unbind(-1)
-        texts, columns = step.rows[rows], step.start + places
-        self.canvas.ids[texts, columns] = step.tokens[rows, places]
-        self.when[texts, columns] = step.index[rows]
-        if self.confidence is not None:
-            self.confidence[texts, columns] = step.raw_confidence[rows, places].float()
-        self.passes[step.rows] = step.index + 1
-
-    def commit(self, start: int, stop: int) -> None:
-        "Hand the columns of a finished block to the books, row by row; rows that have ended leave them."
-        call, canvas = self.call, self.canvas
-        rows, block = call.rows, (start - canvas.prompt, min(stop, canvas.length) - canvas.prompt)
-        counts = canvas.exists[rows, start:stop].sum(-1).tolist()  # columns that exist in each row
-        cut = (~canvas.exists[rows, start : stop + 1]).any(-1).tolist()  # in the block or right behind it: what follows would be ends
-        ids, filled = canvas.ids[rows, start:stop].tolist(), self.when[rows, start:stop].tolist()
-        sure = filled if self.confidence is None else self.confidence[rows, start:stop].tolist()
-        passes, opened = self.passes[rows].tolist(), self.opened[rows].tolist()
-        new, order, info = [], [], []
-        for i, here in enumerate(counts):
-            tokens, when, confidence = ids[i][:here], filled[i][:here], sure[i][:here]
-            if cut[i] and (not tokens or tokens[-1] not in call.eos):
-                tokens, when, confidence = [*tokens, *call.eos[:1]], [*when, max(passes[i] - 1, 0)], [*confidence, 1.0]
-            new.append(tokens)
-            order.append(([w - opened[i] for w in when], passes[i] - opened[i]))
-            info.append({"pass": when, "confidence": confidence, "block": block})
-        roles = [["filled"] * len(tokens) for tokens in new]
-        call.commit(new, roles, info if call.trace is not None else None, order)
-        self.opened[rows] = self.passes[rows]
-
 # %% ../../nbs/diffusion/base.ipynb #a3ab2519
 @dataclass
 class Unmasker(Decoder):
-    """The loop of diffusion decoders.
+    "The loop of diffusion decoders; a paper supplies `select`, and may supply `propose`, `stop` and `remask`."
 
-    1. the canvas: the prompt, then a hole for each new token
-    2. for each block, left to right, while rows are running:
-       a. one forward: logits of the block
-       b. `propose` a token for each hole, and how sure the model is of it
-       c. `select` the holes that are filled now
-       d. write them; `stop` may cut the text off; rows whose block is done rest
-       e. the block is full: hand it to the books; rows that have ended leave
-    """
-
-    block_length: int | None = None  # B, places decoded together (positive); all when None
-    steps: int | None = None  # S, passes planned for the whole text (positive); one a new token when None
+    block_length: int | None = None  # B, positions decoded together (positive); all when None
+    steps: int | None = None  # S, denoising steps planned for the whole text (positive); one a new token when None
     cache: str = "none"  # what is not computed again within a block: one of "none", "prefix", "dual"
     cfg_scale: float = 0.0  # w, weight of guidance (not negative); 0 is none, more doubles the cost
-    score_from: str = field(
-        default="raw", kw_only=True
-    )  # confidence by the law before ("raw") or after ("sampled") temperature, top-k, ...
-    early_stop: bool = field(default=True, kw_only=True)  # a row leaves once its text up to an end of sequence is complete
+    score_from: str = field(default="raw", kw_only=True)  # confidence before ("raw") or after ("sampled") temperature, top-k, ...
+    early_stop: bool = field(default=True, kw_only=True)  # a row leaves once its text up to an EOS token is complete
     mask_token_id: int | None = field(default=None, kw_only=True)  # id of the mask; the config's when None
-    shift_logits: bool | None = field(default=None, kw_only=True)  # logits stand one place too far left; the config's word when None
+    shift_logits: bool | None = field(default=None, kw_only=True)  # logits stand one position too far left; the config's word when None
     bidirectional: bool = field(default=False, kw_only=True)  # the model looks both ways, though neither its class nor its config says so
 
     def __post_init__(self) -> None:
@@ -151,46 +98,65 @@ class Unmasker(Decoder):
     # what a paper supplies
 
     def propose(self, step: Step) -> None:
-        "Set `step.tokens` and `step.raw_confidence`: the best token, or at masked positions a draw, and its probability."
+        "Set `step.tokens`: the best token, or at masked positions a draw."
         step.tokens = greedy(step.warped)[0]
-        if step.do_sample:
+        if step.plan.do_sample:
             step.tokens = torch.where(step.masked, draw(probabilities(step.warped)), step.tokens)
-        step.raw_confidence = confidence(step.basis, step.tokens)
 
     def select(
         self,
-        step: Step,  # the pass
+        step: Step,  # the denoising step
     ) -> torch.Tensor:
-        "The holes that are filled in this pass, [n, block], bool; what is no hole is ignored."
+        "The masked positions that are filled in this step, [n, block], bool; what is not masked is ignored."
         raise NotImplementedError(f"{type(self).__name__} must define select(step)")
 
     def stop(
         self,
-        step: Step,  # the pass, after it has been written
+        step: Step,  # the step, after its tokens have been written
         chosen: torch.Tensor,  # what it has filled, [n, block], bool
     ) -> torch.Tensor | None:
         "Number of columns that each row keeps, [n], or None to keep all."
         return None
 
+    def remask(
+        self,
+        step: Step,  # the step, after its tokens have been written
+    ) -> torch.Tensor | None:
+        "Visible positions that are masked again before the next step, [n, block], bool, or None; asked in the planned steps only."
+        return None
+
+    @property
+    def remasks(self) -> bool:
+        "Whether `remask` may mask something: then confidences are logged, and no row leaves before its block is full."
+        return type(self).remask is not Unmasker.remask
+
     def remember(
         self,
-        call: Call,  # the call's books
+        call: Call,  # the call
         rows: int,  # rows that take part
     ) -> Any:
-        "What `step.memory` holds when a block is opened; if it has a method `select(keep)`, it is told which rows go on."
+        "What `step.memory` holds when a block is opened; if it has a method `keep_rows(keep)`, it is told which rows go on."
         return None
 
     def warpers(
         self,
         call: Call,  # the call
     ) -> list[Any]:
-        "What shapes the law that tokens are drawn from, in order: the call's temperature, top-k, top-p, ..."
+        "What shapes the distribution that tokens are drawn from, in order: the call's temperature, top-k, top-p, ..."
         return [p for p in call.processors or () if is_warper(p)]
 
     @property
     def looks_beyond(self) -> bool:
-        "Whether `step.beyond` is wanted, the places behind the block."
+        "Whether `step.beyond` is wanted, the positions behind the block."
         return False
+
+    def blocks(
+        self,
+        new_tokens: int,  # length of the canvas behind the prompt
+    ) -> list[tuple[int, int]]:
+        "First and last-plus-one new token of each block."
+        size = self.block_length or new_tokens
+        return [(i, min(i + size, new_tokens)) for i in range(0, new_tokens, size)]
 
     # the loop
 
@@ -198,110 +164,93 @@ class Unmasker(Decoder):
         cache = call.cache
         if cache is not None and (cache.is_initialized or type(cache).__name__ != "DynamicCache"):
             raise ValueError(
-                "a diffusion decoder reads the whole text at every pass; a passed cache cannot be rolled back: "
+                "a diffusion decoder reads the whole text at every step; a passed cache cannot be rolled back: "
                 "leave out cache_implementation and past_key_values"
             )
-        blocks = self._plan(call.budget)
+        blocks = self.blocks(call.budget)
         if self.steps is not None and (len({b - a for a, b in blocks}) > 1 or self.steps % len(blocks)):
             raise ValueError(
                 f"{call.budget} new tokens and {self.steps} steps cannot be dealt out evenly to {len(blocks)} blocks: "
                 "change steps, max_new_tokens or block_length"
             )
 
-    def _plan(self, room: int) -> list[tuple[int, int]]:
-        size = self.block_length or room
-        return [(i, min(i + size, room)) for i in range(0, room, size)]
-
     def decode(self, call: Call) -> None:
-        denoiser = Denoiser(call.model, self.mask_token_id, self.shift_logits)
-        settings: dict[str, Any] = {"cache": self.cache, "cfg_scale": self.cfg_scale, "stats": call.stats, "compiled": call.compile}
-        canvas = Canvas(denoiser, call.prompt, call.budget, call.mask, **settings, **self._extra(call, denoiser))  # 1.
-        check_model(denoiser, canvas.ids, None if canvas.whole else canvas.exists, self.bidirectional)
-        law, diary, blocks = _Law(call, self.warpers(call)), _Diary(call, canvas), self._plan(call.budget)
-        bounds = [(canvas.prompt + a, canvas.prompt + b) for a, b in blocks]
-        for start, stop in bounds:  # 2.
+        """Decode the prompts of a call.
+
+        1. the canvas: the prompts, then a masked position for each new token
+        2. for each block, left to right, while rows are running:
+           a. rows whose block is finished leave it; the block is done when none is left
+           b. one forward pass: processed scores of the block
+           c. `propose` a token for each masked position
+           d. `select` the masked positions that are filled now, and write them
+           e. `stop` may cut texts off
+           f. `remask` may mask visible positions again, in the planned steps
+        3. the block is full: its tokens go to the call; rows that have ended leave
+        """
+        canvas, processed = self._canvas(call), _Processed(call, self.warpers(call))  # 1.
+        logged, blocks = self.remasks or call.trace is not None, self.blocks(call.budget)
+        for start, stop in blocks:  # 2.
             if not call.running:
                 break
-            canvas.open(start, stop, torch.tensor(call.rows, device=call.prompt.device))
-            for step in self._passes(call, canvas, law, diary, len(blocks)):  # a.
-                self.propose(step)  # b.
-                self._check(step)
-                chosen = self.select(step) & step.masked  # c.
-                self._write(canvas, diary, step, chosen)  # d.
+            canvas.open(canvas.prompt + start, canvas.prompt + stop, torch.tensor(call.rows, device=call.prompt.device))
+            plan, memory, idle = self._plan(call, stop - start, len(blocks)), self.remember(call, len(call.rows)), 0
+            while self._rows_go_on(call, canvas, memory):  # a.
+                step = self._step(canvas, processed, plan, memory)  # b.
+                self.propose(step)  # c.
+                _check_scores(step)
+                chosen = self.select(step) & step.masked  # d.
+                canvas.write(step.tokens, chosen, step.raw_confidence if logged else None)
+                kept = self.stop(step, chosen)  # e.
+                if kept is not None:
+                    canvas.cut(kept)
+                # steps that fill nothing are counted on the canvas itself: any other brings the end nearer
+                idle = 0 if bool((step.masked & ~canvas.block.masked).any()) else idle + 1
+                if idle > plan.block_steps + stop - start:
+                    raise RuntimeError(
+                        f"{type(self).__name__}.select has filled nothing for {idle} steps: it must fill a position sooner or later"
+                    )
+                again = self.remask(step) if canvas.block.index < plan.block_steps else None  # f.
+                if again is not None:
+                    canvas.remask(again)
+                canvas.end_step()
             if self.early_stop:
-                diary.commit(start, stop)  # e.
+                canvas.commit(call, canvas.prompt + start, canvas.prompt + stop)  # 3.
         if not self.early_stop:
-            diary.commit(canvas.prompt, canvas.prompt + call.budget)
+            canvas.commit(call, canvas.prompt, canvas.length)
 
-    @staticmethod
-    def _extra(call: Call, denoiser: Denoiser) -> dict[str, Any]:
+    def _canvas(self, call: Call) -> Canvas:
+        denoiser = Denoiser(call.model, self.mask_token_id, self.shift_logits)
         # further forward arguments; one that has a value for each token of the prompt has none for the masked positions
         extra = {k: v for k, v in call.extra.items() if k in denoiser.accepts}
         shaped = [k for k, v in extra.items() if isinstance(v, torch.Tensor) and v.shape[:2] == call.prompt.shape]
         if any(k != "token_type_ids" or bool(extra[k].any()) for k in shaped):
             raise ValueError(f"{', '.join(shaped)} says nothing about the masked positions behind the prompt: leave it out")
-        return {k: v for k, v in extra.items() if k not in shaped}
+        settings: dict[str, Any] = {k: v for k, v in extra.items() if k not in shaped}
+        settings |= {"cache": self.cache, "cfg_scale": self.cfg_scale, "stats": call.stats, "compiled": call.compile}
+        canvas = Canvas(denoiser, call.prompt, call.budget, call.mask, **settings)
+        check_model(denoiser, canvas.ids, None if canvas.whole else canvas.exists, self.bidirectional)
+        return canvas
 
-    def _passes(self, call: Call, canvas: Canvas, law: _Law, diary: _Diary, blocks: int) -> Iterator[Step]:
-        block = canvas.block
-        planned = self.steps or call.budget
-        steps = max(1, planned // blocks) if self.steps else block.stop - block.start
-        masked = self._holes(canvas)
-        masks, opened, idle = masked.sum(-1), diary.passes[block.rows], 0
-        left = int(masks.sum())
-        memory = self.remember(call, len(block.rows))
-        while True:
-            going = masked.any(-1)
-            if self.early_stop and call.eos:
-                going &= ~self._ended(canvas, call, masked)
-            if not bool(going.all()):
-                canvas.rest(going)
-                masked, masks, opened = masked[going], masks[going], opened[going]
-                if hasattr(memory, "select"):
-                    memory.select(going)
-            if not len(masked):
-                return
-            logits = canvas.logits(self.looks_beyond)
-            end = block.start + logits.shape[1]  # the block's own, unless the policy looks beyond
-            holes = masked if end == block.stop else self._holes(canvas, end)
-            scores, warped = law(logits, holes, canvas)
-            index = diary.passes[block.rows]
-            basis = warped if self.score_from == "sampled" else scores
-            plan: dict[str, Any] = {"masks": masks, "steps": steps, "passes": index - opened, "index": index, "planned": planned}
-            rest: dict[str, Any] = {"ends": call.ends, "do_sample": call.do_sample, "memory": memory}
-            step = Step(canvas, block.rows, block.start, end, holes, scores, warped, basis, **plan, **rest)
-            yield step.parted(block.stop)
-            masked, before = self._holes(canvas), left
-            left = int(masked.sum())
-            idle = 0 if left < before else idle + 1  # counted on the canvas itself: each pass that is not idle brings the end nearer
-            if idle > steps + block.stop - block.start:
-                raise RuntimeError(
-                    f"{type(self).__name__}.select has committed nothing for {idle} passes: it must fill a hole sooner or later"
-                )
+    def _plan(self, call: Call, length: int, blocks: int) -> Plan:
+        steps = max(1, self.steps // blocks) if self.steps else length
+        return Plan(steps, self.steps or call.budget, call.ends, call.do_sample, self.score_from)
 
-    @staticmethod
-    def _holes(canvas: Canvas, stop: int | None = None) -> torch.Tensor:
-        block = canvas.block
-        columns = slice(block.start, stop or block.stop)
-        holes = canvas.ids[block.rows, columns] == canvas.denoiser.mask_id
-        return holes if canvas.whole else holes & canvas.exists[block.rows, columns]
+    def _rows_go_on(self, call: Call, canvas: Canvas, memory: Any) -> bool:
+        going = canvas.block.masked.any(-1)
+        if self.early_stop and call.eos and not self.remasks:
+            going &= ~canvas.complete(call.ends)
+        if not bool(going.all()):
+            canvas.keep_rows(going)
+            if hasattr(memory, "keep_rows"):
+                memory.keep_rows(going)
+        return len(canvas.block.rows) > 0
 
-    def _ended(self, canvas: Canvas, call: Call, masked: torch.Tensor) -> torch.Tensor:
-        # rows that hold an end with nothing missing before it
-        block = canvas.block
-        ends = torch.isin(canvas.ids[block.rows, block.start : block.stop], call.ends)
-        return (ends & (masked.cumsum(-1) == 0)).any(-1)
-
-    @staticmethod
-    def _check(step: Step) -> None:
-        best = step.warped.amax(-1) if step.do_sample else step.warped.gather(-1, step.tokens[..., None])[..., 0]
-        check_finite(torch.where(step.masked, best, 0))
-
-    def _write(self, canvas: Canvas, diary: _Diary, step: Step, chosen: torch.Tensor) -> None:
-        diary.write(step, chosen)
-        ends = self.stop(step, chosen)
-        if ends is not None:
-            canvas.cut(ends)
+    def _step(self, canvas: Canvas, processed: _Processed, plan: Plan, memory: Any) -> Step:
+        block, logits = canvas.block, canvas.logits(self.looks_beyond)
+        end = block.start + logits.shape[1]  # the block's own, unless the policy looks beyond
+        masked = block.masked if end == block.stop else canvas.masked(block.rows, block.start, end)
+        step = Step(canvas, replace(block, stop=end), masked, *processed(logits, masked, canvas), plan, memory)
+        return step.split(block.stop)
 
     def generate(
         self,
@@ -311,6 +260,11 @@ class Unmasker(Decoder):
     ) -> DecodeOutput:
         "Like `Decoder.generate`, also for models that have no `generate` of their own (LLaDA, BERT)."
         return super().generate(with_generate(model), inputs, **kwargs)
+
+
+def _check_scores(step: Step) -> None:
+    best = step.warped.amax(-1) if step.plan.do_sample else step.warped.gather(-1, step.tokens[..., None])[..., 0]
+    check_finite(torch.where(step.masked, best, 0))
 
 # %% ../../nbs/diffusion/base.ipynb #048fed3a
 def with_generate(
@@ -348,13 +302,13 @@ def with_generate(
 )
 @dataclass
 class LLaDA(Unmasker):
-    "LLaDA's decoder: a fixed number of holes a pass, those first of which the model is most sure."
+    "LLaDA's decoder: a fixed number of positions a step, those first of which the model is most confident."
 
     remasking: str = field(default="low_confidence", kw_only=True)  # order: one of `ORDERS`
-    suppress_eos_logits: bool = field(default=False, kw_only=True)  # never propose an end of sequence
+    suppress_eos_logits: bool = field(default=False, kw_only=True)  # never propose an EOS token
     suppress_eos_confidence: bool = field(
         default=False, kw_only=True
-    )  # commit proposed ends last; other tokens' confidence leaves ends out
+    )  # fill proposed EOS tokens last; other tokens' confidence leaves them out
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -366,13 +320,14 @@ class LLaDA(Unmasker):
             )
 
     def propose(self, step: Step) -> None:
+        eos_ids = step.plan.eos_ids
         if self.suppress_eos_logits:
             for scores in {id(s): s for s in (step.scores, step.warped)}.values():
-                scores[..., step.ends] = -torch.inf
+                scores[..., eos_ids] = -torch.inf
         super().propose(step)
-        if self.suppress_eos_confidence:  # ends leave the law after the proposal: the other tokens share what was theirs
-            others = confidence(step.basis.index_fill(-1, step.ends, -torch.inf), step.tokens)
-            step.raw_confidence = others.masked_fill(step.proposes_end(), 0.0)
+        if self.suppress_eos_confidence:  # EOS tokens leave the distribution after the proposal: the others share what was theirs
+            others = confidence(step.basis.index_fill(-1, eos_ids, -torch.inf), step.tokens)
+            step.raw_confidence = others.masked_fill(step.proposes_eos(), 0.0)
 
     def select(self, step: Step) -> torch.Tensor:
         return top(order_score(step, self.remasking), step.quota)

@@ -1,4 +1,4 @@
-"""A masked language model seen as a function of a half-finished text, whatever its architecture; and the one object that owns the text, its padding and its keys and values.
+"""The one object that owns a batch of half-finished texts: its padding, its keys and values, and the log of what was unmasked when.
 
 Docs: https://decodelab.github.io/decodelab/diffusion/canvas.html.md"""
 
@@ -9,211 +9,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from ..core.call import Call
 from ..core.output import DecodeStats
-from ..core.capability import context_length, embedding_size, forward_arguments
 from ..core.slots import CompiledForward, Slots, bucket, padded_size
+from .denoiser import Denoiser
 
 # %% auto #0
-__all__ = ['CACHES', 'mask_token', 'shifts_logits', 'both_ways', 'Denoiser', 'looks_both_ways', 'sees_ahead', 'ignores_padding',
-           'check_model', 'Block', 'Canvas']
-
-# %% ../../nbs/diffusion/canvas.ipynb #8087dfbf
-def mask_token(
-    model: Any,  # masked language model
-    given: int | None = None,  # id to use instead of the config's
-) -> int:
-    "Id of the token that stands for a hole."
-    found = given if given is not None else getattr(model.config, "mask_token_id", None)
-    if found is None:
-        raise ValueError(
-            f"the config of {type(model).__name__} names no mask token: set model.config.mask_token_id, or pass mask_token_id to the decoder"
-        )
-    size = embedding_size(model)
-    if not 0 <= found < size:
-        raise ValueError(f"mask_token_id {found} is outside the model's vocabulary of {size}")
-    return int(found)
-
-
-def shifts_logits(
-    model: Any,  # masked language model
-    given: bool | None = None,  # what to use instead of the config's word
-) -> bool:
-    "Whether the model's logits at a place are about the next one, as in models raised from autoregressive ones (Dream)."
-    if given is not None:
-        return given
-    return bool(getattr(model.config, "shift_logits", getattr(model.config, "model_type", "") == "Dream"))
-
-# %% ../../nbs/diffusion/canvas.ipynb #18d08650
-@lru_cache(maxsize=64)
-def _heads(model_class: Any) -> tuple[bool, bool]:
-    # whether a class of transformers, or one derived from it, has a masked-LM head; and whether it is decoder-only
-    names = {c.__name__ for c in model_class.__mro__}
-    masked = not names.isdisjoint(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
-    return masked, not masked and not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-
-
-def _first_position(model: Any) -> int:
-    # RoBERTa and its kin keep the first rows of their table of positions for padding
-    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
-    padding = next((m.padding_idx for m in tables if getattr(m, "padding_idx", None) is not None), -1)
-    return padding + 1
-
-
-def both_ways(
-    valid: torch.Tensor,  # columns that exist, [batch, length], bool
-    queries: int,  # positions that ask
-    dtype: torch.dtype,  # number type of the model
-) -> torch.Tensor:
-    "Additive mask [batch, 1, queries, length] under which every position sees every column that exists."
-    return torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, torch.finfo(dtype).min)[:, None, None].expand(-1, 1, queries, -1)
-
-
-class Denoiser:
-    "A masked language model as a function: ids with holes [batch, length] -> logits [batch, length, vocab], place j about place j."
-
-    def __init__(
-        self,
-        model: Any,  # a model with a masked-LM head, LLaDA, Dream, or a decoder-only model trained to look both ways
-        mask_token_id: int | None = None,  # id of the mask; the config's when None
-        shift_logits: bool | None = None,  # whether logits stand one place too far left; the config's word when None
-    ):
-        self.model, self.mask_id, self.shift = model, mask_token(model, mask_token_id), shifts_logits(model, shift_logits)
-        self.masked_head, self.decoder_only = _heads(type(model))  # type: ignore[arg-type]
-        self.four_d = self.decoder_only or getattr(model.config, "model_type", "") == "Dream"
-        self.accepts = forward_arguments(type(model))  # type: ignore[arg-type]
-        self.dtype = model.dtype if self.four_d else torch.float32
-        self.first = 0 if self.four_d or "position_ids" not in self.accepts else _first_position(model)  # number of a row's first position
-
-    def arguments(
-        self,
-        valid: torch.Tensor | None,  # columns that exist, [batch, length], bool; None when all do
-        columns: torch.Tensor,  # columns that are fed, [n]
-        like: torch.Tensor,  # whole canvas, [batch, length]
-    ) -> dict[str, Any]:
-        "Mask and positions in the form that the model wants."
-        exists = torch.ones_like(like[:1], dtype=torch.bool) if valid is None else valid
-        found: dict[str, Any] = {}
-        if self.four_d:
-            found["attention_mask"] = both_ways(exists, len(columns), self.dtype).expand(len(like), -1, -1, -1)
-        elif valid is not None or self.masked_head:  # some heads take a padding token that stands in a whole text for padding
-            found["attention_mask"] = exists.expand(len(like), -1).long()
-        if "position_ids" in self.accepts and (self.four_d or self.first or valid is not None):
-            places = (exists.long().cumsum(-1) - 1).clamp_min(0)[:, columns] + self.first
-            found["position_ids"] = places.expand(len(like), -1)
-        return found
-
-    def align(
-        self,
-        logits: torch.Tensor,  # what the model returned, [batch, length, vocab]
-    ) -> torch.Tensor:
-        "Logits in float32, each about its own place, the mask excluded; [batch, length, vocab]."
-        if self.shift:
-            logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
-        logits = logits.to(torch.float32, copy=True)
-        logits[..., self.mask_id] = -torch.inf
-        return logits
-
-    def raw(
-        self,
-        ids: torch.Tensor,  # texts with holes, [batch, length]
-        valid: torch.Tensor | None = None,  # columns that exist, [batch, length], bool; None when all do
-    ) -> torch.Tensor:
-        "The model's own logits of every place, [batch, length, vocab]."
-        arguments = self.arguments(valid, torch.arange(ids.shape[1], device=ids.device), ids)
-        return self.model(input_ids=ids, return_dict=True, **arguments).logits
-
-    def __call__(
-        self,
-        ids: torch.Tensor,  # texts with holes, [batch, length]
-        attention_mask: torch.Tensor | None = None,  # 0 on padding, [batch, length]
-    ) -> torch.Tensor:
-        "Logits of every place."
-        return self.align(self.raw(ids, None if attention_mask is None else attention_mask.bool()))
-
-# %% ../../nbs/diffusion/canvas.ipynb #a7c40b96
-_BIDIRECTIONAL = ("llada", "Dream")  # model types whose own code looks both ways
-_HOLDS: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()  # decoder-only model -> what has been tried on it and holds
-
-
-def looks_both_ways(
-    model: Any,  # any language model
-) -> bool:
-    "Whether class or config says that every position of the model sees every other."
-    config, causal = model.config, getattr(model.config, "is_causal", None)
-    if causal is not None:
-        return not causal
-    if hasattr(config, "shift_logits") or getattr(config, "model_type", "") in _BIDIRECTIONAL:
-        return True
-    return _heads(type(model))[0] and not getattr(config, "is_decoder", False) and not getattr(config, "causal", False)  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def sees_ahead(
-    denoiser: Denoiser,  # a model
-) -> bool:
-    "Whether a change of the last of four tokens reaches every position before it."
-    size = embedding_size(denoiser.model)
-    ids = torch.arange(4, device=denoiser.model.device)[None] % size
-    one, other = (denoiser.raw(x) for x in (ids, torch.where(ids == ids[0, -1], (ids + 1) % size, ids)))
-    noise = 16 * torch.finfo(one.dtype).eps * one.abs().max()
-    return bool((~((one - other).abs().amax(-1)[0, :-1] <= noise)).all())  # NaN passes: the call itself will say so
-
-
-@torch.no_grad()
-def ignores_padding(
-    denoiser: Denoiser,  # a model
-    ids: torch.Tensor,  # texts with holes, left-padded, [batch, length]
-    exists: torch.Tensor,  # columns that are no padding, [batch, length], bool
-) -> bool:
-    "Whether the row with the most padding gets at its masked positions the probabilities that it gets alone."
-    row = exists.sum(-1).argmin()
-    here, text = exists[row], ids[row][None]
-    with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []):
-        alone, padded = denoiser(text[:, here]), denoiser(text, here[None])[:, here]
-    asked = text[:, here] == denoiser.mask_id
-    gap = (alone[asked].softmax(-1) - padded[asked].softmax(-1)).abs().max()
-    exact = denoiser.model.dtype.itemsize >= 4 and not torch.is_autocast_enabled(ids.device.type)
-    return not float(gap) >= (3e-4 if exact else 0.25)  # half precision rounds logits to an eighth and more
-
-
-def check_model(
-    denoiser: Denoiser,  # the model
-    ids: torch.Tensor,  # texts with holes, left-padded, [batch, length]
-    exists: torch.Tensor | None = None,  # columns that are no padding, [batch, length], bool; None when all are
-    bidirectional: bool = False,  # the user's word that the model looks both ways
-) -> None:
-    "Raise `ValueError` when the model would be read wrongly: it looks only to the left, or padding changes what it says."
-    model, name = denoiser.model, type(denoiser.model).__name__
-    if not (bidirectional or looks_both_ways(model)):
-        raise ValueError(
-            f"{name} is not known to look both ways, and a causal model cannot fill masked positions: "
-            "use a masked language model; if this is one, set bidirectional=True on the decoder"
-        )
-    holds = _HOLDS.setdefault(model, set()) if denoiser.decoder_only else set()
-    if (denoiser.decoder_only or bidirectional) and "sees ahead" not in holds:
-        try:
-            ahead = sees_ahead(denoiser)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise ValueError(f"{name} cannot be shown all positions at once: use a model that looks both ways") from error
-        if not ahead:
-            raise ValueError(f"{name} looks only to the left, whatever mask it is given: use a model that looks both ways")
-        holds.add("sees ahead")
-    limit = context_length(model)
-    if denoiser.first and limit is not None and ids.shape[1] > limit - denoiser.first:
-        raise ValueError(
-            f"a text of {ids.shape[1]} tokens exceeds the {limit - denoiser.first} positions of {name}: shorten the prompt or set a smaller max_new_tokens"
-        )
-    if exists is not None and "ignores padding" not in holds and getattr(model.config, "model_type", "") not in _BIDIRECTIONAL:
-        if not ignores_padding(denoiser, ids, exists):
-            raise ValueError(f"{name} answers differently when a row is padded: decode prompts of one length together, or one at a time")
-        holds.add("ignores padding")
+__all__ = ['CACHES', 'Block', 'Canvas']
 
 # %% ../../nbs/diffusion/canvas.ipynb #8274b126
 CACHES = ("none", "prefix", "dual")
@@ -221,34 +27,37 @@ CACHES = ("none", "prefix", "dual")
 
 @dataclass
 class Block:
-    "The part of the canvas that is being decoded, and the rows that still have holes there."
+    "The part of the canvas that is being decoded, and the rows that still have masked positions there."
 
     start: int  # first column
     stop: int  # column after the last
     rows: torch.Tensor  # rows of the batch, [n]
-    fresh: bool = True  # no pass yet: the next one feeds everything
+    masked: torch.Tensor  # masked positions of these rows, [n, block], bool
+    initial_count: torch.Tensor  # m, masked positions that each row had when the block was opened, [n]
+    index: int = 0  # i, denoising steps so far
+    fresh: bool = True  # no forward pass yet: the next one feeds everything
 
 
 class Canvas:
-    "A batch of half-finished texts: prompt, then holes; asks the model about one block at a time and keeps the bill."
+    "A batch of half-finished texts, prompt and masked positions: asks the model about one block at a time, and logs what is unmasked."
 
     def __init__(
         self,
         denoiser: Denoiser,  # the model
         prompt: torch.Tensor,  # prompts, left-padded, [batch, length]
-        room: int,  # holes behind the prompt
+        new_tokens: int,  # masked positions behind the prompt
         attention_mask: torch.Tensor | None = None,  # 0 on padding, [batch, length]
         cache: str = "none",  # one of `CACHES`
         cfg_scale: float = 0.0,  # weight w of guidance; 0 is none
-        stats: DecodeStats | None = None,  # the bill to write to
+        stats: DecodeStats | None = None,  # where forward passes are counted
         compiled: bool = False,  # run the forwards as compiled code
         **extra: Any,  # further forward arguments
     ):
         if (cache != "none" or compiled) and not denoiser.decoder_only:
             what = "compile=True" if compiled else f"cache={cache!r}"
             raise ValueError(f"{what} needs a decoder-only model of transformers, not {type(denoiser.model).__name__}: leave it out")
-        holes = torch.full((len(prompt), room), denoiser.mask_id, device=prompt.device)
-        self.ids = torch.cat([prompt, holes], dim=1)  # [batch, length], the only copy of the text
+        empty = torch.full((len(prompt), new_tokens), denoiser.mask_id, device=prompt.device)
+        self.ids = torch.cat([prompt, empty], dim=1)  # [batch, length], the only copy of the text
         self.denoiser, self.prompt, self.cache, self.cfg_scale = denoiser, prompt.shape[1], cache, cfg_scale
         self.stats, self.compiled, self.extra = stats or DecodeStats(), compiled, extra
         padded = attention_mask is not None and not bool(attention_mask.all())
@@ -258,15 +67,25 @@ class Canvas:
         self.whole = not padded  # every column exists in every row
         self.reach = self.length  # columns behind it have been cut off in every row of the block: they are not fed
         self.trimmed = False
-        self.block = Block(0, 0, torch.empty(0, dtype=torch.long))
+        # the unmasking log
+        self.steps_taken = torch.zeros(len(prompt), dtype=torch.long, device=prompt.device)  # denoising steps of each row
+        self.unmasked_at = torch.zeros_like(self.ids)  # denoising step of the row, from 0, that wrote each token
+        self.confidence: torch.Tensor | None = (
+            None  # confidence in each token when it was written, [batch, length]; None when not asked for
+        )
+        self.remasked: torch.Tensor | None = None  # how often each position was masked again, [batch, length]; None when none was
+        self._committed = self.steps_taken.clone()  # steps of each row when it last handed tokens to the call
+        self.block: Block
         self.slots: Slots | None = None
         if bool(((self.ids[:, : self.prompt] == denoiser.mask_id) & self.exists[:, : self.prompt]).any()):
-            raise ValueError(f"a prompt holds the mask token {denoiser.mask_id}: it would be taken for a hole; leave it out")
+            raise ValueError(f"a prompt holds the mask token {denoiser.mask_id}: it would be taken for a masked position; leave it out")
 
     @property
     def length(self) -> int:
         "Columns of the canvas."
         return self.ids.shape[1]
+
+    # the block
 
     def open(
         self,
@@ -274,16 +93,37 @@ class Canvas:
         stop: int,  # column after its last
         rows: torch.Tensor,  # rows that take part, [n]
     ) -> None:
-        "Turn to a block; the next pass feeds everything and so renews the cache."
-        self.block, self.slots = Block(start, stop, rows), None
+        "Turn to a block; the next forward pass feeds everything and so renews the cache."
+        masked = self.masked(rows, start, stop)
+        self.block, self.slots = Block(start, stop, rows, masked, masked.sum(-1)), None
         self._look()
 
-    def rest(
+    def masked(
+        self,
+        rows: torch.Tensor,  # rows of the batch, [n]
+        start: int,  # first column
+        stop: int,  # column after the last
+    ) -> torch.Tensor:
+        "Where a part of the canvas is masked, [n, columns], bool; what has been cut off is not."
+        masked = self.ids[rows, start:stop] == self.denoiser.mask_id
+        return masked if self.whole else masked & self.exists[rows, start:stop]
+
+    def complete(
+        self,
+        eos_ids: torch.Tensor,  # ids that end a text
+    ) -> torch.Tensor:
+        "Rows of the block that hold an EOS token with nothing masked before it, [n], bool."
+        block = self.block
+        eos = torch.isin(self.ids[block.rows, block.start : block.stop], eos_ids)
+        return (eos & (block.masked.cumsum(-1) == 0)).any(-1)
+
+    def keep_rows(
         self,
         keep: torch.Tensor,  # which of the block's rows go on, [n], bool
     ) -> None:
         "Leave out the rows whose block is finished: they cost nothing until the next block."
-        self.block.rows = self.block.rows[keep]
+        block = self.block
+        block.rows, block.masked, block.initial_count = block.rows[keep], block.masked[keep], block.initial_count[keep]
         if self.slots is not None:
             both = torch.cat([keep, keep]) if self.cfg_scale else keep
             self.slots.select(both.nonzero()[:, 0])
@@ -291,12 +131,13 @@ class Canvas:
 
     def cut(
         self,
-        ends: torch.Tensor,  # number of columns that go on to exist in each of the block's rows, [n]
+        kept: torch.Tensor,  # number of columns that go on to exist in each of the block's rows, [n]
     ) -> None:
         "Cut the text of each row behind a column: nobody sees the rest any more, and what no row has is not fed."
-        columns = torch.arange(self.length, device=self.ids.device)
-        self.exists[self.block.rows] &= columns < ends[:, None]
+        block, columns = self.block, torch.arange(self.length, device=self.ids.device)
+        self.exists[block.rows] &= columns < kept[:, None]
         self.whole, self.trimmed = False, True
+        block.masked = block.masked & self.exists[block.rows, block.start : block.stop]
         self._look()
 
     def _look(self) -> None:
@@ -304,20 +145,91 @@ class Canvas:
         if self.trimmed and len(self.block.rows):
             self.reach = int(self.exists[self.block.rows].any(0).nonzero().max()) + 1
 
+    # writing and masking again
+
+    def write(
+        self,
+        tokens: torch.Tensor,  # a token for each position of the block, [n, block]
+        chosen: torch.Tensor,  # positions that are written, [n, block], bool
+        confidence: torch.Tensor | None = None,  # of the tokens, [n, block]; logged when given
+    ) -> None:
+        "Unmask the chosen positions of the block, and log it."
+        self._put(self.ids, chosen, tokens)
+        self._put(self.unmasked_at, chosen, self.steps_taken[self.block.rows][:, None])
+        if confidence is not None:
+            if self.confidence is None:
+                self.confidence = torch.zeros_like(self.ids, dtype=confidence.dtype)
+            self._put(self.confidence, chosen, confidence)
+        self.block.masked = self.masked(self.block.rows, self.block.start, self.block.stop)
+
+    def remask(
+        self,
+        again: torch.Tensor,  # positions of the block that are masked again, [n, block], bool; what is masked or cut off is ignored
+    ) -> None:
+        "Mask visible positions of the block again, and count it; when and how surely they were written is forgotten once they are rewritten."
+        block = self.block
+        if again.dtype != torch.bool or again.shape != block.masked.shape:
+            raise ValueError(
+                f"remask must return a bool for each of {list(block.masked.shape)} positions, got {again.dtype} {list(again.shape)}"
+            )
+        again = again & ~block.masked & self.exists[block.rows, block.start : block.stop]
+        self.remasked = torch.zeros_like(self.ids) if self.remasked is None else self.remasked
+        self.remasked[block.rows, block.start : block.stop] += again
+        self._put(self.ids, again, torch.full_like(block.initial_count, self.denoiser.mask_id)[:, None])
+        block.masked = block.masked | again
+
+    def _put(self, table: torch.Tensor, where: torch.Tensor, values: torch.Tensor) -> None:
+        # no list of positions: to make one the host would wait for the device
+        rows, columns = self.block.rows, slice(self.block.start, self.block.stop)
+        table[rows, columns] = torch.where(where, values, table[rows, columns])
+
+    def end_step(self) -> None:
+        "Count a denoising step of the block's rows."
+        self.steps_taken[self.block.rows] += 1
+        self.block.index += 1
+
+    def commit(
+        self,
+        call: Call,  # whose running rows get the tokens
+        start: int,  # first column
+        stop: int,  # column after the last
+    ) -> None:
+        "Hand the tokens of some columns to the call, row by row, with their log; rows that have ended leave it."
+        rows, columns = call.rows, (start - self.prompt, min(stop, self.length) - self.prompt)
+        counts = self.exists[rows, start:stop].sum(-1).tolist()  # columns that exist in each row
+        cut = (~self.exists[rows, start : stop + 1]).any(-1).tolist()  # in the columns or right behind them: only EOS would follow
+        log = {"step": self.unmasked_at, "confidence": self.confidence, "remasked": self.remasked}
+        lists = {name: table[rows, start:stop].tolist() for name, table in log.items() if table is not None}
+        ids, steps, before = self.ids[rows, start:stop].tolist(), self.steps_taken[rows].tolist(), self._committed[rows].tolist()
+        new, order, info = [], [], []
+        for i, count in enumerate(counts):
+            tokens, facts = ids[i][:count], {name: values[i][:count] for name, values in lists.items()}
+            if cut[i] and (not tokens or tokens[-1] not in call.eos):
+                tokens = [*tokens, *call.eos[:1]]
+                implied = {"step": max(steps[i] - 1, 0), "confidence": 1.0, "remasked": 0}
+                facts = {name: [*values, implied[name]] for name, values in facts.items()}
+            new.append(tokens)
+            order.append(([at - before[i] for at in facts["step"]], steps[i] - before[i]))
+            info.append({**facts, "block": columns})
+        call.commit(new, [["filled"] * len(tokens) for tokens in new], info if call.trace is not None else None, order)
+        self._committed[rows] = self.steps_taken[rows]
+
+    # the model
+
     def logits(
         self,
         beyond: bool = False,  # answer for all columns behind the block, too
     ) -> torch.Tensor:
-        "One pass: aligned logits of the block [rows, block, vocab]; or also of what follows, as far as the pass computes it."
+        "One forward pass: aligned logits of the block [rows, block, vocab]; or also of what follows, as far as it is computed."
         start, stop, shift = self.block.start, self.block.stop, int(self.denoiser.shift)
         last = min(stop, self.reach) if self.cache == "dual" and not self.block.fresh else self.reach
-        whole = self.length if self.compiled else last  # one shape for all passes, where shapes are dear
+        whole = self.length if self.compiled else last  # one shape for all steps, where shapes are expensive
         until = max(stop, whole) if beyond and last > stop else stop
         first = 0 if self.block.fresh or self.cache == "none" else min(max(start - shift, 0), last - 1)
         asked = torch.arange(
             start - shift - first, until - shift - first, device=self.ids.device
-        )  # of what is fed: outputs about the places
-        logits = self._forward(first, last, asked.clamp_(0, last - first - 1))  # places that are cut off get any
+        )  # of what is fed: outputs about the positions
+        logits = self._forward(first, last, asked.clamp_(0, last - first - 1))  # positions that are cut off get any
         self.block.fresh = False
         logits = logits.to(torch.float32, copy=self.compiled)  # the model's own answer, which nobody else holds, may be written to
         logits[..., self.denoiser.mask_id] = -torch.inf

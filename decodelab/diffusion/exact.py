@@ -13,11 +13,12 @@ from itertools import combinations, product
 
 import torch
 
-from .ideal import UNKNOWN, Law
+from .ideal import UNKNOWN, Distribution
 from .step import ORDERS
 
 # %% auto #0
-__all__ = ['Schedule', 'ONE_BY_ONE', 'Count', 'check_schedule', 'schedule_law', 'one_by_one_law', 'greedy_law']
+__all__ = ['Schedule', 'ONE_BY_ONE', 'Count', 'check_schedule', 'schedule_distribution', 'one_by_one_distribution',
+           'greedy_distribution']
 
 # %% ../../nbs/diffusion/exact.ipynb #88d93a0c
 Schedule = Sequence[Sequence[int]]  # sets of positions that are committed together, in order
@@ -32,8 +33,8 @@ def check_schedule(
         raise ValueError(f"a schedule must hold each of the {length} positions once and no empty set, got {[list(s) for s in schedule]}")
 
 
-def schedule_law(
-    law: Law,  # the data
+def schedule_distribution(
+    law: Distribution,  # the data
     schedule: Schedule,  # sets of positions that are committed together, in order
     temperature: float = 1.0,  # of the draws, above 0
 ) -> torch.Tensor:
@@ -84,8 +85,8 @@ def _gauss(n: int) -> tuple[list[float], torch.Tensor]:
     return ((nodes + 1) / 2).tolist(), torch.from_numpy(weights / 2)
 
 
-def one_by_one_law(
-    law: Law,  # the data
+def one_by_one_distribution(
+    law: Distribution,  # the data
     order: str = "random",  # one of `ONE_BY_ONE`: how the next position is chosen
 ) -> torch.Tensor:
     "Probability of each string of the support when one token a pass is drawn from exact marginals, [strings]."
@@ -111,8 +112,8 @@ def one_by_one_law(
 Count = Callable[[list[float]], int]  # confidences of the masked positions, highest first -> how many to commit
 
 
-def greedy_law(
-    law: Law,  # the data
+def greedy_distribution(
+    law: Distribution,  # the data
     count: Count,  # how many of the surest positions to commit
     order: str = "confidence",  # which ones: "confidence" (the surest) or "random" (any)
 ) -> tuple[torch.Tensor, float]:

@@ -142,11 +142,12 @@ class Dream(Unmasker):
 
     def select(self, step: Step) -> torch.Tensor:
         # tau_i = 1 - i (1 - eps) / S; a hole stays with probability tau_{i+1} / tau_i
-        now, then = (1 - (step.passes.double() + k) * (1 - self.eps) / step.steps for k in (0, 1))
-        share = torch.where(step.passes < step.steps - 1, 1 - then / now, 1.0)
+        i, s = step.block.index, step.plan.block_steps
+        now, then = (1 - (i + k) * (1 - self.eps) / s for k in (0, 1))
+        share = 1 - then / now if i < s - 1 else 1.0
         if self.alg == "origin":
-            return torch.rand(step.masked.shape, dtype=torch.float64, device=step.masked.device) < share[:, None]
-        count = torch.where(share < 1, (step.left * share + 1e-9).long(), step.left)
+            return torch.rand(step.masked.shape, dtype=torch.float64, device=step.masked.device) < share
+        count = (step.masked_count.double() * share + 1e-9).long() if share < 1 else step.masked_count
         score = order_score(step, DREAM_ALGORITHMS[self.alg])
         if self.alg_temp:  # without replacement from softmax(score / alg_temp), by the Gumbel trick
             noise = -torch.empty_like(score).exponential_().clamp_min(1e-20).log()

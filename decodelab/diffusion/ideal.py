@@ -1,4 +1,4 @@
-"""A masked language model that makes no mistakes: the exact marginals of a law that can be written down, behind the interface of a Hugging Face model, so that every decoder of the family runs on it.
+"""A masked language model that makes no mistakes: the exact marginals of a distribution that can be written down, behind the interface of a Hugging Face model, so that every decoder of the family runs on it.
 
 Docs: https://decodelab.github.io/decodelab/diffusion/ideal.html.md"""
 
@@ -17,11 +17,8 @@ import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from ..lab.tasks.text import LIST_PROMPTS, list_answers
-
 # %% auto #0
-__all__ = ['UNKNOWN', 'LIST_OPERATIONS', 'TIE_NOISE', 'distinct_rows', 'Law', 'list_law', 'coins', 'latin_squares',
-           'IdealDenoiser', 'ListWorld']
+__all__ = ['UNKNOWN', 'TIE_NOISE', 'distinct_rows', 'Distribution', 'coins', 'latin_squares', 'IdealDenoiser']
 
 # %% ../../nbs/diffusion/ideal.ipynb #dcfee54b
 UNKNOWN = -1  # stands for a position that is not visible
@@ -41,15 +38,17 @@ def distinct_rows(
 
 
 @dataclass(frozen=True, eq=False)
-class Law:
-    "A law over strings of one length, given by its support."
+class Distribution:
+    "A distribution over strings of one length, given by its support."
 
     strings: torch.Tensor  # token ids, one string a row, all different, [strings, m]
     p: torch.Tensor  # their probabilities, [strings]
 
     def __post_init__(self) -> None:
         if self.strings.ndim != 2 or 0 in self.strings.shape or self.p.shape != self.strings.shape[:1]:
-            raise ValueError(f"a law needs strings [n, m] and probabilities [n], got {list(self.strings.shape)} and {list(self.p.shape)}")
+            raise ValueError(
+                f"a distribution needs strings [n, m] and probabilities [n], got {list(self.strings.shape)} and {list(self.p.shape)}"
+            )
         if bool((self.p < 0).any()) or abs(float(self.p.double().sum()) - 1) > 1e-6:
             raise ValueError(f"probabilities must be at least 0 and sum to 1, their sum is {float(self.p.double().sum()):.6g}")
         if bool((self.strings < 0).any()) or len(self.strings.unique(dim=0)) < len(self.strings):
@@ -60,7 +59,7 @@ class Law:
     def uniform(
         cls,
         strings: Any,  # token ids [strings, m], as a tensor or nested lists
-    ) -> Law:
+    ) -> Distribution:
         "Every string with the same probability."
         strings = torch.as_tensor(strings)
         return cls(strings, torch.full((len(strings),), 1 / max(len(strings), 1), dtype=torch.double))
@@ -99,7 +98,7 @@ class Law:
         self,
         visible: torch.Tensor,  # tokens, `UNKNOWN` where there is none yet, [rows, m]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        "Laws of all positions given what is visible [rows, m, A], over the alphabet; and the probability of what is visible [rows]."
+        "Distributions of all positions given what is visible [rows, m, A], over the alphabet; and the probability of what is visible [rows]."
         shown, back = distinct_rows(visible)  # early on, many rows show the same
         table = self.holds.flatten(1)
         weights = (self.agreeing(part) for part in shown.split(max(1, _CELLS // len(self.strings))))
@@ -111,42 +110,19 @@ class Law:
         return p[back], mass[back]
 
 # %% ../../nbs/diffusion/ideal.ipynb #38e3e995
-LIST_OPERATIONS = tuple(LIST_PROMPTS)  # copy, reverse, sort, shuffle, and insert, remove, replace at an index or anywhere
-
-
-def list_law(
-    operation: str,  # one of `LIST_OPERATIONS`
-    items: Sequence[int] | int,  # the list's token ids, or n for the list 0, 1, ..., n - 1
-    word: int | None = None,  # token that is inserted or replaces an entry; the largest item plus 1 when None
-    index: int = 0,  # place, for operations at an index, counted from 0
-) -> Law:
-    "The uniform law over the right answers of a list operation."
-    items = list(range(items)) if isinstance(items, int) else list(items)
-    if operation not in LIST_OPERATIONS:
-        raise ValueError(f"unknown list operation {operation!r}; known: {', '.join(LIST_OPERATIONS)}")
-    if len(items) < 2 or (operation == "shuffle" and len(items) > 8):
-        raise ValueError(f"{operation} needs at least 2 items, and a shuffle at most 8 (8! = 40320 answers); got {len(items)}")
-    if not 0 <= index < len(items) + (operation == "insert_index"):
-        raise ValueError(f"index {index} is outside the list of {len(items)}")
-    word = max(items) + 1 if word is None else word
-    # characters stand for token ids: they sort in the same way
-    answers = list_answers(operation, [chr(i) for i in items], chr(word), index)
-    return Law.uniform([[ord(c) for c in answer] for answer in answers])
-
-
 def coins(
     heads: Sequence[float],  # probability that each coin shows 1
-) -> Law:
+) -> Distribution:
     "Independent coins that show 0 or 1."
     strings = torch.tensor(list(product((0, 1), repeat=len(heads))))
     bias = torch.tensor(heads, dtype=torch.double)
-    return Law(strings, torch.where(strings == 1, bias, 1 - bias).prod(1))
+    return Distribution(strings, torch.where(strings == 1, bias, 1 - bias).prod(1))
 
 
 @lru_cache(maxsize=4)
 def latin_squares(
     n: int = 4,  # rows, columns and symbols (at most 4: there are 576 squares of this size, 161280 of the next)
-) -> Law:
+) -> Distribution:
     "All squares whose rows and columns hold every symbol 0, ..., n - 1 once, row by row, with the same probability."
     if not 1 <= n <= 4:
         raise ValueError(f"only squares of 1 to 4 rows are enumerated, got {n}")
@@ -154,7 +130,7 @@ def latin_squares(
     squares: list[tuple[int, ...]] = [()]
     for r in range(n):
         squares = [s + row for s in squares for row in rows if all(row[c] != s[i * n + c] for i in range(r) for c in range(n))]
-    return Law.uniform(squares)
+    return Distribution.uniform(squares)
 
 # %% ../../nbs/diffusion/ideal.ipynb #bafa7209
 TIE_NOISE = 1e-4  # largest share by which ties="random" lowers a probability
@@ -167,20 +143,21 @@ class IdealDenoiser(PreTrainedModel, GenerationMixin):
 
     def __init__(
         self,
-        law: Law | Callable[[tuple[int, ...]], Law],  # law of the answer, or a function from the prompt's tokens (no separator) to it
-        vocab_size: int | None = None,  # with one law, two more than its largest token when None
+        distribution: Distribution
+        | Callable[[tuple[int, ...]], Distribution],  # of the answer, or a function from the prompt's tokens (no separator) to it
+        vocab_size: int | None = None,  # with one distribution, two more than its largest token when None
         mask_token_id: int | None = None,  # the last but one of the vocabulary when None
         separator: int | None = None,  # token that ends the prompt; the last of the vocabulary when None
-        eos_token_id: int | None = None,  # token of all places behind the answer; when None the canvas must not have any
+        eos_token_id: int | None = None,  # token of all positions behind the answer; when None the canvas must not have any
         pad_token_id: int | None = None,  # token of left padding
-        ties: str = "first",  # "first" (equal probabilities stay equal) or "random" (a fair draw for every position and pass)
+        ties: str = "first",  # "first" (equal probabilities stay equal) or "random" (a fair draw for every position and step)
         max_position_embeddings: int = 1024,  # longest canvas
     ):
-        if vocab_size is None and not isinstance(law, Law):
-            raise ValueError("a law that depends on the prompt needs vocab_size: say how many tokens there are")
+        if vocab_size is None and not isinstance(distribution, Distribution):
+            raise ValueError("a distribution that depends on the prompt needs vocab_size: say how many tokens there are")
         if ties not in ("first", "random"):
             raise ValueError(f"ties must be 'first' or 'random', got {ties!r}")
-        size = vocab_size if vocab_size is not None else int(law.strings.max()) + 3  # type: ignore[union-attr]
+        size = vocab_size if vocab_size is not None else int(distribution.strings.max()) + 3  # type: ignore[union-attr]
         mask = size - 2 if mask_token_id is None else mask_token_id
         settings: dict[str, Any] = {"vocab_size": size, "num_hidden_layers": 0, "max_position_embeddings": max_position_embeddings}
         settings |= {
@@ -192,7 +169,9 @@ class IdealDenoiser(PreTrainedModel, GenerationMixin):
         }
         super().__init__(PreTrainedConfig(**settings))
         self.separator, self.ties = size - 1 if separator is None else separator, ties
-        self.law_of = lru_cache(maxsize=64)(law) if not isinstance(law, Law) else lambda prompt: law
+        self.distribution_of = (
+            lru_cache(maxsize=64)(distribution) if not isinstance(distribution, Distribution) else lambda prompt: distribution
+        )
         self.embed = torch.nn.Embedding.from_pretrained(torch.zeros(size, 1))  # tells size and device; nothing is computed with it
 
     def get_input_embeddings(self) -> torch.nn.Embedding:
@@ -204,8 +183,8 @@ class IdealDenoiser(PreTrainedModel, GenerationMixin):
         "The shortest prompt, a lone separator, [1, 1]."
         return torch.full((1, 1), self.separator, device=self.device)
 
-    def _groups(self, ids: torch.Tensor, exists: torch.Tensor) -> Iterator[tuple[torch.Tensor, int, Law, torch.Tensor]]:
-        # rows with the same prompt: their indices, the answer's first column, its law, and what they show of it [rows, columns]
+    def _groups(self, ids: torch.Tensor, exists: torch.Tensor) -> Iterator[tuple[torch.Tensor, int, Distribution, torch.Tensor]]:
+        # rows with the same prompt: their indices, the answer's first column, its distribution, and what they show of it [rows, columns]
         ends = ids == self.separator
         if not bool(ends.any(1).all()):
             raise ValueError(
@@ -219,22 +198,22 @@ class IdealDenoiser(PreTrainedModel, GenerationMixin):
         for i, kind in enumerate(kinds):
             rows = (which == i).nonzero()[:, 0]
             start = int(starts[rows[0]])
-            law = self.law_of(tuple(kind[kind != UNKNOWN][:-1].tolist()))
-            if bool(torch.isin(torch.tensor([self.config.mask_token_id, self.separator]), law.alphabet).any()):
-                raise ValueError("the law writes the mask or the separator: give them ids that no answer holds")
-            yield rows, start, law, shown[rows, start:].cpu()
+            data = self.distribution_of(tuple(kind[kind != UNKNOWN][:-1].tolist()))
+            if bool(torch.isin(torch.tensor([self.config.mask_token_id, self.separator]), data.alphabet).any()):
+                raise ValueError("the distribution writes the mask or the separator: give them ids that no answer holds")
+            yield rows, start, data, shown[rows, start:].cpu()
 
-    def _split(self, law: Law, shown: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # what is visible of the law's string [rows, m], and whether all tokens behind it are ends or padding [rows]
-        tail = shown[:, law.length :]
+    def _split(self, data: Distribution, shown: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # what is visible of the string [rows, m], and whether all tokens behind it are EOS or padding [rows]
+        tail = shown[:, data.length :]
         if tail.shape[1] and self.config.eos_token_id is None:
             raise ValueError(
-                f"the canvas has {shown.shape[1]} places, the answer {law.length}: set max_new_tokens, or give an eos_token_id"
+                f"the canvas has {shown.shape[1]} positions, the answer {data.length}: set max_new_tokens, or give an eos_token_id"
             )
-        missing = max(0, law.length - shown.shape[1])
+        missing = max(0, data.length - shown.shape[1])
         ends = [i for i in (UNKNOWN, self.config.eos_token_id, self.config.pad_token_id) if i is not None]
         ended = torch.isin(tail, torch.tensor(ends))
-        return torch.nn.functional.pad(shown[:, : law.length], (0, missing), value=UNKNOWN), ended.all(1)
+        return torch.nn.functional.pad(shown[:, : data.length], (0, missing), value=UNKNOWN), ended.all(1)
 
     def _exists(self, ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         # which columns are there [rows, columns]; without a mask, everything but padding in front
@@ -249,16 +228,16 @@ class IdealDenoiser(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,  # 0 on padding, [rows, length]
         return_dict: bool = True,  # as in other models; a tuple is not offered
     ) -> MaskedLMOutput:
-        "Logarithms of the exact marginals at every place, [rows, length, vocab]; what is visible is certain."
+        "Logarithms of the exact marginals at every position, [rows, length, vocab]; what is visible is certain."
         exists = self._exists(input_ids, attention_mask)
         p = torch.nn.functional.one_hot(input_ids, self.config.vocab_size).double()
-        for rows, start, law, shown in self._groups(input_ids, exists):
-            visible, _ = self._split(law, shown)
-            width = min(law.length, shown.shape[1])
-            marginals = law.marginals(visible)[0][:, :width].to(p.device)
+        for rows, start, data, shown in self._groups(input_ids, exists):
+            visible, _ = self._split(data, shown)
+            width = min(data.length, shown.shape[1])
+            marginals = data.marginals(visible)[0][:, :width].to(p.device)
             open_ = (shown[:, :width] == UNKNOWN).to(p.device)
             answer = torch.zeros(len(rows), width, self.config.vocab_size, dtype=torch.double, device=p.device)
-            answer[..., law.alphabet.to(p.device)] = marginals
+            answer[..., data.alphabet.to(p.device)] = marginals
             if self.ties == "random":
                 answer = self._broken_ties(answer)
             p[rows, start : start + width] = torch.where(open_[..., None], answer, p[rows, start : start + width])
@@ -279,65 +258,11 @@ class IdealDenoiser(PreTrainedModel, GenerationMixin):
         ids: torch.Tensor,  # canvases, finished or not, [rows, length]
         attention_mask: torch.Tensor | None = None,  # 0 on padding, [rows, length] or only on the prompts
     ) -> torch.Tensor:
-        "Whether some string of the law agrees with what each row shows, [rows]; for a finished answer: whether it is right."
+        "Whether some string of the distribution agrees with what each row shows, [rows]; for a finished answer: whether it is right."
         if attention_mask is not None and attention_mask.shape[1] < ids.shape[1]:
             attention_mask = torch.nn.functional.pad(attention_mask, (0, ids.shape[1] - attention_mask.shape[1]), value=1)
         right = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        for rows, _, law, shown in self._groups(ids, self._exists(ids, attention_mask)):
-            visible, ended = self._split(law, shown)
-            right[rows] = ((law.marginals(visible)[1] > 0) & ended).to(ids.device)
+        for rows, _, data, shown in self._groups(ids, self._exists(ids, attention_mask)):
+            visible, ended = self._split(data, shown)
+            right[rows] = ((data.marginals(visible)[1] > 0) & ended).to(ids.device)
         return right
-
-# %% ../../nbs/diffusion/ideal.ipynb #596d75d0
-class ListWorld:
-    "Prompts, laws and a tokenizer for the ten list operations, one letter an entry."
-
-    def __init__(self) -> None:
-        letters = [chr(ord("A") + i) for i in range(26)]
-        self.words = ["<pad>", "<eos>", "<mask>", "=", *LIST_OPERATIONS, *(f"#{i}" for i in range(9)), *letters]
-        self.ids = {word: i for i, word in enumerate(self.words)}
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        "A Hugging Face tokenizer: words with spaces between them."
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-
-        tokenizer = Tokenizer(models.WordLevel(self.ids))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        special = {"pad_token": "<pad>", "eos_token": "<eos>", "mask_token": "<mask>", "padding_side": "left"}
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-    def prompt(
-        self,
-        operation: str,  # one of `LIST_OPERATIONS`
-        items: str | Sequence[str],  # the list, letters A to Z
-        word: str = "Z",  # letter that is inserted or replaces an entry
-        index: int = 0,  # place, for operations at an index (0 to 8)
-    ) -> str:
-        "The prompt of an exercise, separator included."
-        verb, _, where = operation.partition("_")
-        parts = [operation, f"#{index}" if where == "index" else "", word if verb in ("insert", "replace") else "", *items, "="]
-        strange = [part for part in parts if part and part not in self.ids]
-        if strange:
-            raise ValueError(f"{strange[0]!r} is no word of this world: use operations {', '.join(LIST_OPERATIONS)} and letters A to Z")
-        return " ".join(filter(None, parts))
-
-    def law(
-        self,
-        prompt: tuple[int, ...],  # token ids of a prompt without its separator
-    ) -> Law:
-        "The law of the right answers to a prompt."
-        operation, *rest = [self.words[i] for i in prompt]
-        verb, _, where = operation.partition("_")
-        index = int(rest.pop(0)[1:]) if where == "index" else 0
-        word = self.ids[rest.pop(0)] if verb in ("insert", "replace") else None
-        return list_law(operation, [self.ids[letter] for letter in rest], word, index)
-
-    def denoiser(
-        self,
-        ties: str = "random",  # as in `IdealDenoiser`
-    ) -> IdealDenoiser:
-        "An ideal denoiser for all prompts of this world."
-        special = {"mask_token_id": self.ids["<mask>"], "separator": self.ids["="], "eos_token_id": self.ids["<eos>"]}
-        return IdealDenoiser(self.law, len(self.words), pad_token_id=self.ids["<pad>"], ties=ties, **special)

@@ -1,4 +1,4 @@
-"""Which holes, how many, which token: the three questions that every diffusion decoder answers, and the object in which a pass puts them.
+"""Which positions, how many, which token: the three questions that every diffusion decoder answers, and the object in which a denoising step puts them.
 
 Docs: https://decodelab.github.io/decodelab/diffusion/step.html.md"""
 
@@ -14,106 +14,148 @@ from typing import Any
 import torch
 
 from ..core.warp import confidence, probabilities
-from .canvas import Canvas
+from .canvas import Block, Canvas
 
 # %% auto #0
-__all__ = ['SCORES', 'ORDERS', 'schedule', 'top', 'Step', 'without_best', 'law_score', 'order_score']
+__all__ = ['SCORES', 'ORDERS', 'schedule', 'top', 'Plan', 'Step', 'without_best', 'confidence_score', 'order_score']
 
 # %% ../../nbs/diffusion/step.ipynb #c3244415
 def schedule(
-    masks: torch.Tensor,  # m, holes of each row's block, [rows]
-    steps: int,  # s, passes the block may take (positive)
-    index: torch.Tensor,  # i, number of the pass in each row, from 0, [rows]
+    count: torch.Tensor,  # m, masked positions of each row's block when it was opened, [rows]
+    steps: int,  # s, denoising steps the block may take (positive)
+    index: int,  # i, number of the step, from 0
 ) -> torch.Tensor:
-    "LLaDA's static schedule k_i = floor(m/s) + [i < m mod s], without the empty passes at its end; [rows]."
-    s = masks.clamp(1, steps)
-    return torch.where(index < s, masks // s + (index < masks % s), 0)
+    "LLaDA's static schedule k_i = floor(m/s) + [i < m mod s], without the empty steps at its end; [rows]."
+    s = count.clamp(1, steps)
+    return torch.where(index < s, count // s + (index < count % s), 0)
 
 # %% ../../nbs/diffusion/step.ipynb #4a141bf7
 def top(
-    score: torch.Tensor,  # score of each place, -inf where nothing may be committed, [rows, block]
-    count: torch.Tensor,  # how many places of each row, [rows]
+    score: torch.Tensor,  # score of each position, -inf where nothing may be filled, [rows, block]
+    count: torch.Tensor | int,  # how many positions of each row, [rows]
 ) -> torch.Tensor:
-    "The `count` best places of each row, ties to the left; [rows, block], bool."
+    "The `count` best positions of each row, ties to the left; [rows, block], bool."
+    if isinstance(count, torch.Tensor):
+        count = count[:, None]
     rank = torch.argsort(score, dim=-1, descending=True, stable=True).argsort(-1)
-    return (rank < count[:, None]) & (score > -torch.inf)
+    return (rank < count) & (score > -torch.inf)
 
 # %% ../../nbs/diffusion/step.ipynb #99c1949a
 @dataclass
-class Step:
-    "One pass over the block, as a policy sees it; n rows take part."
+class Plan:
+    "What is the same for all denoising steps of a block."
 
-    canvas: Canvas  # the texts
-    rows: torch.Tensor  # which rows of the batch they are, [n]
-    start: int  # first column of the block
-    stop: int  # column after its last
-    masked: torch.Tensor  # holes, [n, block], bool
+    block_steps: int  # s, steps that are planned for the block
+    text_steps: int  # S, steps that are planned for the whole text
+    eos_ids: torch.Tensor  # ids that end a text
+    do_sample: bool = False  # whether tokens are drawn
+    score_from: str = "raw"  # confidence before ("raw") or after ("sampled") temperature, top-k, ...
+
+
+@dataclass
+class Step:
+    "One denoising step of a block, as a policy sees it; n rows take part."
+
+    canvas: Canvas  # the texts and their unmasking log
+    block: Block  # columns, rows and number of the step: `start`, `stop`, `rows`, `index`
+    masked: torch.Tensor  # masked positions before the step, [n, block], bool
     scores: torch.Tensor  # processed logits without warpers (temperature, top-k, ...), [n, block, vocab]
     warped: torch.Tensor  # the same after the warpers: what is drawn from, [n, block, vocab]
-    basis: torch.Tensor  # one of the two: what confidence is computed from
-    masks: torch.Tensor  # m, holes that each row had when the block was opened, [n]
-    steps: int  # s, passes that the plan gives the block
-    passes: torch.Tensor  # i, number of the pass within the block, from 0, [n]
-    index: torch.Tensor  # number of the pass within the whole text, from 0, [n]
-    planned: int  # S, passes that the plan gives the whole text
-    ends: torch.Tensor  # ids that end a text
-    do_sample: bool = False  # whether tokens are drawn
+    plan: Plan  # what holds for the whole block
     memory: Any = None  # what the policy has kept since the block was opened
-    beyond: Step | None = None  # the places behind the block, for a policy that `looks_beyond`, as far as the pass has computed them
+    beyond: Step | None = None  # the positions behind the block, for a policy that `looks_beyond`, as far as they have been computed
     tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # proposals, [n, block]; set by `propose`
-    raw_confidence: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # their probability, at visible places, too, [n, block]
-
-    @cached_property
-    def p(self) -> torch.Tensor:
-        "The law of each place that confidence is computed from, [n, block, vocab]."
-        return probabilities(self.basis)
-
-    @cached_property
-    def confidence(self) -> torch.Tensor:
-        "Probability of the proposals, -inf where there is no hole, [n, block]."
-        return self.raw_confidence.masked_fill(~self.masked, -torch.inf)
-
-    def parted(
-        self,
-        stop: int,  # a column, at most `self.stop`
-    ) -> Step:
-        "The places before a column, with those from there on as its `beyond`."
-        if stop == self.stop:
-            return self
-        near, far = slice(stop - self.start), slice(stop - self.start, None)
-        parts = [{n: getattr(self, n)[:, here] for n in ("masked", "scores", "warped", "basis")} for here in (near, far)]
-        return replace(self, stop=stop, **parts[0], beyond=replace(self, start=stop, **parts[1]))
 
     @property
-    def quota(self) -> torch.Tensor:
-        "k_i, places that the static schedule commits in this pass, [n]."
-        return schedule(self.masks, self.steps, self.passes)
+    def rows(self) -> torch.Tensor:
+        "Which rows of the batch they are, [n]."
+        return self.block.rows
 
     @property
-    def left(self) -> torch.Tensor:
-        "Holes of each row, [n]."
+    def start(self) -> int:
+        "First column."
+        return self.block.start
+
+    @property
+    def stop(self) -> int:
+        "Column after the last."
+        return self.block.stop
+
+    @property
+    def index(self) -> torch.Tensor:
+        "Number of the step within the whole text of each row, from 0, [n]; `block.index` is the one within the block."
+        return self.canvas.steps_taken[self.rows]
+
+    @property
+    def ids(self) -> torch.Tensor:
+        "Ids of the block as they stand on the canvas now, [n, block]."
+        return self.canvas.ids[self.rows, self.start : self.stop]
+
+    @property
+    def masked_count(self) -> torch.Tensor:
+        "Masked positions of each row, [n]."
         return self.masked.sum(-1)
 
     @property
-    def block(self) -> torch.Tensor:
-        "Ids of the block before this pass commits anything, [n, block]."
-        return self.canvas.ids[self.rows, self.start : self.stop]
+    def written_confidence(self) -> torch.Tensor:
+        "Confidence with which each token of the block was written, [n, block]; for a policy that `remasks`, after its first token."
+        assert self.canvas.confidence is not None
+        return self.canvas.confidence[self.rows, self.start : self.stop]
+
+    @property
+    def quota(self) -> torch.Tensor:
+        "k_i, positions that the static schedule fills in this step, [n]; behind the planned steps one, for what was masked again."
+        if self.block.index >= self.plan.block_steps:
+            return torch.ones_like(self.block.initial_count)
+        return schedule(self.block.initial_count, self.plan.block_steps, self.block.index)
+
+    @property
+    def basis(self) -> torch.Tensor:
+        "The scores that confidence is computed from, [n, block, vocab]."
+        return self.warped if self.plan.score_from == "sampled" else self.scores
+
+    @cached_property
+    def probs(self) -> torch.Tensor:
+        "The distribution at each position, [n, block, vocab]."
+        return probabilities(self.basis)
+
+    @cached_property
+    def raw_confidence(self) -> torch.Tensor:
+        "Probability of the proposals, at visible positions, too, [n, block]; a policy may set its own."
+        return confidence(self.basis, self.tokens)
+
+    @property
+    def confidence(self) -> torch.Tensor:
+        "Probability of the proposals, -inf where nothing is masked, [n, block]."
+        return self.raw_confidence.masked_fill(~self.masked, -torch.inf)
 
     def spread(
         self,
-        values: torch.Tensor,  # a number for each hole, row by row, [holes]
-        rest: float = -torch.inf,  # the number of all other places
+        values: torch.Tensor,  # a number for each masked position, row by row, [masked]
+        elsewhere: float = -torch.inf,  # the number of all other positions
     ) -> torch.Tensor:
-        "Numbers of the holes at their places, [n, block]."
-        return values.new_full(self.masked.shape, rest).masked_scatter_(self.masked, values)
+        "Numbers of the masked positions where they belong, [n, block]."
+        return values.new_full(self.masked.shape, elsewhere).masked_scatter_(self.masked, values)
 
     def best(self) -> torch.Tensor:
-        "The most confident hole of each row, ties to the left, [n, block], bool."
-        return top(self.confidence, torch.ones_like(self.passes))
+        "The most confident masked position of each row, ties to the left, [n, block], bool."
+        return top(self.confidence, 1)
 
-    def proposes_end(self) -> torch.Tensor:
-        "Where an end of sequence is proposed, [n, block], bool."
-        return torch.isin(self.tokens, self.ends)
+    def proposes_eos(self) -> torch.Tensor:
+        "Where an EOS token is proposed, [n, block], bool."
+        return torch.isin(self.tokens, self.plan.eos_ids)
+
+    def split(
+        self,
+        stop: int,  # a column, at most `self.stop`
+    ) -> Step:
+        "The positions before a column, with those from there on as its `beyond`."
+        if stop == self.stop:
+            return self
+        near, far = slice(stop - self.start), slice(stop - self.start, None)
+        parts = [{n: getattr(self, n)[:, here] for n in ("masked", "scores", "warped")} for here in (near, far)]
+        beyond = replace(self, block=replace(self.block, start=stop), **parts[1])
+        return replace(self, block=replace(self.block, stop=stop), beyond=beyond, **parts[0])
 
 # %% ../../nbs/diffusion/step.ipynb #38484a43
 SCORES = ("entropy", "max_prob")
@@ -121,19 +163,19 @@ ORDERS = ("low_confidence", "random", "margin", "entropy", "left_to_right")
 
 
 def without_best(
-    p: torch.Tensor,  # laws, [..., vocab]
+    p: torch.Tensor,  # distributions, [..., vocab]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Each law with 0 for its best token [..., vocab], and what is left: one minus the largest probability with all digits, [...]."
+    "Each distribution with 0 for its best token [..., vocab], and what is left: one minus the largest probability with all digits, [...]."
     others = p.scatter(-1, p.argmax(-1, keepdim=True), 0.0)
     left = others.sum(-1)
     return others, left if left.device.type == "mps" else left.double()
 
 
-def law_score(
-    p: torch.Tensor,  # laws, [..., vocab]
+def confidence_score(
+    p: torch.Tensor,  # distributions, [..., vocab]
     score: str = "entropy",  # one of `SCORES`
 ) -> torch.Tensor:
-    "How sure a law is, higher is surer: minus its entropy in nats (with 1e-10 in the logarithm, as in Dream), or its largest probability, [...]."
+    "How confident a distribution is: minus its entropy in nats (with 1e-10 in the logarithm, as in Dream), or its largest probability, [...]."
     others, left = without_best(p)
     if score == "max_prob":
         return 1 - left
@@ -141,21 +183,21 @@ def law_score(
 
 
 def order_score(
-    step: Step,  # the pass
+    step: Step,  # the denoising step
     remasking: str = "low_confidence",  # one of `ORDERS`
 ) -> torch.Tensor:
-    "Score of each hole, higher is committed first; -inf where there is no hole, [n, block]."
+    "Score of each masked position, higher is filled first; -inf elsewhere, [n, block]."
     if remasking == "random":
         score = torch.rand(step.masked.shape, device=step.masked.device)
     elif remasking == "left_to_right":
         score = -torch.arange(step.masked.shape[1], device=step.masked.device).float().expand_as(step.masked)
-    elif remasking == "entropy":  # at the holes only: a softmax over the vocabulary is what costs time
-        return step.spread(law_score(probabilities(step.basis[step.masked])))
+    elif remasking == "entropy":  # at the masked positions only: a softmax over the vocabulary is what costs time
+        return step.spread(confidence_score(probabilities(step.basis[step.masked])))
     elif remasking == "margin":  # p_1 - p_2 = p_1 (1 - exp(l_2 - l_1))
         scores = step.basis[step.masked]
         first = scores.topk(2, dim=-1)
-        sure = confidence(scores, first.indices[:, 0])
-        return step.spread(-sure * first.values.diff(dim=-1)[:, 0].to(sure).expm1())
+        best = confidence(scores, first.indices[:, 0])
+        return step.spread(-best * first.values.diff(dim=-1)[:, 0].to(best).expm1())
     else:
-        score = step.raw_confidence
+        return step.confidence
     return score.masked_fill(~step.masked, -torch.inf)

@@ -12,16 +12,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from .cost import Clock, cost_growth, draft_cost, forward_curve, plot_cost_growth, predict_speedup, timed, turns
 from .metrics import repetition
 from ..core.output import DecodeOutput, DecodeStats
 from .provenance import provenance, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% auto #0
 __all__ = ['new_token_ids', 'count_new_tokens', 'BenchRow', 'ratio_interval', 'BenchResult', 'timed_rows', 'compare', 'counted',
@@ -116,10 +118,13 @@ def ratio_interval(
     return ratio, max(0.0, ratio - half), ratio + half
 
 # %% ../../nbs/lab/bench.ipynb #c3e9b2f1
-def _per_prompt(rows: list[BenchRow]) -> pd.DataFrame:
-    frame = pd.DataFrame([{k: v for k, v in asdict(r).items() if k != "ids"} for r in rows])
-    numbers = ["seconds", "cpu_seconds", "tokens", "tokens_per_forward"]
-    return frame.astype(dict.fromkeys(numbers, float)).groupby(["method", "prompt"], sort=False)[numbers].median()
+def _per_prompt(rows: list[BenchRow], method: str) -> dict[str, np.ndarray]:
+    # medians over the rounds, prompt by prompt
+    mine = [r for r in rows if r.method == method]
+    prompts = sorted({r.prompt for r in mine})
+    names = ("seconds", "cpu_seconds", "tokens", "tokens_per_forward")
+    numbers = {name: [[getattr(r, name) for r in mine if r.prompt == p] for p in prompts] for name in names}
+    return {name: np.array([np.median(np.array(v, dtype=float)) for v in values]) for name, values in numbers.items()}
 
 # %% ../../nbs/lab/bench.ipynb #5291f560
 @dataclass
@@ -148,12 +153,12 @@ class BenchResult:
         confidence: float = 0.95,  # probability of the interval, in (0, 1)
     ) -> dict[str, Any]:
         "All figures of one method; those that need a baseline are NaN when a run was stopped before its turn."
-        timing = _per_prompt(self.rows)
-        ours = timing.loc[method].sort_index()
-        measured = self.baseline in timing.index
-        base = timing.loc[self.baseline].sort_index() if measured else ours * float("nan")
+        ours, base = _per_prompt(self.rows, method), _per_prompt(self.rows, self.baseline)
+        measured = bool(len(base["tokens"]))
+        if not measured:
+            base = {name: values * float("nan") for name, values in ours.items()}
         ids, reference = self.ids(method), self.ids(self.baseline)
-        forwards = ours["tokens"].sum() / (ours["tokens"] / ours["tokens_per_forward"]).sum(skipna=False)
+        forwards = ours["tokens"].sum() / (ours["tokens"] / ours["tokens_per_forward"]).sum()
 
         def ratio(clock: str) -> tuple[float, float, float]:
             return ratio_interval(base[clock] / base["tokens"], ours[clock] / ours["tokens"], confidence)
@@ -169,7 +174,7 @@ class BenchResult:
             "efficiency": wall[0] / forwards,
             "rep_4": repetition(ids, 4) if any(len(i) >= 4 for i in ids) else float("nan"),
             "identical": float(np.mean([a == b for a, b in zip(ids, reference)])) if measured else float("nan"),
-            "cpu_seconds_per_token": ours["cpu_seconds"].sum(skipna=False) / ours["tokens"].sum(),
+            "cpu_seconds_per_token": ours["cpu_seconds"].sum() / ours["tokens"].sum(),
             "cpu_ratio": cpu[0],
             "cpu_low": cpu[1],
             "cpu_high": cpu[2],
@@ -180,6 +185,8 @@ class BenchResult:
         confidence: float = 0.95,  # probability of the interval, in (0, 1)
     ) -> pd.DataFrame:
         "One line a method: tokens/s, ratio to the baseline with interval, tokens per forward, efficiency, rep-4, identical outputs, processor time."
+        import pandas as pd
+
         return pd.DataFrame({m: self.figures(m, confidence) for m in self.methods()}).T.astype({"tokens": int}).rename_axis("method")
 
     def save(

@@ -238,13 +238,14 @@ def store_result(
     prompts: Iterable[Any] | None = None,  # prompts of the run; their fingerprint is kept
     command: str | None = None,  # what was run; this process's command line when None
     allow_dirty: bool = False,  # store although the tree is not that of a commit; recorded in the file
+    conditions: dict[str, Any] | None = None,  # `provenance` as it was when the run began; that of now when None
 ) -> Path | None:
     "Store `data` under `name` with its provenance; returns the file, None where nothing is written."
     profile = _profile_or_default(profile)
     path = _result_path(name, profile)
     if path is None:
         return None
-    conditions = provenance(seed=seed, prompts=prompts, profile=profile, command=command)
+    conditions = conditions or provenance(seed=seed, prompts=prompts, profile=profile, command=command)
     if (conditions["commit"] is None or conditions["dirty"]) and not allow_dirty:
         what = "has uncommitted changes" if conditions["dirty"] else "has no commit"
         raise ValueError(f"{name}: the tree {what}, so the result could not be made again: commit first, or pass allow_dirty=True")
@@ -279,16 +280,18 @@ class Found:
         self.notebook, self.n = notebook, n
         self.runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
-    def _repr_markdown_(self) -> str:
-        lines = ["**What we found**"]
+    def lines(self) -> list[str]:
+        "A line for each claim: verdict, profile, claim, what was measured, why."
+        found = []
         for run in self.runs:
-            for facts in [c for c in run["claims"] if c["kind"] == "paper"][: self.n]:
+            for facts in [c for c in run["claims"] if c.get("kind") == "paper"][: self.n]:
                 claim = Claim(**facts)
                 numbers = f" ({claim.measured}; expected {_short(claim.expected)})" if claim.measured else ""
-                lines.append(f"- {claim.mark}, `{run['provenance']['profile']}`: {claim.text}{numbers}. {claim.why}".rstrip())
-        if len(lines) == 1:
-            lines.append(f"- no stored run of {self.notebook} here: run its experiments page in a checkout")
-        return lines[0] + "\n\n" + "\n".join(lines[1:])
+                found.append(f"{claim.mark}, `{run['provenance']['profile']}`: {claim.text}{numbers}. {claim.why}".rstrip())
+        return found or [f"No stored run of {self.notebook} here: run its experiments page in a checkout."]
+
+    def _repr_markdown_(self) -> str:
+        return "**What we found**\n\n" + "\n".join(f"- {line}" for line in self.lines())
 
 
 def found(

@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from transformers import DynamicCache
 
 from ..core.capability import context_length
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% auto #0
 __all__ = ['Clock', 'timed', 'turns', 'interleaved_seconds', 'forward_curve', 'draft_cost', 'SpeedPrediction', 'expected_tokens',
@@ -176,6 +178,8 @@ def cost_growth(
 
     def work(name: str, size: int) -> Callable[[], None]:
         return lambda: tokens.__setitem__((name, size), methods[name](size))
+
+    import pandas as pd
 
     jobs = {(name, size): work(name, size) for size in sizes for name in methods}
     seconds = interleaved_seconds(jobs, repeats, seed, clock)

@@ -11,10 +11,9 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from ..core.contract import Decoder
@@ -23,6 +22,9 @@ from .cost import timed, turns
 from .metrics import bootstrap_ratio
 from .tasks.catalogue import TASKS, SudokuTask
 from .tasks.text import ArithmeticTask, Example, ListTask
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% auto #0
 __all__ = ['BASELINE', 'Score', 'COMPARED', 'compared_policies', 'policies', 'task_score', 'frontier', 'table', 'plot_frontier',
@@ -78,14 +80,16 @@ def frontier(
     tokenizer: Any,  # its tokenizer
     methods: Mapping[str, Decoder],  # name -> decoder
     examples: Sequence[Example],  # exercises
-    max_new_tokens: int = 32,  # places of the canvas
+    max_new_tokens: int = 32,  # positions of the canvas
     batch_size: int = 8,  # exercises decoded together, all of one task
     repeats: int = 1,  # timed rounds; the median counts
     seed: int = 0,  # seed of order and sampling
     score: Score = task_score,  # score of an exercise and an output, in [0, 1]
     **settings: Any,  # further settings of `generate`
 ) -> pd.DataFrame:
-    "Decode every example with every method, in turns; one line each: score, passes, tokens, places, seconds, text."
+    "Decode every example with every method, in turns; one line each: score, passes, tokens, positions, seconds, text."
+    import pandas as pd
+
     order, lines = random.Random(seed), []
     calls = {name: partial(decoder.generate, model) for name, decoder in methods.items()}
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens} | settings
@@ -104,7 +108,7 @@ def frontier(
         for name in methods:
             out = outputs[name]
             for i, text, emitted in zip(which, out.text(tokenizer), out.stats.emitted):
-                facts = {"score": score(examples[i], text), "passes": len(emitted), "tokens": sum(emitted), "places": max_new_tokens}
+                facts = {"score": score(examples[i], text), "passes": len(emitted), "tokens": sum(emitted), "positions": max_new_tokens}
                 spent = float(np.median(seconds[name])) / len(which)
                 place = {"method": name, "task": examples[i].task, "example": i, "batch": number}
                 lines.append(place | facts | {"seconds": spent, "text": text})
@@ -138,6 +142,8 @@ def table(
     by: str | None = None,  # a column to split by, such as "task"
 ) -> pd.DataFrame:
     "One line a method: accuracy, difference to the baseline, passes, tokens a forward, time ratio, with errors."
+    import pandas as pd
+
     if baseline not in set(frame["method"]):
         raise ValueError(f"unknown baseline {baseline!r}: use one of {', '.join(frame['method'].unique())}")
     lines = {}
@@ -182,18 +188,20 @@ def loop_overheads(
     model: Any,  # masked language model
     tokenizer: Any,  # its tokenizer
     methods: Mapping[str, Decoder],  # name -> decoder
-    max_new_tokens: int = 64,  # places of the canvas
+    max_new_tokens: int = 64,  # positions of the canvas
     repeats: int = 5,  # rounds, in turns
     seed: int = 0,  # seed of the order
     tasks: Iterable[str] = tuple(COMPARED),  # names of `COMPARED`
 ) -> pd.DataFrame:
-    "Seconds inside a decoder over seconds inside its forwards, a line a method (median, largest of all rounds): one exercise of each task, batch 1, every place decoded."
+    "Seconds inside a decoder over seconds inside its forwards, a line a method (median, largest of all rounds): one exercise of each task, batch 1, every position decoded."
+    import pandas as pd
+
     prompts = [tokenizer(COMPARED[name].examples(1)[0].prompt, return_tensors="pt").to(model.device) for name in tasks]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": None}
     found: dict[str, list[float]] = {name: [] for name in methods}
     for _, name in turns(methods, repeats, random.Random(seed)):
-        bills: list[Any] = [methods[name].generate(model, **prompt, **settings).stats for prompt in prompts]
-        found[name].append(sum(b.seconds for b in bills) / sum(b.forward_seconds for b in bills))
+        stats: list[Any] = [methods[name].generate(model, **prompt, **settings).stats for prompt in prompts]
+        found[name].append(sum(b.seconds for b in stats) / sum(b.forward_seconds for b in stats))
     return pd.DataFrame({name: {"median": float(np.median(values)), "largest": max(values)} for name, values in found.items()}).T
 
 

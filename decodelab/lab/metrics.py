@@ -1,4 +1,4 @@
-"""Figures that say what a text is like, what a model thinks of it, how close it comes to a reference, and how sure we are.
+"""Figures that say what a text is like, what a model thinks of it, how close it comes to a reference, and how confident we are.
 
 Docs: https://decodelab.github.io/decodelab/lab/metrics.html.md"""
 

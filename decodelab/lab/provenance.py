@@ -58,13 +58,16 @@ def write_whole(
 ) -> Path:
     "Write a text file, whole or not at all."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    place = path.resolve()  # a link stays a link
+    if place.exists() and not place.is_file():  # to replace a device, such as /dev/null, would take it from everybody
+        raise OSError(f"cannot write {path}: it is no plain file")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as f:
             f.write(text)
         os.chmod(beside, 0o644)
-        os.replace(beside, path)
+        os.replace(beside, place)
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise

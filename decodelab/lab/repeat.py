@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 # %% auto #0
-__all__ = ['inflate']
+__all__ = ['repeat']
 
 # %% ../../nbs/lab/repeat.ipynb #07cae135
 @torch.no_grad()
-def inflate(
+def repeat(
     model: Any,  # a decoder-only model whose layers end in `self_attn.o_proj` and `mlp.down_proj`, such as Llama, Qwen or Mistral
     layers: int = 8,  # layers to append (at least 1)
     intermediate_size: int | None = None,  # width of their perceptrons; that of the model when None
@@ -28,7 +28,7 @@ def inflate(
         raise ValueError(f"layers must be at least 1, got {layers}")
     stack = getattr(getattr(model, "model", None), "layers", None)
     if stack is None or not all(hasattr(stack[-1], part) for part in ("self_attn", "mlp")) or not hasattr(stack[-1].mlp, "down_proj"):
-        raise ValueError(f"{type(model).__name__} has no layers with self_attn.o_proj and mlp.down_proj: inflate a Llama, Qwen or Mistral")
+        raise ValueError(f"{type(model).__name__} has no layers with self_attn.o_proj and mlp.down_proj: repeat a Llama, Qwen or Mistral")
     big = copy.deepcopy(model)
     big.config.num_hidden_layers = len(stack) + layers
     if getattr(big.config, "layer_types", None):

@@ -20,11 +20,11 @@ from ..diffusion.base import Unmasker
 from ..diffusion.step import Step
 
 # %% auto #0
-__all__ = ['PassLog', 'encode', 'watch']
+__all__ = ['StepLog', 'encode', 'watch']
 
 # %% ../../nbs/lab/watch.ipynb #704cced4
 @dataclass
-class PassLog:
+class StepLog:
     "What each pass of a call proposed; k passes, each of one row, over blocks of B places."
 
     out: DecodeOutput  # what was decoded
@@ -72,7 +72,7 @@ def watch(
     model: Any,  # masked language model
     input_ids: torch.Tensor,  # prompts, left-padded, [rows, length]
     **settings: Any,  # further settings of `generate`
-) -> PassLog:
+) -> StepLog:
     "Decode, and keep what each pass proposed and chose; the decoder itself is not changed."
     spy, seen = copy.copy(decoder), []
 
@@ -81,7 +81,7 @@ def watch(
         width = step.masked.shape[1]  # a policy may look beyond its block
         sure = step.raw_confidence[:, :width].masked_fill(~step.masked, -torch.inf)
         start = torch.full_like(step.rows, step.start - step.canvas.prompt)
-        seen.append((step.rows, step.index.clone(), start, step.tokens[:, :width], sure, chosen, step.proposes_end()[:, :width]))
+        seen.append((step.rows, step.index.clone(), start, step.tokens[:, :width], sure, chosen, step.proposes_eos()[:, :width]))
         return chosen
 
     spy.__dict__["select"] = select
@@ -92,4 +92,4 @@ def watch(
         torch.cat([x if fill is None else pad(x, (0, width - x.shape[1]), value=fill) for x in column])
         for column, fill in zip(zip(*seen), (None, None, None, -1, -torch.inf, False, False))
     ]
-    return PassLog(out, *facts)
+    return StepLog(out, *facts)

@@ -66,7 +66,7 @@ class TokenDecoder(Decoder):
 )
 @dataclass
 class Autoregressive(TokenDecoder):
-    "Plain decoding: greedy without `do_sample`, otherwise a draw from the processed law."
+    "Plain decoding: greedy without `do_sample`, otherwise a draw from the processed distribution."
 
     def pick(self, call: Call, scores: torch.Tensor) -> tuple[torch.Tensor, list[str] | None, list[str] | None]:
         if not call.do_sample:

@@ -1,4 +1,4 @@
-"""Rules that decide at one node which of a drafter's guesses is kept and what is emitted otherwise, so that the output follows the target's law exactly; and what each rule accepts.
+"""Rules that decide at one node which of a drafter's draft tokens is kept and what is emitted otherwise, so that the output follows the target's distribution exactly; and what each rule accepts.
 
 Docs: https://decodelab.github.io/decodelab/speculative/acceptance.html.md"""
 
@@ -20,47 +20,47 @@ __all__ = ['residual', 'Rule', 'RecursiveRejection', 'SampleAndMatch', 'match', 
 
 # %% ../../nbs/speculative/acceptance.ipynb #6f8861a8
 def residual(
-    p: torch.Tensor,  # target's law, [..., vocab]
-    q: torch.Tensor,  # drafter's law, [..., vocab]
+    p: torch.Tensor,  # target's distribution, [..., vocab]
+    q: torch.Tensor,  # drafter's distribution, [..., vocab]
 ) -> torch.Tensor:
-    "norm((p - q)_+), the law to draw from after a rejection, [..., vocab]; `p` itself where nothing is left (p = q up to rounding)."
+    "norm((p - q)_+), the distribution to draw from after a rejection, [..., vocab]; `p` itself where nothing is left (p = q up to rounding)."
     rest = (p - q).clamp_min(0)
     total = rest.sum(-1, keepdim=True)
     return torch.where(total > 0, rest / total.clamp_min(torch.finfo(p.dtype).tiny), p)
 
 # %% ../../nbs/speculative/acceptance.ipynb #ba6878ac
 class Rule(Protocol):
-    "Decides for every row which guess stays, if any, and which token is emitted."
+    "Decides for every row which draft token stays, if any, and which token is emitted."
 
     def __call__(
         self,
-        p: torch.Tensor,  # target's law, [rows, vocab]
-        guesses: torch.Tensor,  # tokens of the children, in order, [rows, K]; -1: none
-        q: torch.Tensor | None,  # law they were drawn from, [rows, vocab]; None for guesses that were not drawn
+        p: torch.Tensor,  # target's distribution, [rows, vocab]
+        drafted: torch.Tensor,  # tokens of the children, in order, [rows, K]; -1: none
+        q: torch.Tensor | None,  # distribution they were drawn from, [rows, vocab]; None for draft tokens that were not drawn
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        "Emitted tokens [rows], and the index of the accepted guess or -1 [rows]."
+        "Emitted tokens [rows], and the index of the accepted draft token or -1 [rows]."
         ...
 
 
-def _law(q: torch.Tensor | None, p: torch.Tensor, guesses: torch.Tensor, rule: object) -> torch.Tensor:
-    # the law of the guesses; where there are none, any will do
-    if q is None and guesses.shape[1]:
+def _probs(q: torch.Tensor | None, p: torch.Tensor, drafted: torch.Tensor, rule: object) -> torch.Tensor:
+    # the distribution of the draft tokens; where there are none, any will do
+    if q is None and drafted.shape[1]:
         raise ValueError(
-            f"{type(rule).__name__} needs the law the guesses were drawn from: give the draft its `laws`, or use SampleAndMatch"
+            f"{type(rule).__name__} needs the distribution the draft tokens were drawn from: give the draft its `probs`, or use SampleAndMatch"
         )
     return p if q is None else q
 
 
 @dataclass(frozen=True)
 class RecursiveRejection:
-    "Tests guesses one after the other, each against what the ones before have left of p (Leviathan 2023; Miao 2023; Jeon 2024)."
+    "Tests draft tokens one after the other, each against what the ones before have left of p (Leviathan 2023; Miao 2023; Jeon 2024)."
 
-    replacement: bool = False  # whether guesses were drawn independently, so that one may occur twice
+    replacement: bool = False  # whether draft tokens were drawn independently, so that one may occur twice
 
-    def __call__(self, p: torch.Tensor, guesses: torch.Tensor, q: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        q = _law(q, p, guesses, self)
+    def __call__(self, p: torch.Tensor, drafted: torch.Tensor, q: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        q = _probs(q, p, drafted, self)
         which = torch.full((len(p),), -1, dtype=torch.long, device=p.device)
-        for k, x in enumerate(guesses.unbind(1)):
+        for k, x in enumerate(drafted.unbind(1)):
             there = (which < 0) & (x >= 0)
             x = x.clamp_min(0)[:, None]
             # accept with probability min(1, p(x) / q(x))
@@ -71,32 +71,32 @@ class RecursiveRejection:
             if not self.replacement:
                 rest = q.scatter(1, x, 0.0)
                 q = torch.where(rejected, rest / rest.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny), q)
-        return _emitted(draw(p), guesses, which), which
+        return _emitted(draw(p), drafted, which), which
 
 
-def _emitted(own: torch.Tensor, guesses: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    # the accepted guess, else the target's own token
-    if not guesses.shape[1]:
+def _emitted(own: torch.Tensor, drafted: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    # the accepted draft token, else the target's own token
+    if not drafted.shape[1]:
         return own
-    return torch.where(which >= 0, guesses.gather(1, which.clamp_min(0)[:, None])[:, 0], own)
+    return torch.where(which >= 0, drafted.gather(1, which.clamp_min(0)[:, None])[:, 0], own)
 
 # %% ../../nbs/speculative/acceptance.ipynb #a6812708
 @dataclass(frozen=True)
 class SampleAndMatch:
-    "Draws from p and keeps the guess that happens to be that token; for guesses that were not drawn."
+    "Draws from p and keeps the draft token that happens to be that token; for draft tokens that were not drawn."
 
-    def __call__(self, p: torch.Tensor, guesses: torch.Tensor, q: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        return match(draw(p), guesses)
+    def __call__(self, p: torch.Tensor, drafted: torch.Tensor, q: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return match(draw(p), drafted)
 
 
 def match(
     tokens: torch.Tensor,  # the target's own tokens, [rows]
-    guesses: torch.Tensor,  # tokens of the children, [rows, K]; -1: none
+    drafted: torch.Tensor,  # tokens of the children, [rows, K]; -1: none
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "`tokens`, and the index of the first guess that equals each, or -1."
-    if not guesses.shape[1]:
+    "`tokens`, and the index of the first draft token that equals each, or -1."
+    if not drafted.shape[1]:
         return tokens, torch.full_like(tokens, -1)
-    same = guesses == tokens[:, None]
+    same = drafted == tokens[:, None]
     return tokens, torch.where(same.any(1), same.int().argmax(1), -1)
 
 # %% ../../nbs/speculative/acceptance.ipynb #3917c414
@@ -113,51 +113,51 @@ def _solve_rho(p: torch.Tensor, q: torch.Tensor, k: torch.Tensor, rounds: int = 
 
 @dataclass(frozen=True)
 class KSeq:
-    "Accepts the first of K independent guesses that passes a test softened by rho (Sun et al. 2023, SpecTr)."
+    "Accepts the first of K independent draft tokens that passes a test softened by rho (Sun et al. 2023, SpecTr)."
 
-    def __call__(self, p: torch.Tensor, guesses: torch.Tensor, q: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        q = _law(q, p, guesses, self)
-        k = (guesses >= 0).sum(1).to(p.dtype)
+    def __call__(self, p: torch.Tensor, drafted: torch.Tensor, q: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        q = _probs(q, p, drafted, self)
+        k = (drafted >= 0).sum(1).to(p.dtype)
         rho = _solve_rho(p, q, k.clamp_min(1))[:, None]
         kept = torch.minimum(q, p / rho)  # min(q, p / rho)
-        x = guesses.clamp_min(0)
-        passed = torch.rand(guesses.shape, device=p.device, dtype=p.dtype) * rho * q.gather(1, x) < p.gather(1, x)
-        passed &= guesses >= 0
+        x = drafted.clamp_min(0)
+        passed = torch.rand(drafted.shape, device=p.device, dtype=p.dtype) * rho * q.gather(1, x) < p.gather(1, x)
+        passed &= drafted >= 0
         none = torch.full((len(p),), -1, dtype=torch.long, device=p.device)
-        which = torch.where(passed.any(1), passed.int().argmax(1), none) if guesses.shape[1] else none
+        which = torch.where(passed.any(1), passed.int().argmax(1), none) if drafted.shape[1] else none
         b = kept.sum(-1, keepdim=True)
         covered = (1 - (1 - b).clamp_min(0) ** k[:, None]) / b.clamp_min(torch.finfo(p.dtype).tiny)
-        return _emitted(draw(residual(p, kept * covered)), guesses, which), which
+        return _emitted(draw(residual(p, kept * covered)), drafted, which), which
 
 # %% ../../nbs/speculative/acceptance.ipynb #8f519473
 def exact_rejection(
-    p: torch.Tensor,  # target's law, [vocab]
-    q: torch.Tensor,  # drafter's law, [vocab]
-    k: int,  # guesses
+    p: torch.Tensor,  # target's distribution, [vocab]
+    q: torch.Tensor,  # drafter's distribution, [vocab]
+    k: int,  # draft tokens
     replacement: bool = False,  # as in `RecursiveRejection`
 ) -> tuple[torch.Tensor, float]:
-    "Law of the emitted token [vocab], and probability that a guess is accepted, by enumeration (vocab^k cases)."
+    "Distribution of the emitted token [vocab], and probability that a draft token is accepted, by enumeration (vocab^k cases)."
     if k == 0 or not float(q.sum()) > 0:
         return p, 0.0
-    law, rate, rest = torch.minimum(p, q), float(torch.minimum(p, q).sum()), residual(p, q)
+    probs, rate, rest = torch.minimum(p, q), float(torch.minimum(p, q).sum()), residual(p, q)
     for x in range(len(p)):
-        lost = float((q[x] - p[x]).clamp_min(0))  # probability that x is guessed and rejected
+        lost = float((q[x] - p[x]).clamp_min(0))  # probability that x is drafted and rejected
         if lost > 0:
             left = q.clone()
             if not replacement:
                 left[x] = 0
                 left /= left.sum().clamp_min(torch.finfo(q.dtype).tiny)
             deeper, later = exact_rejection(rest, left, k - 1, replacement)
-            law, rate = law + lost * deeper, rate + lost * later
-    return law, rate
+            probs, rate = probs + lost * deeper, rate + lost * later
+    return probs, rate
 
 
 def kseq_acceptance(
-    p: torch.Tensor,  # target's law, [vocab]
-    q: torch.Tensor,  # drafter's law, [vocab]
-    k: int,  # guesses
+    p: torch.Tensor,  # target's distribution, [vocab]
+    q: torch.Tensor,  # drafter's distribution, [vocab]
+    k: int,  # draft tokens
 ) -> tuple[float, float]:
-    "Probability that K-SEQ accepts one of `k` guesses, and its rho."
+    "Probability that K-SEQ accepts one of `k` draft tokens, and its rho."
     rho = _solve_rho(p[None], q[None], torch.tensor([float(k)], dtype=p.dtype))
     b = torch.minimum(q, p / rho).sum()
     return float(1 - (1 - b) ** k), float(rho)
@@ -165,9 +165,9 @@ def kseq_acceptance(
 # %% ../../nbs/speculative/acceptance.ipynb #f0b4f913
 @dataclass(frozen=True)
 class TypicalAcceptance:
-    "Lossy: keeps guesses with p(x) > min(epsilon, delta exp(-H(p))) (Cai et al. 2024, Medusa)."
+    "Lossy: keeps draft tokens with p(x) > min(epsilon, delta exp(-H(p))) (Cai et al. 2024, Medusa)."
 
-    epsilon: float = 0.09  # a guess as probable as this always stays, in [0, 1]
+    epsilon: float = 0.09  # a draft token as probable as this always stays, in [0, 1]
     delta: float = 0.3  # share of the entropy-dependent threshold, in [0, 1]
 
     def __post_init__(self) -> None:
@@ -176,7 +176,7 @@ class TypicalAcceptance:
 
     def threshold(
         self,
-        p: torch.Tensor,  # target's law, [..., vocab]
+        p: torch.Tensor,  # target's distribution, [..., vocab]
     ) -> torch.Tensor:
         "The probability that a token must exceed, [..., 1]."
         entropy = -torch.special.xlogy(p, p).sum(-1, keepdim=True)
@@ -184,15 +184,15 @@ class TypicalAcceptance:
 
     def own(
         self,
-        p: torch.Tensor,  # target's law, [..., vocab]
+        p: torch.Tensor,  # target's distribution, [..., vocab]
     ) -> torch.Tensor:
-        "The target's own token where no guess stays: a draw from its typical tokens, [...]."
+        "The target's own token where no draft token stays: a draw from its typical tokens, [...]."
         typical = torch.where(p > self.threshold(p), p, 0.0)
         return draw(torch.where(typical.sum(-1, keepdim=True) > 0, typical, p))
 
-    def __call__(self, p: torch.Tensor, guesses: torch.Tensor, q: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        value = torch.where(guesses >= 0, p.gather(1, guesses.clamp_min(0)), 0.0)
+    def __call__(self, p: torch.Tensor, drafted: torch.Tensor, q: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        value = torch.where(drafted >= 0, p.gather(1, drafted.clamp_min(0)), 0.0)
         value = torch.where(value > self.threshold(p), value, 0.0)
         none = torch.full((len(p),), -1, dtype=torch.long, device=p.device)
-        which = torch.where(value.amax(1) > 0, value.argmax(1), none) if guesses.shape[1] else none
-        return _emitted(self.own(p), guesses, which), which
+        which = torch.where(value.amax(1) > 0, value.argmax(1), none) if drafted.shape[1] else none
+        return _emitted(self.own(p), drafted, which), which

@@ -1,4 +1,4 @@
-"""The loop that all speculative decoders share: a drafter guesses a tree of tokens, one forward of the target checks all of them, the walk that agrees is kept.
+"""The loop that all speculative decoders share: a drafter offers a tree of draft tokens, one forward of the target checks all of them, the walk that agrees is kept.
 
 Docs: https://decodelab.github.io/decodelab/speculative/base.html.md"""
 
@@ -26,17 +26,19 @@ __all__ = ['LEARNING', 'Draft', 'walk', 'SpeculativeDecoder', 'draw_draft']
 # %% ../../nbs/speculative/base.ipynb #9eeea0d0
 @dataclass
 class Draft:
-    "Guesses for every row: tokens [rows, nodes] on a tree; node 0 is the root."
+    "Draft tokens for every row: tokens [rows, nodes] on a tree; node 0 is the root."
 
     tokens: torch.Tensor  # token of each node, [rows, nodes]
     tree: Tree  # the shape, shared by the rows or one for each
-    laws: torch.Tensor | None = None  # law from which the children of each node were drawn, [rows, nodes, vocab]; None: they were not drawn
+    probs: torch.Tensor | None = (
+        None  # distribution from which the children of each node were drawn, [rows, nodes, vocab]; None: they were not drawn
+    )
     offers: list[list[list[int]]] | None = (
         None  # [row][node]: its children in the order they are tested, repeats allowed; those of the tree when None
     )
     facts: list[dict[str, Any]] | None = None  # what the trace shows besides, one dictionary a row
 
-    def guesses(
+    def drafted(
         self,
         row: int,  # row of the batch
     ) -> list[list[int]]:
@@ -70,8 +72,8 @@ class _Walk:
     def __init__(self, call: Call, draft: Draft, logits: torch.Tensor):
         rows = range(len(draft.tokens))
         self.call, self.draft, self.logits, self.tokens = call, draft, logits, draft.tokens.tolist()
-        self.children = [draft.guesses(row) for row in rows]
-        self.room = [call.remaining(row) for row in call.rows]
+        self.children = [draft.drafted(row) for row in rows]
+        self.remaining = [call.remaining(row) for row in call.rows]
         self.paths: list[list[int]] = [[0] for _ in rows]
         self.emitted: list[list[int]] = [[] for _ in rows]
         self.live = list(rows)
@@ -81,7 +83,7 @@ class _Walk:
         still = []
         for r, token, node in zip(self.live, tokens, nodes):
             self.emitted[r].append(token)
-            if node is not None and len(self.emitted[r]) < self.room[r]:
+            if node is not None and len(self.emitted[r]) < self.remaining[r]:
                 if token in self.call.eos:  # the row ends here: nobody asks what would follow
                     self.paths[r].append(node)
                 else:
@@ -155,15 +157,15 @@ def _walk_sampling(state: _Walk, rule: Rule) -> None:
     while state.live:
         p = probabilities(state.scores())
         state.call.watch(p.amax(-1))
-        below, guesses = state.offered()
-        laws = state.draft.laws
-        q = None if laws is None else laws[state.live, [state.paths[r][-1] for r in state.live]]
-        tokens, which = rule(p, guesses, q)
+        below, drafted = state.offered()
+        probs = state.draft.probs
+        q = None if probs is None else probs[state.live, [state.paths[r][-1] for r in state.live]]
+        tokens, which = rule(p, drafted, q)
         state.step(tokens.tolist(), [children[i] if i >= 0 else None for children, i in zip(below, which.tolist())])
 
 
 def _walk_typically(state: _Walk, rule: TypicalAcceptance) -> None:
-    # all paths of typical guesses at once; of the longest the most probable one is taken
+    # all paths of typical draft tokens at once; of the longest the most probable one is taken
     frontier = [(r, [0], list[int](), 0.0) for r in state.live]
     found = {r: (0.0, [0], list[int]()) for r in state.live}
     while frontier:
@@ -175,7 +177,7 @@ def _walk_typically(state: _Walk, rule: TypicalAcceptance) -> None:
             if value > best.get(r, -math.inf):
                 best[r] = value
                 found[r] = (value, path, [*emitted, own[i]])
-            if len(emitted) + 1 < state.room[r]:
+            if len(emitted) + 1 < state.remaining[r]:
                 for child in state.children[r][path[-1]]:
                     token = state.tokens[r][child]
                     if (chance := float(p[i, token])) > limits[i]:
@@ -195,9 +197,9 @@ class SpeculativeDecoder(Decoder):
 
     1. prefill all but the last token of the prompt, which becomes the root
     2. while rows are running:
-       a. `draft` a tree of guesses below each root
+       a. `draft` a tree of draft tokens below each root
        b. verify: one forward of the target over the whole tree
-       c. walk: follow the target's own choices as long as a guess carries them
+       c. walk: follow the target's own choices as long as a draft token carries them
        d. commit the path to the cache and the tokens to the call
        e. `observe`: let the drafter learn from the target's answer
        f. drop rows that have ended; the last emitted tokens are the next roots
@@ -209,7 +211,7 @@ class SpeculativeDecoder(Decoder):
 
     @property
     def rule(self) -> Rule:
-        "Who decides, when sampling, which guesses stay; exact for the way in which `draft` makes its guesses."
+        "Who decides, when sampling, which draft tokens stay; exact for the way in which `draft` makes its draft tokens."
         return SampleAndMatch()
 
     def check(self, call: Call) -> None:
@@ -232,7 +234,7 @@ class SpeculativeDecoder(Decoder):
         call: Call,  # the call
         roots: torch.Tensor,  # last certain token of each running row, [rows]
     ) -> Draft:
-        "A tree of guesses for each row."
+        "A tree of draft tokens for each row."
         raise NotImplementedError(f"{type(self).__name__} must define draft(call, roots)")
 
     def observe(

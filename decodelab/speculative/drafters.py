@@ -1,4 +1,4 @@
-"""The three classical sources of guesses: a small model that writes ahead, a phrase of the text that is copied, and a table of what followed before.
+"""The three classical sources of draft tokens: a small model that writes ahead, a phrase of the text that is copied, and a table of what followed before.
 
 Docs: https://decodelab.github.io/decodelab/speculative/drafters.html.md"""
 
@@ -70,7 +70,9 @@ class DraftModelSession:
         **forward_kwargs: Any,  # further arguments of every forward, such as output_hidden_states=True
     ):
         self.call, self.more = call, forward_kwargs
-        self.session = Session(drafter, call.mask, stats=DecodeStats(), compiled=call.compile, room=call.budget + 64, name="the drafter ")
+        self.session = Session(
+            drafter, call.mask, stats=DecodeStats(), compiled=call.compile, remaining=call.budget + 64, name="the drafter "
+        )
         self._held = ExitStack()
         self._held.enter_context(evaluating(drafter))
         self.before = call.stats.draft_forwards, call.stats.draft_seconds
@@ -83,9 +85,9 @@ class DraftModelSession:
             self.session.resume(call.prompt[:, :0])
 
     def _paid(self, forward: Any) -> torch.Tensor:
-        bill, stats = self.session.stats, self.call.stats
+        own, stats = self.session.stats, self.call.stats
         logits = forward()
-        stats.draft_forwards, stats.draft_seconds = self.before[0] + bill.target_forwards, self.before[1] + bill.forward_seconds
+        stats.draft_forwards, stats.draft_seconds = self.before[0] + own.target_forwards, self.before[1] + own.forward_seconds
         return logits
 
     @property
@@ -234,7 +236,7 @@ def example_drafter(
 class DraftModel(ModelDrafter):
     "A smaller model drafts a chain of gamma tokens (Leviathan et al. 2023; Chen et al. 2023)."
 
-    gamma: int = 5  # guesses a round (at least 0; 0 is plain decoding)
+    gamma: int = 5  # draft tokens a round (at least 0; 0 is plain decoding)
 
     def __post_init__(self) -> None:
         if self.gamma < 0:
@@ -242,17 +244,17 @@ class DraftModel(ModelDrafter):
 
     def draft(self, call: Call, roots: torch.Tensor) -> Draft:
         length = min(self.gamma, max(call.remaining(row) for row in call.rows) - 1)
-        tokens, laws = [roots], []
+        tokens, probs = [roots], []
         for i in range(length):
             logits = call.state.open(roots) if i == 0 else call.state.grow(tokens[-1][:, None], [i - 1])[:, 0]
             scores = processed_scores(call, logits, torch.stack(tokens[1:], 1) if i else roots[:, None][:, :0])
             if call.do_sample:
-                laws.append(probabilities(scores))
-            tokens.append(draw(laws[-1]) if call.do_sample else greedy(scores)[0])
+                probs.append(probabilities(scores))
+            tokens.append(draw(probs[-1]) if call.do_sample else greedy(scores)[0])
         if length == 0:
             call.state.open(roots)
-        laws = [*laws, torch.zeros_like(laws[0])] if laws else []
-        return Draft(torch.stack(tokens, 1), Tree.chain(length), torch.stack(laws, 1) if laws else None)
+        probs = [*probs, torch.zeros_like(probs[0])] if probs else []
+        return Draft(torch.stack(tokens, 1), Tree.chain(length), torch.stack(probs, 1) if probs else None)
 
 # %% ../../nbs/speculative/drafters.ipynb #d0625af0
 class _Index:
@@ -279,7 +281,7 @@ class _Index:
 
 @dataclass
 class TextDrafter(SpeculativeDecoder):
-    "Base of drafters that read the text of each row and guess a chain: they define `follow` and what a row remembers."
+    "Base of drafters that read the text of each row and draft a chain: they define `follow` and what a row remembers."
 
     def memory(
         self,
@@ -289,7 +291,7 @@ class TextDrafter(SpeculativeDecoder):
         raise NotImplementedError(f"{type(self).__name__} must define memory(vocabulary)")
 
     def follow(self, memory: Any) -> list[int]:
-        "Guesses for what follows."
+        "Draft tokens for what follows."
         raise NotImplementedError(f"{type(self).__name__} must define follow(memory)")
 
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
@@ -380,10 +382,10 @@ class _Table:
 )
 @dataclass
 class NGram(TextDrafter):
-    "Guesses the latest successor of the last n tokens, or of fewer, again and again (the n-gram drafter of Leviathan et al. 2023)."
+    "Drafts the latest successor of the last n tokens, or of fewer, again and again (the n-gram drafter of Leviathan et al. 2023)."
 
     n: int = 2  # tokens that a successor depends on (at least 1)
-    gamma: int = 5  # guesses a round (at least 1)
+    gamma: int = 5  # draft tokens a round (at least 1)
     start_from: Literal["hot", "cold"] = "hot"  # inherit what earlier calls have taught, or start each call from nothing
     capacity: int = 200_000  # n-grams that are remembered (at least 1); those seen longest ago are forgotten first
 

@@ -1,4 +1,4 @@
-"""Questions with a checkable answer, and windows of books, as batches that bring their holes and weights along.
+"""Questions with a checkable answer, and windows of books, as batches that bring their masked positions and weights along.
 
 Docs: https://decodelab.github.io/decodelab/training/denoising_data.html.md"""
 
@@ -110,8 +110,8 @@ def batch_generator(
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 
-def _batch(ids: torch.Tensor, valid: torch.Tensor, holes: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"ids": ids, "valid": valid, "holes": holes, "weights": weights}
+def _batch(ids: torch.Tensor, valid: torch.Tensor, masked: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"ids": ids, "valid": valid, "masked": masked, "weights": weights}
 
 # %% ../../nbs/training/denoising_data.ipynb #d9cd74b2
 class TaskBatches(Dataset):
@@ -125,16 +125,18 @@ class TaskBatches(Dataset):
         batch_size: int,  # rows of a batch
         seed: int = 0,  # seed of choice and masks
         *,
-        causal: bool = False,  # no holes: every token of the answer counts, and one end of sequence
-        prompt_room: int = 80,  # columns for the prompt
-        room: int = 64,  # columns behind it, in most batches
-        long_share: float = 0.05,  # share of batches with four times that room, in [0, 1]
+        causal: bool = False,  # no masked positions: every token of the answer counts, and one end of sequence
+        prompt_length: int = 80,  # columns for the prompt
+        answer_length: int = 64,  # columns behind it, in most batches
+        long_share: float = 0.05,  # share of batches with four times that remaining length, in [0, 1]
     ):
         longest = [int(x.max()) for x in (examples.cuts - examples.starts[:-1], examples.starts[1:] - examples.cuts)]
-        if longest[0] > prompt_room or longest[1] > room:
-            raise ValueError(f"the longest prompt has {longest[0]} tokens and the longest answer {longest[1]}: raise prompt_room or room")
+        if longest[0] > prompt_length or longest[1] > answer_length:
+            raise ValueError(
+                f"the longest prompt has {longest[0]} tokens and the longest answer {longest[1]}: raise prompt_length or answer_length"
+            )
         self.examples, self.count, self.rows, self.seed, self.causal = examples, count, batch_size, seed, causal
-        self.prompt_room, self.room, self.long_share = prompt_room, room, long_share
+        self.prompt_length, self.answer_length, self.long_share = prompt_length, answer_length, long_share
         self.eos = tokenizer.eos_token_id
         # padding is never seen: any token will do
         self.pad = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -144,13 +146,13 @@ class TaskBatches(Dataset):
 
     def __getitem__(self, b: int) -> dict[str, torch.Tensor]:
         g, causal = batch_generator(self.seed, b), self.causal
-        room = self.room * (4 if not causal and bool(torch.rand((), generator=g) < self.long_share) else 1)
-        column = torch.arange(self.prompt_room + room)
+        answer_length = self.answer_length * (4 if not causal and bool(torch.rand((), generator=g) < self.long_share) else 1)
+        column = torch.arange(self.prompt_length + answer_length)
         chosen = torch.randint(len(self.examples), (self.rows, 1), generator=g)
         start, cut, end = self.examples.starts[chosen], self.examples.cuts[chosen], self.examples.starts[chosen + 1]
-        more = torch.rand(chosen.shape, generator=g) * (0 if causal else room - (end - cut) + 1)
+        more = torch.rand(chosen.shape, generator=g) * (0 if causal else answer_length - (end - cut) + 1)
         # token `source` of the examples stands in the column; the answer begins in column `first`
-        first = cut - start if causal else torch.full_like(cut, self.prompt_room)
+        first = cut - start if causal else torch.full_like(cut, self.prompt_length)
         source = column - first + cut
         ids = self.examples.tokens[source.clamp(0, len(self.examples.tokens) - 1)].long()
         ids = ids.masked_fill(source >= end, self.eos)

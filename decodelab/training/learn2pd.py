@@ -21,8 +21,9 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from ..lab.tasks.text import Example
-from ..diffusion.learn2pd import ConfidenceFilter, FilterConfig, InHindsight
+from ..diffusion.learn2pd import ConfidenceFilter, FilterConfig
 from ..diffusion.step import Step
+from ..lab.oracle import InHindsight
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint, write_training
 from .denoising_data import task_example
 from .recipes import recipe
@@ -36,12 +37,12 @@ __all__ = ['EDGES', 'Records', 'Recorder', 'static_texts', 'record', 'split_by_p
 # %% ../../nbs/training/learn2pd.ipynb #b0fff0cd
 @dataclass
 class Records:
-    "What a filter learns from: a line for each pass of the oracle over a block."
+    "What a filter learns from: a line for each denoising step of the oracle over a block."
 
-    c: torch.Tensor  # confidences, filled places included, 0 where a place has been cut off, [n, B]
+    c: torch.Tensor  # confidences, filled positions included, 0 where a place has been cut off, [n, B]
     correct: torch.Tensor  # whether the proposal is already that of y*, [n, B], bool
-    masked: torch.Tensor  # holes, [n, B], bool
-    there: torch.Tensor  # places that have not been cut off, [n, B], bool
+    masked: torch.Tensor  # masked positions, [n, B], bool
+    there: torch.Tensor  # positions that have not been cut off, [n, B], bool
     prompt: torch.Tensor  # number of the prompt, [n]
     block: torch.Tensor  # number of the block in its text, [n]
     step: torch.Tensor  # number of the pass over the block, [n]
@@ -72,13 +73,14 @@ class Recorder(InHindsight):
         right = (step.tokens == self.ahead(step)) & there
         block = torch.full_like(step.rows, (step.start - step.canvas.prompt) // (step.stop - step.start))
         c = torch.where(there, step.raw_confidence, 0.0).float()
-        self.lines.append((c, right, step.masked, there, step.rows, block, step.passes - int(self.cut and block[0] == 0)))
+        index = torch.full_like(step.rows, step.block.index - int(self.cut and block[0] == 0))
+        self.lines.append((c, right, step.masked, there, step.rows, block, index))
         return super().select(step)
 
     def stop(self, step: Step, chosen: torch.Tensor) -> torch.Tensor | None:
         if not self.cut or bool(step.index.any()):
             return None
-        ends = torch.isin(self.final[step.rows], step.ends)
+        ends = torch.isin(self.final[step.rows], step.plan.eos_ids)
         first = torch.where(ends.any(-1), ends.int().argmax(-1) + 1, ends.shape[1])
         return step.canvas.prompt + first
 
@@ -180,7 +182,7 @@ EDGES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.96, 0.99)  # of the groups of answers
 
 
 def _scores(z: torch.Tensor, label: torch.Tensor, prompt: torch.Tensor, taus: Sequence[float]) -> dict[str, Any]:
-    # quality of logits z against what was right; all flat; standard error over prompts: places of one text are not independent
+    # quality of logits z against what was right; all flat; standard error over prompts: positions of one text are not independent
     q, best = z.sigmoid(), float(label.float().mean())
     loss = binary_cross_entropy_with_logits(z.double(), label.double(), reduction="none")
     pulls = torch.zeros(int(prompt.max()) + 1, dtype=torch.double).index_add_(0, prompt, loss - loss.mean())
@@ -200,13 +202,13 @@ def filter_figures(
     curve: tuple[float, float],  # logistic curve of the own confidence, from the training records
     taus: Sequence[float] = (0.5, 0.9, 0.96),  # thresholds
 ) -> dict[str, Any]:
-    "Quality on all places (as in the paper) and on holes alone, beside the own confidence; reliability by answer: mean, share that was right, holes."
+    "Quality on all positions (as in the paper) and on masked positions alone, beside the own confidence; reliability by answer: mean, share that was right, masked positions."
     found: dict[str, Any] = {"records": len(test)}
     z, own = filter(test.c), curve[0] * test.c + curve[1]
-    holes, there, prompt = test.masked, test.there, test.prompt[:, None].expand_as(test.masked)
-    for name, score, where in (("all", z, there), ("holes", z, holes), ("own confidence, holes", own, holes)):
+    masked, there, prompt = test.masked, test.there, test.prompt[:, None].expand_as(test.masked)
+    for name, score, where in (("all", z, there), ("masked", z, masked), ("own confidence, masked positions", own, masked)):
         found[name] = _scores(score[where], test.correct[where], prompt[where], taus)
-    q, right = z[holes].sigmoid(), test.correct[holes].float()
+    q, right = z[masked].sigmoid(), test.correct[masked].float()
     groups = torch.bucketize(q, torch.tensor(EDGES))
     found["reliability"] = [
         [float(q[groups == g].mean()), float(right[groups == g].mean()), int((groups == g).sum())] for g in groups.unique()
@@ -308,7 +310,7 @@ def _first(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 class FilterTrainer(RunTrainer):
-    "Trains a filter: mean cross entropy of all places of all records, without those that have been cut off."
+    "Trains a filter: mean cross entropy of all positions of all records, without those that have been cut off."
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         there = inputs["there"]
@@ -388,7 +390,11 @@ def filter_card(
     recipe, held = figures["recipe"], figures["held_out"]
     changed = [f"{k}={v}" for k, v in recipe.items() if k != "name" and v != getattr(FilterRecipe(), k)]
     points = [p for p in figures["curve"] if "eval_loss" in p][::4]
-    rows = {"holes": "holes", "all places": "all", "holes, logistic curve of the own confidence": "own confidence, holes"}
+    rows = {
+        "masked positions": "masked",
+        "all positions": "all",
+        "masked positions, logistic curve of the own confidence": "own confidence, masked positions",
+    }
     sets = {"": held, ", cut canvases": figures["held_out_cut"]}
     quality = [
         f"| {name}{what} | {shown(found[k]['bce'], '.4f')} | {shown(found[k]['auc'], '.4f')} | {shown(found[k]['tau 0.96']['wrong'], '.4f')} |"
@@ -410,7 +416,7 @@ def filter_card(
         )
         + "\n\n| step | loss on validation prompts |\n|---:|---:|\n"
         + "\n".join(f"| {p['step']:,} | {float(p['eval_loss']):.4f} |" for p in points),
-        "On held-out prompts": "| places | cross entropy | area under ROC | wrong among taken, tau 0.96 |\n|---|---:|---:|---:|\n"
+        "On held-out prompts": "| positions | cross entropy | area under ROC | wrong among taken, tau 0.96 |\n|---|---:|---:|---:|\n"
         + "\n".join(quality),
         "Retrain": "```\ndecodelab train tasks-learn2pd" + "".join(f" --set {s}" for s in changed) + "\n```",
     }

@@ -24,7 +24,7 @@ from ..lab.tasks.catalogue import TASKS
 from ..lab.tasks.text import LIST_PROMPTS, ListTask, Task
 from ..core.zoo import load, model_card
 from ..diffusion.base import LLaDA
-from ..diffusion.canvas import Denoiser
+from ..diffusion.denoiser import Denoiser
 from ..lab.frontier import frontier
 from ..sampling.base import Autoregressive
 from .checkpoints import fingerprint, tokenizer_fingerprint, write_training
@@ -48,7 +48,7 @@ class MaskedDiffusionRecipe:
     data: str = "tasks"  # "tasks" (prompt and answer) or "tales" (windows of the books)
     causal: bool = False  # ordinary next-token loss on the answers instead of masked diffusion
     examples: int = 250_000  # different examples of the tasks
-    room: int = 64  # longest answer with its ends of sequence; four times as much in one batch of twenty
+    answer_length: int = 64  # longest answer with its ends of sequence; four times as much in one batch of twenty
     block: int = 256  # tokens of a window of the books
     batch_size: int = 256  # rows a step
     steps: int = 15_000  # optimiser steps
@@ -61,7 +61,7 @@ class MaskedDiffusionRecipe:
     seed: int = 0  # seed of data and masks
 
     def __post_init__(self) -> None:
-        check_recipe(self, "examples", "room")
+        check_recipe(self, "examples", "answer_length")
         if self.data not in ("tasks", "tales"):
             raise ValueError(f"data must be 'tasks' or 'tales', got {self.data!r}")
         if self.causal and self.data == "tales":
@@ -83,7 +83,7 @@ def _whole(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 class DenoiserTrainer(RunTrainer):
-    "Trains a model on batches that bring their holes and weights along."
+    "Trains a model on batches that bring their masked positions and weights along."
 
     def __init__(
         self,
@@ -104,12 +104,12 @@ class DenoiserTrainer(RunTrainer):
         return masked_loss(self.denoiser.align(logits), ids, weights)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        ids, holes = inputs["ids"], inputs["holes"]
+        ids, masked = inputs["ids"], inputs["masked"]
         columns = torch.arange(ids.shape[1], device=ids.device)
         # a causal model never sees the padding on its right
         arguments = {} if self.recipe.causal else self.denoiser.arguments(inputs["valid"], columns, ids)
         step = self.step if model.training else self.plain_step
-        loss = step(ids.masked_fill(holes, self.denoiser.mask_id), ids, inputs["weights"], arguments)
+        loss = step(ids.masked_fill(masked, self.denoiser.mask_id), ids, inputs["weights"], arguments)
         return (loss, {}) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -126,19 +126,19 @@ def evaluation_tasks() -> dict[str, Task]:
 def accuracy(
     model: Any,  # causal or masked model
     tokenizer: PreTrainedTokenizerFast,  # its tokenizer
-    causal: bool,  # read greedily from left to right, instead of filling holes 1 per step
+    causal: bool,  # read greedily from left to right, instead of filling masked positions 1 per step
     n: int = 100,  # examples a task, all in one batch
-    room: int = 64,  # tokens of an answer
+    answer_length: int = 64,  # tokens of an answer
     seed: int = 1,  # seed of the examples, which are none of the mixture's
     tasks: Mapping[str, Task] | None = None,  # name -> task; `evaluation_tasks()` when None
 ) -> dict[str, float]:
     "Mean score on each task."
     was_training = model.training
-    decoder: Decoder = Autoregressive() if causal else LLaDA(block_length=min(32, room))
+    decoder: Decoder = Autoregressive() if causal else LLaDA(block_length=min(32, answer_length))
     found = {}
     model.eval()
     for name, task in (tasks or evaluation_tasks()).items():
-        lines = frontier(model, tokenizer, {name: decoder}, task.examples(n, seed), room, batch_size=n, score=task.score)
+        lines = frontier(model, tokenizer, {name: decoder}, task.examples(n, seed), answer_length, batch_size=n, score=task.score)
         found[name] = float(lines["score"].mean())
     model.train(was_training)
     return found
@@ -149,7 +149,7 @@ def held_out_bound(
     tokenizer: PreTrainedTokenizerFast,  # its tokenizer
     texts: list[str],  # held-out texts
     block: int = 256,  # window length in tokens; the first token of a window is given
-    draws: int = 8,  # numbers of holes a window
+    draws: int = 8,  # numbers of masked positions a window
     limit: int | None = None,  # use only the first `limit` windows
 ) -> dict[str, float]:
     "Upper bound of the negative log-likelihood per token (nats) and of the bits per byte on held-out text."
@@ -221,7 +221,10 @@ def _evaluated(
     recipe: MaskedDiffusionRecipe, model: Any, tokenizer: Any, held_out: list[str], evaluate: int, figures: dict[str, Any]
 ) -> dict[str, Any]:
     if evaluate and recipe.data == "tasks":
-        return figures | {"accuracy": accuracy(model, tokenizer, recipe.causal, evaluate, recipe.room), "examples_a_task": evaluate}
+        return figures | {
+            "accuracy": accuracy(model, tokenizer, recipe.causal, evaluate, recipe.answer_length),
+            "examples_a_task": evaluate,
+        }
     if evaluate:
         remarks = [*figures.get("remarks", ()), BOUND.format(evaluate=evaluate, block=recipe.block)]
         return figures | held_out_bound(model, tokenizer, held_out, recipe.block, limit=evaluate) | {"remarks": remarks}
@@ -253,7 +256,7 @@ def _batches(
     facts = {"tokens_a_row": len(examples.tokens) / len(examples), "train_tokens": len(examples.tokens)}
     facts["data"] = fingerprint(*vars(examples).values(), *vars(others).values())
     tasks = (
-        TaskBatches(e, tokenizer, n, rows, k, causal=recipe.causal, room=recipe.room)
+        TaskBatches(e, tokenizer, n, rows, k, causal=recipe.causal, answer_length=recipe.answer_length)
         for e, n, k in ((examples, recipe.steps, seed), (others, 8, seed + 1))
     )
     return next(tasks), next(tasks), facts

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ..diffusion.canvas import Denoiser
+from ..diffusion.denoiser import Denoiser
 
 # %% auto #0
 __all__ = ['mask_answers', 'mask_exactly', 'stratified_counts', 'position_losses', 'masked_loss', 'likelihood_bound']
@@ -20,26 +20,26 @@ def mask_answers(
     generator: torch.Generator | None = None,  # source of randomness
     eps: float = 1e-3,  # least masking probability, in (0, 1)
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Holes [rows, length] at a level drawn for each row, and their weights 1 / (q A): A positions may be masked, each with probability q."
+    "Masked positions [rows, length] at a level drawn for each row, and their weights 1 / (q A): A positions may be masked, each with probability q."
     rows = len(answers)
     # one level in each of `rows` equal intervals, in random order: every level is uniform, and the batch covers them all
     t = (torch.randperm(rows, generator=generator) + torch.rand(rows, generator=generator)) / rows
     q = ((1 - eps) * t + eps)[:, None]
-    holes = answers & (torch.rand(answers.shape, generator=generator) < q)
-    return holes, holes / (q * answers.sum(1, keepdim=True).clamp_min(1))
+    masked = answers & (torch.rand(answers.shape, generator=generator) < q)
+    return masked, masked / (q * answers.sum(1, keepdim=True).clamp_min(1))
 
 # %% ../../nbs/training/masked_loss.ipynb #9335e82e
 def mask_exactly(
     answers: torch.Tensor,  # positions that may be masked, [rows, length], bool
-    counts: torch.Tensor,  # holes of each row, 1 to the number of its answers, [rows]
+    counts: torch.Tensor,  # masked positions of each row, 1 to the number of its answers, [rows]
     generator: torch.Generator | None = None,  # source of randomness
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Exactly `counts` holes a row, every set of that size equally likely, and their weights 1 / count."
+    "Exactly `counts` masked positions a row, every set of that size equally likely, and their weights 1 / count."
     if bool(((counts < 1) | (counts > answers.sum(1))).any()):
-        raise ValueError("every row needs at least one hole and no more holes than answers")
+        raise ValueError("every row needs at least one masked position and no more masked positions than answers")
     order = torch.rand(answers.shape, generator=generator).masked_fill(~answers, 2.0).argsort(1).argsort(1)
-    holes = order < counts[:, None]
-    return holes, holes / counts[:, None]
+    masked = order < counts[:, None]
+    return masked, masked / counts[:, None]
 
 
 def stratified_counts(
@@ -47,7 +47,7 @@ def stratified_counts(
     draws: int,  # numbers drawn for each row (positive)
     generator: torch.Generator | None = None,  # source of randomness
 ) -> torch.Tensor:
-    "Numbers of holes, each uniform on 1 ... size, those of a row spread evenly; [rows, draws]."
+    "Numbers of masked positions, each uniform on 1 ... size, those of a row spread evenly; [rows, draws]."
     shape = (len(sizes), draws)
     u = (torch.rand(shape, generator=generator).argsort(1) + torch.rand(shape, generator=generator, dtype=torch.float64)) / draws
     return torch.minimum((u * sizes[:, None]).long() + 1, sizes[:, None])
@@ -55,7 +55,7 @@ def stratified_counts(
 # %% ../../nbs/training/masked_loss.ipynb #66d59eb8
 def position_losses(
     logits: torch.Tensor,  # aligned logits, [rows, length, vocab]
-    ids: torch.Tensor,  # the text without holes, [rows, length]
+    ids: torch.Tensor,  # the text without masked positions, [rows, length]
     weights: torch.Tensor,  # weights of the positions, 0 at all that are visible, [rows, length]
 ) -> torch.Tensor:
     "Weighted cross entropy of each position, [rows, length]."
@@ -66,7 +66,7 @@ def position_losses(
 
 def masked_loss(
     logits: torch.Tensor,  # aligned logits, [rows, length, vocab]
-    ids: torch.Tensor,  # the text without holes, [rows, length]
+    ids: torch.Tensor,  # the text without masked positions, [rows, length]
     weights: torch.Tensor,  # weights of the positions, 0 at all that are visible, [rows, length]
 ) -> torch.Tensor:
     "Weighted cross entropy, summed over each row, averaged over the rows: what is trained on."
@@ -79,18 +79,18 @@ def likelihood_bound(
     ids: torch.Tensor,  # texts, [rows, length]
     answers: torch.Tensor,  # positions whose likelihood is asked for, given all others, [rows, length], bool
     attention_mask: torch.Tensor | None = None,  # 0 on padding, [rows, length]
-    draws: int = 128,  # numbers of holes drawn for each row (positive)
+    draws: int = 128,  # numbers of masked positions drawn for each row (positive)
     generator: torch.Generator | None = None,  # source of randomness
     batch_size: int = 64,  # texts a forward
 ) -> torch.Tensor:
-    "Estimate of the upper bound of -log p(answers | rest) in nats, [rows]; the number of holes is stratified over the draws."
+    "Estimate of the upper bound of -log p(answers | rest) in nats, [rows]; the number of masked positions is stratified over the draws."
     sizes = answers.sum(1).cpu()
     which = torch.arange(len(ids)).repeat_interleave(draws)
     counts = stratified_counts(sizes, draws, generator).flatten()
     found = []
     for part, count in zip(which.split(batch_size), counts.split(batch_size)):
-        holes, weights = (x.to(ids.device) for x in mask_exactly(answers.cpu()[part], count, generator))
+        masked, weights = (x.to(ids.device) for x in mask_exactly(answers.cpu()[part], count, generator))
         texts, exists = ids[part], None if attention_mask is None else attention_mask[part]
-        logits = denoiser(texts.masked_fill(holes, denoiser.mask_id), exists)
+        logits = denoiser(texts.masked_fill(masked, denoiser.mask_id), exists)
         found.append(position_losses(logits, texts, weights).sum(1).double().cpu())
     return torch.cat(found).view(-1, draws).mean(1) * sizes

@@ -24,10 +24,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 import decodelab.core.registry as registry_module
 from decodelab.core.contract import Decoder, Method, register
 from decodelab.core.output import DecodeOutput
+from decodelab.sampling.base import TokenDecoder
 
 SAMPLERS = [name for name, m in METHODS.items() if m.samples]
 every_method = pytest.mark.parametrize("name", list(METHODS))
-DIFFUSION = {name for name, m in METHODS.items() if m.family == "diffusion"}  # what they write depends on how many places they are given
+DIFFUSION = {name for name, m in METHODS.items() if m.family == "diffusion"}  # what they write depends on how many positions they are given
 left_to_right = pytest.mark.parametrize("name", [name for name in METHODS if name not in DIFFUSION])
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 
@@ -99,7 +100,7 @@ def padded():
 
 
 @every_method
-def test_output_and_bill(name, llama, prompt):
+def test_output_and_stats(name, llama, prompt):
     out = make(name, llama, trace=True).generate(llama, prompt, max_new_tokens=12, do_sample=False)
     assert isinstance(out, DecodeOutput)
     assert isinstance(out, GenerateDecoderOnlyOutput)
@@ -110,7 +111,7 @@ def test_output_and_bill(name, llama, prompt):
     assert out.prompt_length == 7
     stats = out.stats
     assert stats.new_tokens == sum(map(sum, stats.emitted)) == 12
-    assert all(n >= (name not in DIFFUSION) for row in stats.emitted for n in row)  # a pass may fill nothing
+    assert all(n >= (name not in DIFFUSION) for row in stats.emitted for n in row)  # a forward pass may fill nothing
     assert stats.target_forwards >= len(stats.emitted[0])
     assert stats.target_tokens >= 7 + 11
     assert stats.tokens_per_forward == pytest.approx(12 / len(stats.emitted[0]))
@@ -123,7 +124,7 @@ def test_output_and_bill(name, llama, prompt):
 
 
 @every_method
-def test_trace_and_bill_of_a_batch(name, llama, padded):
+def test_trace_and_stats_of_a_batch(name, llama, padded):
     out = make(name, llama, trace=True).generate(llama, **padded, max_new_tokens=9, do_sample=False)
     length = padded["input_ids"].shape[1]
     assert out.sequences[:, :length].equal(padded["input_ids"])
@@ -237,7 +238,7 @@ def test_do_sample(name, llama, prompt):
             make(name, llama).generate(llama, prompt, **settings)
         return
     greedy = decode(name, llama, prompt).sequences
-    raw = {"score_from": "raw"} if name in DIFFUSION else {}  # or the order of the places depends on the warpers
+    raw = {"score_from": "raw"} if name in DIFFUSION else {}  # or the order of the positions depends on the warpers
     for warper in ({"top_k": 1}, {"top_p": 1e-6, "top_k": 0}, {"temperature": 1e-4, "top_k": 0}):
         assert make(name, llama, **raw).generate(llama, prompt, **settings, **warper).sequences.equal(greedy)
     penalised = decode(name, llama, prompt, repetition_penalty=1.7).sequences
@@ -635,7 +636,7 @@ def test_streamer_with_a_batch(name, llama, tokenizer, padded):
         decode(name, llama, padded, streamer=Collects(tokenizer))
 
 
-STEPS = ("autoregressive", "momentum")  # token by token: any cache will do, or none
+STEPS = [name for name, m in METHODS.items() if issubclass(m.decoder, TokenDecoder)]  # token by token: any cache will do, or none
 
 
 @every_method
@@ -721,6 +722,21 @@ def test_a_decoder_needs_a_loop(llama, prompt):
 
     with pytest.raises(NotImplementedError, match=r"Empty must define decode\(call\)"):
         Empty().generate(llama, prompt, max_new_tokens=3)
+
+
+def test_every_streamer_of_a_call_ends(llama, tokenizer, prompt):
+    decoder, bound, lost = METHODS["token_recycling"].example(llama), Collects(tokenizer), Collects(tokenizer)
+    call = {"max_new_tokens": 3, "do_sample": False}
+    with pytest.warns(UserWarning, match="decoder.generate"):
+        llama.generate(prompt, custom_generate=decoder.bind(streamer=bound), streamer=lost, **call)
+    assert (bound.ended, lost.ended) == (1, 1)
+    same = Collects(tokenizer)
+    llama.generate(prompt, custom_generate=decoder.bind(streamer=same), streamer=same, **call)
+    assert same.ended == 1
+    unread = Collects(tokenizer)
+    with pytest.raises((AttributeError, TypeError, ValueError)):
+        llama.generate(prompt, custom_generate=decoder.bind(streamer=unread, stop_strings=[1], tokenizer=tokenizer), **call)
+    assert unread.ended == 1
 
 
 def test_a_refused_call_ends_the_stream(llama, tokenizer, prompt):

@@ -1,6 +1,6 @@
-"""Lossless methods: the target's own tokens when greedy, the target's own law when sampling, whatever a drafter guesses.
+"""Lossless methods: the target's own tokens when greedy, the target's own distribution when sampling, whatever a drafter drafts.
 
-A scripted drafter knows the truth and tells it as often as it is told to; broken twins of the walk show that the tests can fail.
+A scripted drafter knows the truth and tells it as often as it is told to; negative controls, walks that are broken on purpose, show that the tests can fail.
 """
 
 import random
@@ -11,7 +11,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import LAW_RULES, METHODS, TOY_PROMPT, StopsAt, SumBias, V, added, exact_law, fit, left_pad, plain, random_prompts, sample_law
+from toys import (
+    METHODS,
+    SAMPLING_RULES,
+    TOY_PROMPT,
+    StopsAt,
+    SumBias,
+    V,
+    added,
+    exact_probs,
+    fit,
+    left_pad,
+    plain,
+    random_prompts,
+    sample_counts,
+)
 from transformers import (
     LogitsProcessorList,
     StoppingCriteriaList,
@@ -49,7 +63,7 @@ every_rule = pytest.mark.parametrize("rule", ["none", "penalty", "custom"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 300, 4096])
 def test_the_best_token_is_the_first_of_the_largest(size, dtype):
-    rows = max(2, 2**17 // size)  # enough numbers to be searched by shelves
+    rows = max(2, 2**17 // size)  # enough numbers to be searched by chunks
     scores = (3 * torch.randn(rows, size, generator=torch.Generator().manual_seed(size))).round().to(dtype)  # full of ties
     scores[0] = -torch.inf
     scores[1, size // 2] = torch.nan
@@ -280,12 +294,12 @@ def test_any_tree_any_drafter_in_a_batch(rule, references):
     check()
 
 
-# the joint law of the first three tokens
+# the joint distribution of the first three tokens
 
 
 @dataclass
-class Guesses(SpeculativeDecoder):
-    "Guesses a fixed set of tokens at every node, wherever it is: no truth is needed to test a law."
+class FixedDraft(SpeculativeDecoder):
+    "Drafts a fixed set of tokens at every node, wherever it is: no truth is needed to test a distribution."
 
     parents: list[int] = field(default_factory=lambda: list(TREE))
     shift: int = 3
@@ -298,38 +312,38 @@ class Guesses(SpeculativeDecoder):
 
 
 DRAFTERS = {
-    "chain": lambda: Guesses(parents=[0, 0, 1, 2]),
-    "tree": lambda: Guesses(),
+    "chain": lambda: FixedDraft(parents=[0, 0, 1, 2]),
+    "tree": lambda: FixedDraft(),
     "recycled": lambda: TokenRecycling(k=3, template=["0", "1", "2", "00", "01", "10", "000"]),
 }
 
 
 @pytest.mark.parametrize("drafter", list(DRAFTERS))
-@pytest.mark.parametrize("rule", list(LAW_RULES))
-def test_joint_law(drafter, rule, toy):
+@pytest.mark.parametrize("rule", list(SAMPLING_RULES))
+def test_joint_distribution(drafter, rule, toy):
     torch.manual_seed(0)
-    asked, processors = LAW_RULES[rule]
-    counts = sample_law(DRAFTERS[drafter](), toy, 20_000, **asked)
-    assert fit(counts, exact_law(toy, processors)) > 1e-3
+    asked, processors = SAMPLING_RULES[rule]
+    counts = sample_counts(DRAFTERS[drafter](), toy, 20_000, **asked)
+    assert fit(counts, exact_probs(toy, processors)) > 1e-3
 
 
-def test_joint_law_of_plain_decoding(toy):
+def test_joint_distribution_of_plain_decoding(toy):
     torch.manual_seed(0)
-    for asked, processors in LAW_RULES.values():
-        assert fit(sample_law(Autoregressive(), toy, 20_000, **asked), exact_law(toy, processors)) > 1e-3
+    for asked, processors in SAMPLING_RULES.values():
+        assert fit(sample_counts(Autoregressive(), toy, 20_000, **asked), exact_probs(toy, processors)) > 1e-3
 
 
-def test_joint_law_with_an_end(toy):
+def test_joint_distribution_with_an_end(toy):
     torch.manual_seed(0)
-    law = exact_law(toy, [], end=5)
-    assert fit(sample_law(DRAFTERS["tree"](), toy, 20_000, eos_token_id=5), law) > 1e-3
+    probs = exact_probs(toy, [], end=5)
+    assert fit(sample_counts(DRAFTERS["tree"](), toy, 20_000, eos_token_id=5), probs) > 1e-3
 
 
 def test_the_toy_is_worth_something(toy):
-    law = exact_law(toy, [])
-    assert len(law) == 216
-    assert sum(law.values()) == pytest.approx(1)
-    assert max(law.values()) < 0.2
+    probs = exact_probs(toy, [])
+    assert len(probs) == 216
+    assert sum(probs.values()) == pytest.approx(1)
+    assert max(probs.values()) < 0.2
     accepted = DRAFTERS["tree"]().generate(toy, TOY_PROMPT.expand(500, -1), max_new_tokens=3, do_sample=True, top_k=0, eos_token_id=99)
     first = [row[0] for row in accepted.stats.emitted]
     assert {1, 2, 3} <= set(first)  # the walk ends at every depth
@@ -337,34 +351,34 @@ def test_the_toy_is_worth_something(toy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("drafter", list(DRAFTERS))
-@pytest.mark.parametrize("rule", list(LAW_RULES))
-def test_joint_law_with_many_draws(drafter, rule, toy):
+@pytest.mark.parametrize("rule", list(SAMPLING_RULES))
+def test_joint_distribution_with_many_draws(drafter, rule, toy):
     torch.manual_seed(1)
-    asked, processors = LAW_RULES[rule]
-    assert fit(sample_law(DRAFTERS[drafter](), toy, 200_000, **asked), exact_law(toy, processors)) > 1e-3
+    asked, processors = SAMPLING_RULES[rule]
+    assert fit(sample_counts(DRAFTERS[drafter](), toy, 200_000, **asked), exact_probs(toy, processors)) > 1e-3
 
 
-# negative controls: broken twins, which the same tests must reject
+# negative controls: broken walks, which the same tests must reject
 
 
 def walk_with(choose_token, drafted_prefix=True):
-    "A walk like `base.walk` whose choice at a node is `choose_token(p, depth, guesses)` for p [vocab]."
+    "A walk like `base.walk` whose choice at a node is `choose_token(p, depth, drafted)` for p [vocab]."
 
     def walk(call, draft, logits, rule):
         tokens, children = draft.tokens.tolist(), draft.tree.children_of()
         paths, emitted = [], []
         start = call.prompt.shape[1]
         histories = torch.stack([call.sequences[row, : start + call.counts[row]] for row in call.rows]) if equal(call) else None
-        laws = {}
+        probs = {}
         for r, row in enumerate(call.rows):
             node, path, new = 0, [0], []
             while True:
                 key = (row, node) if histories is None else node
-                if key not in laws or histories is None:
-                    laws[key] = law_at(call, logits, histories, r, node, new if drafted_prefix else [], draft)
-                p = laws[key] if histories is None else laws[key][r]
-                guesses = [tokens[r][c] for c in children[node]]
-                token = choose_token(p, len(new), guesses)
+                if key not in probs or histories is None:
+                    probs[key] = probs_at(call, logits, histories, r, node, new if drafted_prefix else [], draft)
+                p = probs[key] if histories is None else probs[key][r]
+                drafted = [tokens[r][c] for c in children[node]]
+                token = choose_token(p, len(new), drafted)
                 new.append(token)
                 hit = next((c for c in children[node] if tokens[r][c] == token), None)
                 if hit is None:
@@ -378,7 +392,7 @@ def walk_with(choose_token, drafted_prefix=True):
     def equal(call):
         return len({call.counts[row] for row in call.rows}) == 1
 
-    def law_at(call, logits, histories, r, node, new, draft):
+    def probs_at(call, logits, histories, r, node, new, draft):
         drafted = [n for n in torch.nonzero(draft.tree.mask[node]).flatten().tolist() if n] if new else []
         if histories is not None:  # for all rows at once; the drafted tokens of a row stand on its own path
             ids = torch.cat([histories, draft.tokens[:, drafted]], 1)
@@ -390,24 +404,24 @@ def walk_with(choose_token, drafted_prefix=True):
     return walk
 
 
-def honest(p, depth, guesses):
+def honest(p, depth, drafted):
     return int(draw(p))
 
 
-def greedy_inside(p, depth, guesses):
+def greedy_inside(p, depth, drafted):
     return int(draw(p)) if depth == 0 else int(greedy(p)[0])
 
 
-def draw_again_after_rejection(p, depth, guesses):
+def draw_again_after_rejection(p, depth, drafted):
     token = int(draw(p))
-    return token if token in guesses else int(draw(p))
+    return token if token in drafted else int(draw(p))
 
 
 def reused_number():
     "One random number a path: the same noise decides at all its nodes."
     kept = {}
 
-    def choose(p, depth, guesses):
+    def choose(p, depth, drafted):
         if depth == 0:
             kept["u"] = random.random()
         return min(int(np.searchsorted(p.double().cumsum(0).numpy(), kept["u"])), len(p) - 1)
@@ -415,35 +429,35 @@ def reused_number():
     return choose
 
 
-def law_p_value(toy, monkeypatch, choose, rule="plain", **kwargs):
+def p_value_of(toy, monkeypatch, choose, rule="plain", **kwargs):
     torch.manual_seed(2)
     random.seed(2)
     monkeypatch.setattr(base, "walk", walk_with(choose, **kwargs))
-    asked, processors = LAW_RULES[rule]
-    return fit(sample_law(DRAFTERS["tree"](), toy, 8_000, **asked), exact_law(toy, processors))
+    asked, processors = SAMPLING_RULES[rule]
+    return fit(sample_counts(DRAFTERS["tree"](), toy, 8_000, **asked), exact_probs(toy, processors))
 
 
 @pytest.mark.parametrize("rule", ["plain", "penalty"])
-def test_the_honest_twin_passes(rule, toy, monkeypatch):
-    assert law_p_value(toy, monkeypatch, honest, rule) > 1e-3
+def test_the_honest_control_passes(rule, toy, monkeypatch):
+    assert p_value_of(toy, monkeypatch, honest, rule) > 1e-3
 
 
 @pytest.mark.parametrize(
     "choose", [greedy_inside, draw_again_after_rejection, reused_number()], ids=["argmax", "redraw", "one draw a path"]
 )
 def test_broken_draws_are_rejected(choose, toy, monkeypatch):
-    assert law_p_value(toy, monkeypatch, choose) < 1e-9
+    assert p_value_of(toy, monkeypatch, choose) < 1e-9
 
 
 def test_processors_without_the_drafted_prefix_are_rejected(toy, monkeypatch):
-    assert law_p_value(toy, monkeypatch, honest, "penalty", drafted_prefix=False) < 1e-9
+    assert p_value_of(toy, monkeypatch, honest, "penalty", drafted_prefix=False) < 1e-9
 
 
 def test_processors_left_out_are_rejected(toy):
     torch.manual_seed(2)
-    counts = sample_law(DRAFTERS["tree"](), toy, 8_000)
+    counts = sample_counts(DRAFTERS["tree"](), toy, 8_000)
     for rule in ("temperature", "top_k", "top_p", "penalty"):
-        assert fit(counts, exact_law(toy, LAW_RULES[rule][1])) < 1e-9
+        assert fit(counts, exact_probs(toy, SAMPLING_RULES[rule][1])) < 1e-9
 
 
 def feed_tree_with_node_numbers(self, tokens, tree, **more):
@@ -459,7 +473,7 @@ feed_tree = Session.feed_tree
 def test_wrong_position_ids_are_rejected(toy, llama, case, monkeypatch):
     monkeypatch.setattr(Session, "feed_tree", feed_tree_with_node_numbers)
     torch.manual_seed(2)
-    assert fit(sample_law(DRAFTERS["tree"](), toy, 8_000), exact_law(toy, [])) < 1e-9
+    assert fit(sample_counts(DRAFTERS["tree"](), toy, 8_000), exact_probs(toy, [])) < 1e-9
     prompt, truth = case
     assert added(scripted(llama, prompt, truth, 20, parents=TREE, right=0.9)) != [truth[:20]]
     assert added(scripted(llama, prompt, truth, 20, parents=[0, 0, 1, 2], right=0.9)) == [truth[:20]]  # in a chain they are right
@@ -483,7 +497,7 @@ def test_an_end_accepted_in_mid_draft_is_rejected(toy, llama, case, monkeypatch)
     )
     assert added(out) != [truth[: truth.index(end) + 1]]
     torch.manual_seed(2)
-    assert fit(sample_law(DRAFTERS["tree"](), toy, 8_000, eos_token_id=5), exact_law(toy, [], end=5)) < 1e-9
+    assert fit(sample_counts(DRAFTERS["tree"](), toy, 8_000, eos_token_id=5), exact_probs(toy, [], end=5)) < 1e-9
 
 
 def test_a_drafter_that_is_believed_is_rejected(llama, case, monkeypatch):

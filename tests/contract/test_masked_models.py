@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from decodelab.diffusion.base import LLaDA
-from decodelab.diffusion.canvas import Denoiser, check_model, ignores_padding, looks_both_ways, sees_ahead
+from decodelab.diffusion.denoiser import Denoiser, check_model, ignores_padding, looks_both_ways, sees_ahead
 
 VOCAB, MASK = 64, 3
 # every architecture takes of these what it has

@@ -226,7 +226,7 @@ def test_select(model):
     assert_close(session.feed(torch.tensor([[50]]))[0, -1], alone(model, [8, 9, 3, 20, 40, 50]))
 
 
-def test_uneven_commits_take_no_more_room_than_the_longest_row(model):
+def test_uneven_commits_take_no_more_slots_than_the_longest_row(model):
     texts = [[4, 5], [7], [8, 9, 10]]
     inputs = left_pad([torch.tensor([t]) for t in texts])
     session = Session(model, inputs["attention_mask"])
@@ -312,7 +312,7 @@ def test_a_compiled_session_is_the_session(rows, llama_model):
     "Prefill, trees with a shape for each row, growth, chains, rollback and a row that leaves: the same logits."
     generator = torch.Generator().manual_seed(3)
     inputs = left_pad(random_prompts(rows, lengths=(3, 6), seed=5))
-    sessions = [Session(llama_model, inputs["attention_mask"], compiled=c, room=40) for c in (False, True)]
+    sessions = [Session(llama_model, inputs["attention_mask"], compiled=c, remaining=40) for c in (False, True)]
     one, other = (s.prefill(inputs["input_ids"]) for s in sessions)
     assert_close(one, other)
     shapes = [[-1, 0, 0, 1, -1], [-1, 0, 1, 2, 3], [-1, 0, 0, 0, 0]][:rows]
@@ -335,7 +335,7 @@ def test_a_compiled_session_is_the_session(rows, llama_model):
     plain, fast = sessions
     assert plain.stats.target_tokens == fast.stats.target_tokens  # what fills up a shape is not billed
     assert fast.stats.compilations >= 1
-    again = Session(llama_model, inputs["attention_mask"], compiled=True, room=40)
+    again = Session(llama_model, inputs["attention_mask"], compiled=True, remaining=40)
     again.prefill(inputs["input_ids"])
     again.feed(chain[:1].expand(rows, -1))
     assert again.stats.compilations <= 1  # shapes are kept with the model
@@ -354,10 +354,10 @@ def test_compiled_code_is_made_anew_when_the_model_changes():
     assert_close(session.feed(torch.tensor([[9]]))[0, -1], alone(other, [4, 5, 6, 9]))
 
 
-# bill, refusals, end
+# stats, refusals, end
 
 
-def test_the_bill_of_a_session(model):
+def test_the_stats_of_a_session(model):
     session = Session(model)
     session.prefill(torch.tensor([[4, 5, 6], [7, 8, 9]]))
     session.feed(torch.tensor([[1], [2]]))
@@ -421,7 +421,7 @@ def test_layers_that_see_a_part_of_the_text(kind, compiled):
     model = LOCAL[kind]().eval()
     texts = [[4, 5, 6, 7, 8, 9, 10], [8, 9, 11]]
     inputs = left_pad([torch.tensor([t]) for t in texts])
-    session = Session(model, inputs["attention_mask"], compiled=compiled, room=40)
+    session = Session(model, inputs["attention_mask"], compiled=compiled, remaining=40)
     assert session.local
     session.prefill(inputs["input_ids"])
     tree, generator = Tree([0, 0, 0, 1, 2, 4]), torch.Generator().manual_seed(1)

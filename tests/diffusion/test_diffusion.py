@@ -9,16 +9,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import EOS, PAD, VOCAB, left_pad, random_prompts, small_model
+from toys import EOS, PAD, VOCAB, left_pad, made_step, random_prompts, small_model
 from transformers import BertConfig, BertForMaskedLM, LogitsProcessor, LogitsProcessorList, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from decodelab.core.contract import decoders
 from decodelab.diffusion.base import LLaDA, Unmasker, with_generate
-from decodelab.diffusion.canvas import CACHES, Canvas, Denoiser, mask_token, shifts_logits
+from decodelab.diffusion.canvas import CACHES, Canvas
+from decodelab.diffusion.denoiser import Denoiser, mask_token, shifts_logits
 from decodelab.diffusion.fast_dllm import Dream, EntropyBound, FastDLLM, factor_count
-from decodelab.diffusion.ideal import IdealDenoiser, Law
-from decodelab.diffusion.step import ORDERS, Step, law_score, order_score, schedule, top
+from decodelab.diffusion.ideal import Distribution, IdealDenoiser
+from decodelab.diffusion.step import ORDERS, confidence_score, order_score, schedule, top
 from decodelab.lab.frontier import loop_overheads
 from decodelab.lab.lab import Lab
 
@@ -310,7 +311,7 @@ def test_what_needs_a_decoder_only_model(bert, prompt):
 
 @given(st.integers(1, 64), st.integers(1, 80))
 def test_schedule(m, s):
-    plan = [int(schedule(torch.tensor([m]), s, torch.tensor([i]))) for i in range(s)]
+    plan = [int(schedule(torch.tensor([m]), s, i)) for i in range(s)]
     assert sum(plan) == m
     assert plan == sorted(plan, reverse=True)
     assert plan[: min(m, s)].count(0) == 0
@@ -333,16 +334,9 @@ def test_factor_count_is_the_formula(confidences, factor):
     assert int(factor_count(c, factor)) == max(passes, default=1)
 
 
-def made_step(p, masked, tokens=None, **facts):
-    "A step on laws of our own, [rows, block, vocab]."
-    n, block = masked.shape
-    laws = p.log()
-    plan = {"masks": masked.sum(-1), "steps": block, "passes": torch.zeros(n, dtype=torch.long), "index": torch.zeros(n, dtype=torch.long)}
-    plan |= {"planned": block} | facts
-    step = Step(None, torch.arange(n), 0, block, masked, laws, laws, laws, **plan, ends=torch.tensor([EOS]))
-    step.tokens = p.argmax(-1) if tokens is None else tokens
-    step.raw_confidence = p.gather(-1, step.tokens[..., None])[..., 0]
-    return step
+def step_of(p, masked, **facts):
+    "A step on distributions of our own, [rows, block, vocab], that proposes the best tokens."
+    return made_step(p.log(), masked, p.argmax(-1), eos_ids=[EOS], **facts)
 
 
 def test_nearly_certain_proposals_keep_their_order():
@@ -350,8 +344,7 @@ def test_nearly_certain_proposals_keep_their_order():
     scores = torch.full((1, 3, 8), -20.0)
     scores[..., 5] = 40.0
     scores[0, :, 2] = 40 - torch.tensor([15.0, 25.0, 30.0])
-    step = made_step(scores.softmax(-1), torch.ones(1, 3, dtype=torch.bool))
-    step.scores = step.warped = step.basis = scores
+    step = made_step(scores)
     LLaDA().propose(step)
     missing = (1 - step.raw_confidence[0]).tolist()
     assert missing == pytest.approx([1 / (1 + math.exp(lead)) for lead in (15, 25, 30)], rel=2e-3)
@@ -365,7 +358,7 @@ def test_orders_are_their_formulas(seed, order):
     g = torch.Generator().manual_seed(seed)
     p = (3 * torch.randn(2, 5, 7, generator=g)).softmax(-1)
     masked = torch.rand(2, 5, generator=g) < 0.6
-    got = order_score(made_step(p, masked), order)
+    got = order_score(step_of(p, masked), order)
     assert bool((got[~masked] == -torch.inf).all())
     for i, j in masked.nonzero().tolist():
         law = sorted(p[i, j].tolist(), reverse=True)
@@ -387,7 +380,7 @@ def test_the_entropy_bound_is_a_prefix_of_the_surest(seed, bound):
     p = (3 * torch.randn(1, 6, 5, generator=g)).softmax(-1)
     masked = torch.rand(1, 6, generator=g) < 0.7
     masked[0, 0] = True
-    chosen = EntropyBound(entropy_bound=bound).select(made_step(p, masked))[0]
+    chosen = EntropyBound(entropy_bound=bound).select(step_of(p, masked))[0]
     entropies = -(p[0] * p[0].log()).sum(-1)
     total, expected = 0.0, []
     for j in sorted(masked[0].nonzero()[:, 0].tolist(), key=lambda j: entropies[j]):
@@ -409,7 +402,7 @@ def test_counts_of_dream(n, s, expected, llama, prompt):
 def test_dreams_origin_reveals_holes_independently():
     torch.manual_seed(0)
     p, rows = torch.full((4000, 6, 4), 0.25), 4000
-    step = made_step(p, torch.ones(rows, 6, dtype=torch.bool), steps=4, passes=torch.full((rows,), 1))
+    step = step_of(p, torch.ones(rows, 6, dtype=torch.bool), steps=4, index=1)
     chosen = Dream(alg="origin", eps=0.0).select(step).double()
     share = 1 - (2 / 4) / (3 / 4)  # tau goes from 3/4 to 2/4
     assert abs(chosen.mean().item() - share) < 4 * (share * (1 - share) / (rows * 6)) ** 0.5
@@ -422,7 +415,7 @@ def test_dream_may_draw_places():
     torch.manual_seed(0)
     rows = 20_000
     p = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.9, 0.1]]).expand(rows, -1, -1)
-    step = made_step(p, torch.ones(rows, 3, dtype=torch.bool), steps=3, masks=torch.full((rows,), 3))
+    step = step_of(p, torch.ones(rows, 3, dtype=torch.bool), steps=3)
     chosen = Dream(alg="maskgit_plus", alg_temp=0.2, eps=0.0).select(step)
     assert chosen.sum(-1).unique().tolist() == [1]
     expected = (torch.tensor([0.7, 0.6, 0.9]) / 0.2).softmax(-1)
@@ -437,7 +430,7 @@ def answers(rows, decoder, law, **settings):
 
 
 def test_dream_filters_by_top_p_before_top_k():
-    law = Law(torch.arange(4)[:, None], torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    law = Distribution(torch.arange(4)[:, None], torch.tensor([0.4, 0.3, 0.2, 0.1]))
     rows, filters = 4000, {"top_p": 0.5, "top_k": 2}
     # top-p keeps two of the four, and top-k both; the other way round top-p finds 0.4 / 0.7 > 0.5 and keeps one
     calls = [
@@ -459,20 +452,21 @@ def test_dreams_filters_shape_the_entropy_without_sampling():
     flat = [0.55] + [0.05 + 0.001 * i for i in range(-4, 5)]  # 1.68 nats, the other 0.96; of the best two: 0.29 and 0.69
     narrow = [0.45, 0.44, 0.11]
     strings = torch.cartesian_prod(torch.arange(10), torch.arange(10, 13))
-    law = Law(strings, torch.tensor([a * b for a in flat for b in narrow]))
+    law = Distribution(strings, torch.tensor([a * b for a in flat for b in narrow]))
     for filters, first in (({}, 1), ({"top_p": 0.5}, 0), ({"top_k": 2}, 0), ({"top_p": 1.0, "top_k": 0}, 1)):
         out = answers(1, Dream(alg="entropy", eps=0.0, trace=True, **filters), law, do_sample=False)
         assert out.continuations[0].tolist() == [0, 10]
-        assert out.trace[0].info["pass"].index(0) == first
+        assert out.trace[0].info["step"].index(0) == first
 
 
 def test_without_ends_the_other_tokens_share_their_probability():
     p = torch.tensor([[[0.01, EOS_SHARE := 0.45, 0.5, 0.04], [0.3, 0.4, 0.2, 0.1]]])
     assert EOS == 1 and EOS_SHARE < 0.5
-    step = made_step(p, torch.ones(1, 2, dtype=torch.bool))
+    step = step_of(p, torch.ones(1, 2, dtype=torch.bool))
     LLaDA(suppress_eos_confidence=True).propose(step)
     assert step.tokens.tolist() == [[2, EOS]]  # an end may still be proposed
     assert step.raw_confidence[0].tolist() == pytest.approx([0.5 / 0.55, 0.0], abs=1e-6)
+    step = step_of(p, torch.ones(1, 2, dtype=torch.bool))
     LLaDA().propose(step)
     assert step.raw_confidence[0].tolist() == pytest.approx([0.5, 0.4], abs=1e-6)
 
@@ -484,9 +478,9 @@ def test_how_sure_a_law_is_has_all_digits(seed, vocab, lead):
     p, exact = scores.softmax(-1), scores.double().softmax(-1)
     best = int(exact.argmax())
     left = float(exact.sum() - exact[best]) if lead < 15 else float(torch.cat([exact[:best], exact[best + 1 :]]).sum())
-    assert 1 - float(law_score(p, "max_prob")) == pytest.approx(left, rel=1e-5, abs=3e-16)
+    assert 1 - float(confidence_score(p, "max_prob")) == pytest.approx(left, rel=1e-5, abs=3e-16)
     minus = math.log1p(1e-10 - left) * (1 - left) + sum(q * math.log(q + 1e-10) for i, q in enumerate(exact.tolist()) if i != best)
-    assert float(law_score(p)) == pytest.approx(minus, rel=1e-4, abs=1e-12)
+    assert float(confidence_score(p)) == pytest.approx(minus, rel=1e-4, abs=1e-12)
 
 
 # the loop
@@ -593,19 +587,20 @@ def test_leaving_early_changes_no_text(method, block, llama, batch):
 
 @every_policy
 def test_what_is_filled_stays_and_nothing_is_left(method, llama, prompt, monkeypatch):
-    seen, write = [], Unmasker._write
+    seen, again, write = [], [], Canvas.write
 
-    def spy(self, canvas, diary, step, chosen):
+    def spy(canvas, tokens, chosen, confidence=None):
         before = canvas.ids.clone()
-        write(self, canvas, diary, step, chosen)
+        write(canvas, tokens, chosen, confidence)
         filled = before != MASK
         filled[:, : canvas.prompt] = True
         assert canvas.ids[filled].equal(before[filled])
         seen.append(int(chosen.sum()))
+        again[:] = [] if canvas.remasked is None else [int(canvas.remasked.sum())]
 
-    monkeypatch.setattr(Unmasker, "_write", spy)
+    monkeypatch.setattr(Canvas, "write", spy)
     out = decode(method.example(llama), llama, prompt, 14)
-    assert sum(seen) == 14
+    assert sum(seen) == 14 + sum(again)
     assert MASK not in new_ids(out)[0]
     assert out.sequences[:, :7].equal(prompt)
 
@@ -711,7 +706,7 @@ def test_a_text_that_is_cut_off(llama, batch):
 
 def test_trace_tells_pass_and_confidence(llama, prompt):
     out = decode(LLaDA(block_length=6, trace=True), llama, prompt)
-    order = [p for step in out.trace for p in step.info["pass"]]
+    order = [p for step in out.trace for p in step.info["step"]]
     assert sorted(order) == list(range(12))
     assert all(p < 6 for p in order[:6])
     assert all(0 < c <= 1 for step in out.trace for c in step.info["confidence"])
@@ -734,12 +729,12 @@ class Remasks(Unmasker):
 
 
 def test_the_loop_counts_what_is_left_not_what_was_chosen(llama, batch):
-    with pytest.raises(RuntimeError, match="Remasks.select has committed nothing for"):
+    with pytest.raises(RuntimeError, match="Remasks.select has filled nothing for"):
         decode(Remasks(), llama, batch, 6)
 
 
 def test_a_policy_that_fills_nothing_is_found_out(llama, prompt):
-    with pytest.raises(RuntimeError, match="Idle.select has committed nothing for"):
+    with pytest.raises(RuntimeError, match="Idle.select has filled nothing for"):
         decode(Idle(), llama, prompt)
     with pytest.raises(NotImplementedError, match="Unmasker must define select"):
         decode(Unmasker(), llama, prompt)

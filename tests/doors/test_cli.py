@@ -15,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from decodelab.cli import app, full_experiments
+from decodelab.cli_generate import generate
 from decodelab.core.contract import decoders
 from decodelab.core.output import TraceStep
 from decodelab.core.zoo import load
@@ -22,6 +23,7 @@ from decodelab.demo import masked_decoders, masked_table
 from decodelab.demo_page import DemoRow, DemoTable, comparison_page, demo_table, draft_svg
 from decodelab.hub import export_hub
 from decodelab.lab.frontier import compared_policies
+from decodelab.lab.provenance import write_whole
 from decodelab.reading import typed_settings
 from decodelab.shell import make_decoder, show_table
 
@@ -357,6 +359,26 @@ def test_chat(tmp_path):
     assert json.loads((out / "bench.json").read_text())["provenance"]["prompts"]["count"] == 1
 
 
+def test_a_page_takes_the_place_of_no_device(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(pipe)
+    for place in (pipe, tmp_path / "link"):
+        assert f"cannot write {place}" in refused("generate", "Once", "--max-new-tokens", 2, "--trace", place)
+        assert f"cannot write {place}" in refused("demo", "--out", place)
+        with pytest.raises(OSError, match="it is no plain file"):
+            write_whole(place, "text")
+    assert pipe.is_fifo()
+    (tmp_path / "page").symlink_to(tmp_path / "real.html")
+    write_whole(tmp_path / "page", "text")
+    assert (tmp_path / "page").is_symlink() and (tmp_path / "real.html").read_text() == "text"
+
+
+def test_closed_standard_input(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match="standard input is closed"):
+        generate(prompt="-")
+
+
 def test_text_that_is_not_utf_8(tmp_path):
     latin, wide = "Andrée".encode("latin-1"), "Once upon".encode("utf-16")
     for text in (latin, wide):
@@ -681,9 +703,9 @@ def test_the_headline_is_what_the_interval_carries(tales):
     page = comparison_page([DemoTable("temperature 0.7", "p", base.name, CONDITIONS, [base, lucky])], {}, tales[1])
     assert "of the lossless decoders is clearly faster than sampling (transformers) here: 6 prompts, temperature 0.7" in page
     assert "4.80x" not in page
-    sure, other = made_up("sure", 1.5, 1.4, 1.6, True), made_up("unlike", 3.0, 2.9, 3.1, True, lossless=False)
-    page = comparison_page([DemoTable("temperature 0.7", "p", base.name, CONDITIONS, [base, lucky, sure, other])], {}, tales[1])
-    assert "1.50x</b><span>speed of sure relative to sampling (transformers): 1.40 to 1.60 on 6 prompts, temperature 0.7" in page
+    confident, other = made_up("confident", 1.5, 1.4, 1.6, True), made_up("unlike", 3.0, 2.9, 3.1, True, lossless=False)
+    page = comparison_page([DemoTable("temperature 0.7", "p", base.name, CONDITIONS, [base, lucky, confident, other])], {}, tales[1])
+    assert "1.50x</b><span>speed of confident relative to sampling (transformers): 1.40 to 1.60 on 6 prompts, temperature 0.7" in page
 
 
 def test_page_check_can_fail():
@@ -907,8 +929,14 @@ def test_train_refuses(tmp_path, monkeypatch):
     assert "tales" in refused("train", "tales", "--data-dir", tmp_path / "empty")
     assert "leave out --tokenizer" in refused("train", "tasks-mdm", "--tokenizer", "tales")
     assert "data must be 'tasks' or 'tales'" in refused("train", "tales-mdm", "--set", "data=books")
-    monkeypatch.setattr("decodelab.cli.find_spec", lambda name: None)
-    assert "decodelab[train]" in refused("train", "tales")
+    monkeypatch.setattr("decodelab.shell.find_spec", lambda name: None)
+    assert "needs accelerate, filelock: pip install 'decodelab[train]'" in refused("train", "tales")
+
+
+def test_commands_say_which_packages_they_need(monkeypatch):
+    monkeypatch.setattr("decodelab.shell.find_spec", lambda name: None)
+    assert "needs pandas, matplotlib: pip install 'decodelab[lab]'" in refused("bench")
+    assert "needs pandas, datasets: pip install 'decodelab[lab]'" in refused("experiment", "sampling/momentum")
 
 
 # lab and experiment

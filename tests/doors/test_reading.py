@@ -241,3 +241,9 @@ def test_batches_come_in_order(size, llama, tokenizer):
     assert [len(out.sequences) for out in outputs] == [min(size, 5 - i) for i in range(0, 5, size)]
     expected = [llama.generate(x, **call)[0, x.shape[1] :].tolist() for x in ids]
     assert [row.tolist() for out in outputs for row in out.continuations] == expected
+
+
+def test_half_of_a_surrogate_pair_is_no_prompt(tmp_path):
+    (tmp_path / "p.json").write_text('["a", "b\\ud800c"]')
+    with pytest.raises(ValueError, match=r"entry 2 is no text: it holds half of a surrogate pair \(U\+D800\)"):
+        read_prompts(tmp_path / "p.json")

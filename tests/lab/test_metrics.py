@@ -1,4 +1,4 @@
-"""Metrics: formulas against naive loops and brute force, models with known laws, and every error branch."""
+"""Metrics: formulas against naive loops and brute force, models with known distributions, and every error branch."""
 
 import builtins
 import math
@@ -20,7 +20,7 @@ from decodelab.lab import mauve
 from decodelab.lab import metrics as m
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
-LAW = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]])
+TABLE = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]])
 token_lists = st.lists(st.lists(st.integers(0, 3), max_size=12), min_size=1, max_size=4)
 
 
@@ -36,7 +36,7 @@ def bigram():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=3, rms_norm_eps=1e-12, tie_word_embeddings=False, **shape)).eval()
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(torch.eye(3))
-        model.lm_head.weight.copy_((LAW.log() / 3**0.5).T)
+        model.lm_head.weight.copy_((TABLE.log() / 3**0.5).T)
     return model
 
 
@@ -97,10 +97,10 @@ def test_repetition_refuses():
 
 @given(st.lists(st.integers(0, 2), min_size=2, max_size=30), st.integers(2, 12))
 @settings(deadline=None, max_examples=40)
-def test_token_scores_of_a_known_law(bigram, ids, context):
+def test_token_scores_of_a_known_distribution(bigram, ids, context):
     log_probs, first = m.token_scores(bigram, ids, context)
-    assert log_probs.exp().tolist() == pytest.approx([LAW[a, b].item() for a, b in pairwise(ids)], abs=1e-5)
-    assert first.tolist() == [LAW[a].argmax().item() == b for a, b in pairwise(ids)]
+    assert log_probs.exp().tolist() == pytest.approx([TABLE[a, b].item() for a, b in pairwise(ids)], abs=1e-5)
+    assert first.tolist() == [TABLE[a].argmax().item() == b for a, b in pairwise(ids)]
 
 
 @pytest.mark.parametrize("context", [8, 9])
@@ -300,7 +300,7 @@ def test_references():
 # bootstrap and ranks
 
 
-def test_bootstrap_of_two_values_is_the_exact_law():
+def test_bootstrap_of_two_values_is_the_exact_distribution():
     drawn = Counter()
     for seed in range(300):
         drawn[m.bootstrap_interval([0, 1], confidence=0.5, seed=seed, resamples=1).low] += 1

@@ -234,10 +234,10 @@ def test_scorer_accepts_exactly_the_right_lists(operation, n):
 def test_all_right_answers_are_generated():
     for operation, right in (("insert_random", 4), ("remove_random", 3), ("replace_random", 3), ("shuffle", 5)):
         task = t.QueueTask(operation, (3,))
-        places = {
+        positions = {
             tuple(ex.meta["items"].index(x) if x in ex.meta["items"] else -1 for x in json.loads(ex.answer)) for ex in task.examples(120)
         }
-        assert len(places) == right
+        assert len(positions) == right
 
 
 def test_lists_of_fifteen():

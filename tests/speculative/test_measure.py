@@ -1,4 +1,4 @@
-"""The measuring page of the speculative family, counted baselines and inflated models."""
+"""The measuring page of the speculative family, counted baselines and repeated models."""
 
 import copy
 
@@ -8,7 +8,7 @@ from toys import added, plain, random_prompts, small_model
 
 from decodelab.experiments.speculative.measure import growth
 from decodelab.lab.bench import BenchResult, BenchRow, compare, counted
-from decodelab.lab.repeat import inflate
+from decodelab.lab.repeat import repeat
 from decodelab.lab.speeds import baselines, by_group, family, speeds, target_texts
 from decodelab.speculative.drafters import DraftModel, PromptLookup
 
@@ -30,7 +30,7 @@ def test_counted_sees_fewer_forwards_of_an_assistant(llama):
     double.generation_config.num_assistant_tokens, double.generation_config.assistant_confidence_threshold = 5, 0
     out = counted(llama, {"max_new_tokens": 12, "do_sample": False, "assistant_model": double})(prompt)
     assert out.stats.new_tokens == 12
-    assert out.stats.tokens_per_forward == 6  # every guess of its double is right
+    assert out.stats.tokens_per_forward == 6  # every draft token of its double is right
 
 
 def test_baselines(llama):
@@ -79,7 +79,7 @@ def test_growth(llama):
 def test_inflation_changes_no_logit(kind):
     model = small_model(kind, seed=4)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    big = inflate(model, layers=3, intermediate_size=128)
+    big = repeat(model, layers=3, intermediate_size=128)
     prompt = random_prompts(1, lengths=(7, 7), seed=5)[0]
     with torch.no_grad():
         assert big(prompt).logits.equal(model(prompt).logits)
@@ -91,8 +91,8 @@ def test_inflation_changes_no_logit(kind):
     assert added(DraftModel(model, gamma=3).generate(big, prompt, max_new_tokens=9, do_sample=False))[0] == plain(model, prompt, 9)
 
 
-def test_what_cannot_be_inflated(gpt2, llama):
-    with pytest.raises(ValueError, match="GPT2LMHeadModel has no layers with self_attn.o_proj and mlp.down_proj: inflate a Llama"):
-        inflate(gpt2)
+def test_what_cannot_be_repeated(gpt2, llama):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no layers with self_attn.o_proj and mlp.down_proj: repeat a Llama"):
+        repeat(gpt2)
     with pytest.raises(ValueError, match="layers must be at least 1, got 0"):
-        inflate(llama, layers=0)
+        repeat(llama, layers=0)

@@ -1,4 +1,4 @@
-"""Acceptance rules and drafters: exact laws by enumeration and by sampling, limits, and broken twins that the same tests reject."""
+"""Acceptance rules and drafters: exact distributions by enumeration and by sampling, limits, and negative controls that the same tests reject."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import LAW_RULES, TOY_PROMPT, V, added, exact_law, fit, left_pad, plain, random_prompts, sample_law, small_model
+from toys import SAMPLING_RULES, TOY_PROMPT, V, added, exact_probs, fit, left_pad, plain, random_prompts, sample_counts, small_model
 
 from decodelab.core.tree import Tree, trie
 from decodelab.core.warp import draw
@@ -29,7 +29,7 @@ from decodelab.speculative.drafters import DraftModel, ModelDrafter, NGram, Prom
 
 
 def dirichlet(n, vocab, seed=0, power=2.0):
-    "`n` random laws [n, vocab], some of them peaked, none with an empty token."
+    "`n` random distributions [n, vocab], some of them peaked, none with an empty token."
     p = torch.rand(n, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.double) ** power + 1e-6
     return p / p.sum(-1, keepdim=True)
 
@@ -39,8 +39,8 @@ def test_recursive_rejection_is_exact_by_enumeration(replacement):
     for p, q in zip(dirichlet(60, 4, 1), dirichlet(60, 4, 2, 3.0)):
         rates = []
         for k in range(5):
-            law, rate = exact_rejection(p, q, k, replacement)
-            assert float((law - p).abs().max()) < 1e-12
+            probs, rate = exact_rejection(p, q, k, replacement)
+            assert float((probs - p).abs().max()) < 1e-12
             rates.append(rate)
         assert all(b >= a - 1e-12 for a, b in zip(rates, rates[1:]))
         assert rates[1] == pytest.approx(float(torch.minimum(p, q).sum()))
@@ -54,14 +54,14 @@ def test_without_replacement_accepts_at_least_as_much():
             assert exact_rejection(p, q, k)[1] >= exact_rejection(p, q, k, True)[1] - 1e-12
 
 
-GOLDEN = [  # p (target), q (drafter), acceptance of k = 1, 2, 3 without / with replacement / K-SEQ, from the literature's definitions
+KNOWN = [  # p (target), q (drafter), acceptance of k = 1, 2, 3 without / with replacement / K-SEQ, from the literature's definitions
     ((0.2, 0.3, 0.5), (0.6, 0.3, 0.1), (0.6, 0.7, 1.0), (0.6, 0.64, 0.676), (0.6, 0.658443, 0.710003)),
     ((0.1, 0.2, 0.3, 0.4), (0.5, 0.2, 0.2, 0.1), (0.6, 0.78, 0.853333), (0.6, 0.72, 0.768), (0.6, 0.75, 0.793950)),
 ]
 
 
-@pytest.mark.parametrize(("p", "q", "without", "with_", "kseq"), GOLDEN)
-def test_golden_acceptance(p, q, without, with_, kseq):
+@pytest.mark.parametrize(("p", "q", "without", "with_", "kseq"), KNOWN)
+def test_known_acceptance(p, q, without, with_, kseq):
     p, q = torch.tensor(p, dtype=torch.double), torch.tensor(q, dtype=torch.double)
     for k in (1, 2, 3):
         assert exact_rejection(p, q, k)[1] == pytest.approx(without[k - 1], abs=1e-6)
@@ -72,27 +72,27 @@ def test_golden_acceptance(p, q, without, with_, kseq):
     )
 
 
-def drawn_guesses(q, k, rows, replacement):
+def drawn_tokens(q, k, rows, replacement):
     return q.expand(rows, -1).multinomial(k, replacement=replacement)
 
 
 RULES = {
-    "one guess": (RecursiveRejection(), 1, True),
+    "one draft token": (RecursiveRejection(), 1, True),
     "without replacement": (RecursiveRejection(), 3, False),
     "with replacement": (RecursiveRejection(replacement=True), 3, True),
     "k-seq": (KSeq(), 3, True),
-    "one guess, k-seq": (KSeq(), 1, True),
+    "one draft token, k-seq": (KSeq(), 1, True),
 }
 
 
 def emitted(rule, p, q, k, replacement, rows=60_000):
     torch.manual_seed(5)
-    tokens, which = rule(p.expand(rows, -1), drawn_guesses(q, k, rows, replacement), q.expand(rows, -1))
+    tokens, which = rule(p.expand(rows, -1), drawn_tokens(q, k, rows, replacement), q.expand(rows, -1))
     return torch.bincount(tokens, minlength=len(p)).tolist(), which
 
 
 @pytest.mark.parametrize("name", list(RULES))
-def test_the_rules_emit_the_target_law(name):
+def test_the_rules_emit_the_target_distribution(name):
     rule, k, replacement = RULES[name]
     for seed in range(3):
         p, q = dirichlet(1, 5, seed)[0].float(), dirichlet(1, 5, seed + 50)[0].float()
@@ -102,18 +102,18 @@ def test_the_rules_emit_the_target_law(name):
         assert float((which >= 0).float().mean()) == pytest.approx(exact, abs=0.01)
 
 
-def test_fixed_guesses_are_matched_exactly():
+def test_fixed_draft_tokens_are_matched_exactly():
     torch.manual_seed(6)
     p = dirichlet(1, 5, 7)[0].float()
-    guesses = torch.tensor([3, 1, -1]).expand(60_000, 3)
-    tokens, which = SampleAndMatch()(p.expand(60_000, -1), guesses, None)
+    drafted = torch.tensor([3, 1, -1]).expand(60_000, 3)
+    tokens, which = SampleAndMatch()(p.expand(60_000, -1), drafted, None)
     assert fit({(i,): int((tokens == i).sum()) for i in range(5)}, {(i,): float(x) for i, x in enumerate(p)}) > 1e-3
     assert float((which >= 0).float().mean()) == pytest.approx(float(p[3] + p[1]), abs=0.01)
     assert bool((tokens[which == 0] == 3).all() and (tokens[which == 1] == 1).all() and (which < 2).all())
 
 
 @pytest.mark.parametrize("rule", [RecursiveRejection(), KSeq(), SampleAndMatch(), TypicalAcceptance()])
-def test_a_node_without_guesses_is_plain_sampling(rule):
+def test_a_node_without_draft_tokens_is_plain_sampling(rule):
     torch.manual_seed(7)
     p = torch.tensor([0.5, 0.3, 0.2])
     tokens, which = rule(p.expand(20_000, -1), torch.empty(20_000, 0, dtype=torch.long), None)
@@ -122,11 +122,11 @@ def test_a_node_without_guesses_is_plain_sampling(rule):
         assert fit({(i,): int((tokens == i).sum()) for i in range(3)}, {(i,): float(x) for i, x in enumerate(p)}) > 1e-3
 
 
-# broken twins of the rules
+# negative controls: broken rules
 
 
 def not_renormalised(p, q):
-    return (p - q).clamp_min(0)  # draw() scales by itself, but the next test compares a law that sums to less than 1
+    return (p - q).clamp_min(0)  # draw() scales by itself, but the next test compares a distribution that sums to less than 1
 
 
 def target_instead(p, q):
@@ -134,16 +134,16 @@ def target_instead(p, q):
 
 
 class SameOrderTwice(RecursiveRejection):
-    "Guesses drawn without replacement, tested as if they had been drawn independently."
+    "Draft tokens drawn without replacement, tested as if they had been drawn independently."
 
-    def __call__(self, p, guesses, q):
-        return RecursiveRejection(replacement=True)(p, guesses, q)
+    def __call__(self, p, drafted, q):
+        return RecursiveRejection(replacement=True)(p, drafted, q)
 
 
 class Reversed(RecursiveRejection):
-    def __call__(self, p, guesses, q):
-        tokens, which = super().__call__(p, guesses.flip(1), q)
-        return tokens, torch.where(which >= 0, guesses.shape[1] - 1 - which, which)
+    def __call__(self, p, drafted, q):
+        tokens, which = super().__call__(p, drafted.flip(1), q)
+        return tokens, torch.where(which >= 0, drafted.shape[1] - 1 - which, which)
 
 
 P, Q = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.55, 0.25, 0.15, 0.05])
@@ -154,7 +154,7 @@ def p_value(rule, replacement=False, k=3):
     return fit({(i,): c for i, c in enumerate(counts)}, {(i,): float(x) for i, x in enumerate(P)})
 
 
-def test_the_pair_of_laws_passes_with_the_honest_rule():
+def test_the_pair_of_distributions_passes_with_the_honest_rule():
     assert p_value(RecursiveRejection()) > 1e-3
 
 
@@ -169,17 +169,17 @@ def test_broken_residuals_are_rejected(broken, monkeypatch):
     assert p_value(RecursiveRejection()) < 1e-9
 
 
-def test_best_guess_with_a_soft_law_is_rejected():
+def test_the_best_draft_token_with_a_soft_q_is_rejected():
     torch.manual_seed(8)
     tokens, _ = RecursiveRejection()(P.expand(20_000, -1), Q.argmax().expand(20_000, 1), Q.expand(20_000, -1))
     assert fit({(i,): int((tokens == i).sum()) for i in range(4)}, {(i,): float(x) for i, x in enumerate(P)}) < 1e-9
 
 
-def test_residual_of_equal_laws():
+def test_residual_of_equal_distributions():
     assert residual(P, P).equal(P)
 
 
-# drafters on a model: the joint law
+# drafters on a model: the joint distribution
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ class Siblings(ModelDrafter):
 
     width: int = 2
     replacement: bool = False
-    law_before_processors: bool = False
+    probs_before_processors: bool = False
 
     @property
     def rule(self):
@@ -211,41 +211,41 @@ class Siblings(ModelDrafter):
         second = torch.stack([torch.softmax(processed_scores(call, raw[:, i], tokens[:, i : i + 1]), -1) for i in range(self.width)], 1)
         below = draw(second)
         tree = Tree([-1, *[0] * self.width, *range(1, self.width + 1)])
-        told = torch.softmax(raw_root.float(), -1) if self.law_before_processors else first
-        laws = torch.cat([told[:, None], second, torch.zeros_like(second)], 1)
-        return Draft(torch.cat([roots[:, None], tokens, below], 1), tree, laws)
+        told = torch.softmax(raw_root.float(), -1) if self.probs_before_processors else first
+        probs = torch.cat([told[:, None], second, torch.zeros_like(second)], 1)
+        return Draft(torch.cat([roots[:, None], tokens, below], 1), tree, probs)
 
 
-@pytest.mark.parametrize("rule", list(LAW_RULES))
-def test_joint_law_of_a_drafted_chain(rule, toy, toy_drafter):
+@pytest.mark.parametrize("rule", list(SAMPLING_RULES))
+def test_joint_distribution_of_a_drafted_chain(rule, toy, toy_drafter):
     torch.manual_seed(0)
-    asked, processors = LAW_RULES[rule]
-    assert fit(sample_law(DraftModel(toy_drafter, gamma=3), toy, 20_000, **asked), exact_law(toy, processors)) > 1e-3
+    asked, processors = SAMPLING_RULES[rule]
+    assert fit(sample_counts(DraftModel(toy_drafter, gamma=3), toy, 20_000, **asked), exact_probs(toy, processors)) > 1e-3
 
 
 @pytest.mark.parametrize("rule", ["plain", "penalty", "top_p"])
 @pytest.mark.parametrize("replacement", [True, False])
-def test_joint_law_of_a_drafted_tree(rule, replacement, toy, toy_drafter):
+def test_joint_distribution_of_a_drafted_tree(rule, replacement, toy, toy_drafter):
     torch.manual_seed(0)
-    asked, processors = LAW_RULES[rule]
+    asked, processors = SAMPLING_RULES[rule]
     width = 2 if rule == "top_p" else 3  # siblings without replacement need as many possible tokens
     decoder = Siblings(toy_drafter, width=1 if rule == "top_p" and not replacement else width, replacement=replacement)
-    assert fit(sample_law(decoder, toy, 20_000, **asked), exact_law(toy, processors)) > 1e-3
+    assert fit(sample_counts(decoder, toy, 20_000, **asked), exact_probs(toy, processors)) > 1e-3
 
 
-def test_a_law_taken_before_the_processors_is_rejected(toy, toy_drafter):
+def test_q_taken_before_the_processors_is_rejected(toy, toy_drafter):
     torch.manual_seed(0)
-    asked, processors = LAW_RULES["penalty"]
-    law = exact_law(toy, processors)
-    assert fit(sample_law(Siblings(toy_drafter, width=1), toy, 12_000, **asked), law) > 1e-3
-    twin = Siblings(toy_drafter, width=1, law_before_processors=True)
-    assert fit(sample_law(twin, toy, 12_000, **asked), law) < 1e-9
+    asked, processors = SAMPLING_RULES["penalty"]
+    probs = exact_probs(toy, processors)
+    assert fit(sample_counts(Siblings(toy_drafter, width=1), toy, 12_000, **asked), probs) > 1e-3
+    control = Siblings(toy_drafter, width=1, probs_before_processors=True)
+    assert fit(sample_counts(control, toy, 12_000, **asked), probs) < 1e-9
 
 
 def test_typical_acceptance_is_not_lossless_and_says_so(toy, toy_drafter):
     torch.manual_seed(0)
     lossy = DraftModel(toy_drafter, gamma=3, lossy=TypicalAcceptance(0.05, 0.2))
-    assert fit(sample_law(lossy, toy, 12_000), exact_law(toy, [])) < 1e-9
+    assert fit(sample_counts(lossy, toy, 12_000), exact_probs(toy, [])) < 1e-9
 
 
 def test_typical_acceptance_is_greedy_without_sampling(llama):
@@ -255,7 +255,7 @@ def test_typical_acceptance_is_greedy_without_sampling(llama):
 
 
 def test_typical_walk_takes_the_longest_path(toy):
-    "With epsilon 0 every guess of positive probability stays, so the longest branch of any tree is taken."
+    "With epsilon 0 every draft token of positive probability stays, so the longest branch of any tree is taken."
 
     @dataclass
     class Fixed(SpeculativeDecoder):
@@ -321,17 +321,17 @@ def test_the_books_of_a_draft_model(seed, gamma, sample, llama):
 
 @given(texts=st.lists(st.lists(st.integers(0, 3), max_size=5), max_size=8), limit=st.integers(1, 12))
 def test_a_trie_holds_its_texts(texts, limit):
-    tokens, parents, places = trie(9, texts, limit)
+    tokens, parents, positions = trie(9, texts, limit)
     assert len(tokens) == len(parents) <= max(limit, 1)
     below = {}
     for node, parent in enumerate(parents[1:], start=1):
         assert 0 <= parent < node
         assert (parent, tokens[node]) not in below  # siblings differ
         below[parent, tokens[node]] = node
-    for text, place in zip(texts, places):
+    for text, place in zip(texts, positions):
         assert [tokens[n] for n in place] == text[: len(place)]
-    whole, _, all_places = trie(9, texts)
-    assert [[whole[n] for n in place] for place in all_places] == texts
+    whole, _, all_positions = trie(9, texts)
+    assert [[whole[n] for n in place] for place in all_positions] == texts
     assert len(whole) == 1 + len({tuple(t[:n]) for t in texts for n in range(1, len(t) + 1)})
 
 
@@ -371,18 +371,18 @@ def test_the_drafter_is_left_as_it_was(llama):
     assert drafter.generation_config.to_dict() == before
 
 
-# rules that several rows share: each row has its own guesses, laws and end
+# rules that several rows share: each row has its own draft tokens, distributions and end
 
 
-def test_rows_with_different_numbers_of_guesses():
+def test_rows_with_different_numbers_of_draft_tokens():
     torch.manual_seed(9)
     p = dirichlet(3, 4, 11).float().repeat(20_000, 1)
     q = dirichlet(3, 4, 12).float().repeat(20_000, 1)
-    guesses = q.multinomial(2, replacement=False)
-    guesses[::3] = -1
-    guesses[1::3, 1] = -1
-    tokens, which = RecursiveRejection()(p, guesses, q)
+    drafted = q.multinomial(2, replacement=False)
+    drafted[::3] = -1
+    drafted[1::3, 1] = -1
+    tokens, which = RecursiveRejection()(p, drafted, q)
     assert bool((which[::3] == -1).all() and (which[1::3] < 1).all())
     for row in range(3):
-        law = {(i,): float(x) for i, x in enumerate(p[row])}
-        assert fit({(i,): int((tokens[row::3] == i).sum()) for i in range(4)}, law) > 1e-3
+        probs = {(i,): float(x) for i, x in enumerate(p[row])}
+        assert fit({(i,): int((tokens[row::3] == i).sum()) for i in range(4)}, probs) > 1e-3

@@ -12,7 +12,7 @@ import torch
 from toys import VOCAB, character_tokenizer, small_model
 
 from decodelab.core.zoo import load, zoo_path
-from decodelab.diffusion.canvas import Denoiser
+from decodelab.diffusion.denoiser import Denoiser
 from decodelab.lab.tasks.text import ListTask
 from decodelab.training.denoising_data import Examples, TaskBatches, TextBatches, task_example, task_examples
 from decodelab.training.language_model import cosine_adamw
@@ -37,15 +37,15 @@ def generator(seed=0):
 # the masks
 
 
-def test_holes_are_answers_and_weights_are_one_over_q_and_length():
+def test_masked_are_answers_and_weights_are_one_over_q_and_length():
     answers = torch.tensor([[False, True, True, True, False]] * 4000)
-    holes, weights = mask_answers(answers, generator(), eps=0.2)
-    assert not bool((holes & ~answers).any())
-    assert bool((weights[~holes] == 0).all())
-    q = 1 / (3 * weights[holes])  # by hand: the weight is 1 / (q A) with A = 3
+    masked, weights = mask_answers(answers, generator(), eps=0.2)
+    assert not bool((masked & ~answers).any())
+    assert bool((weights[~masked] == 0).all())
+    q = 1 / (3 * weights[masked])  # by hand: the weight is 1 / (q A) with A = 3
     assert 0.2 <= float(q.min()) <= float(q.max()) <= 1
-    # a hole is seen with probability q, and q is uniform on [0.2, 1]: mean of the holes 0.6
-    assert float(holes[:, 1:4].float().mean()) == pytest.approx(0.6, abs=4 * 0.5 / math.sqrt(12_000))
+    # a masked position is seen with probability q, and q is uniform on [0.2, 1]: mean of the masked positions 0.6
+    assert float(masked[:, 1:4].float().mean()) == pytest.approx(0.6, abs=4 * 0.5 / math.sqrt(12_000))
 
 
 def test_levels_cover_the_batch_evenly():
@@ -55,18 +55,18 @@ def test_levels_cover_the_batch_evenly():
     assert float((share - middle).abs().max()) < 0.5 / 64 + 0.03  # one level an interval, and the noise of 5,000 coins
 
 
-def test_exact_numbers_of_holes_are_uniform_sets():
+def test_exact_numbers_of_masked_are_uniform_sets():
     answers = torch.tensor([[True, True, False, True, True]] * 6000)
-    holes, weights = mask_exactly(answers, torch.full((6000,), 2), generator())
-    assert bool((holes.sum(1) == 2).all())
+    masked, weights = mask_exactly(answers, torch.full((6000,), 2), generator())
+    assert bool((masked.sum(1) == 2).all())
     assert set(weights.unique().tolist()) == {0.0, 0.5}
-    sets = holes[:, [0, 1, 3, 4]].long() @ torch.tensor([1, 2, 4, 8])
+    sets = masked[:, [0, 1, 3, 4]].long() @ torch.tensor([1, 2, 4, 8])
     counts = torch.bincount(sets, minlength=16)[[3, 5, 9, 6, 10, 12]].float()
     assert int(counts.sum()) == 6000
     assert float(((counts - 1000) ** 2 / 1000).sum()) < 25  # chi-square, 5 degrees of freedom: 25 is p = 1.4e-4
 
 
-def test_numbers_of_holes_are_stratified():
+def test_numbers_of_masked_are_stratified():
     counts = stratified_counts(torch.tensor([4, 3, 1]), 12, generator())
     assert counts[0].bincount().tolist() == [0, 3, 3, 3, 3]
     assert counts[1].bincount().tolist() == [0, 4, 4, 4]
@@ -74,20 +74,20 @@ def test_numbers_of_holes_are_stratified():
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_impossible_numbers_of_holes_are_refused(count):
-    with pytest.raises(ValueError, match="at least one hole and no more holes than answers"):
+def test_impossible_numbers_of_masked_are_refused(count):
+    with pytest.raises(ValueError, match="at least one masked position and no more masked positions than answers"):
         mask_exactly(torch.tensor([[True, True, False]]), torch.tensor([count]))
 
 
-def table_loss(holes, table):
-    # any function of (set of holes, position) stands in for the cross entropy
-    return table[(holes.long() * 2 ** torch.arange(holes.shape[1])).sum(1)]
+def table_loss(masked, table):
+    # any function of (set of masked positions, position) stands in for the cross entropy
+    return table[(masked.long() * 2 ** torch.arange(masked.shape[1])).sum(1)]
 
 
 def test_both_forms_of_the_loss_have_the_expectation_that_enumeration_gives():
     length = 4
     table = torch.rand(2**length, length, generator=generator(1))
-    exact = 0.0  # E over u of (1 / u) sum over a uniform set of u holes, by enumeration
+    exact = 0.0  # E over u of (1 / u) sum over a uniform set of u masked positions, by enumeration
     for u in range(1, length + 1):
         for chosen in combinations(range(length), u):
             code = sum(2**j for j in chosen)
@@ -95,16 +95,16 @@ def test_both_forms_of_the_loss_have_the_expectation_that_enumeration_gives():
     rows = 200_000
     answers = torch.ones(rows, length, dtype=torch.bool)
     counts = stratified_counts(torch.full((1,), length), rows, generator(2))[0]
-    for holes, weights in (mask_answers(answers, generator(3), eps=1e-6), mask_exactly(answers, counts, generator(4))):
-        values = (table_loss(holes, table) * weights).sum(1)
+    for masked, weights in (mask_answers(answers, generator(3), eps=1e-6), mask_exactly(answers, counts, generator(4))):
+        values = (table_loss(masked, table) * weights).sum(1)
         assert float(values.mean()) == pytest.approx(exact, abs=4 * float(values.std()) / math.sqrt(rows))
 
 
 # the bound
 
 
-class Law:
-    "A law of strings of three letters from {4, 5}, and denoisers that read it."
+class Distribution:
+    "A distribution of strings of three letters from {4, 5}, and denoisers that read it."
 
     def __init__(self, seed=0):
         self.strings = torch.tensor(list(product((4, 5), repeat=3)))
@@ -124,40 +124,40 @@ class Law:
         return sharpen * torch.einsum("rs,sjv->rjv", posterior, of_letter).clamp_min(1e-30).log()
 
 
-def exact_bound(denoiser, law):
-    # every string, every number of holes, every set
+def exact_bound(denoiser, probs):
+    # every string, every number of masked positions, every set
     total = 0.0
-    for string, p in zip(law.strings, law.p):
+    for string, p in zip(probs.strings, probs.p):
         for u in (1, 2, 3):
             for chosen in combinations(range(3), u):
-                holes = torch.zeros(1, 3, dtype=torch.bool)
-                holes[0, list(chosen)] = True
+                masked = torch.zeros(1, 3, dtype=torch.bool)
+                masked[0, list(chosen)] = True
                 text = string[None]
-                loss = masked_loss(denoiser(text.masked_fill(holes, 3)), text, holes / u)  # the weight of `mask_exactly`
+                loss = masked_loss(denoiser(text.masked_fill(masked, 3)), text, masked / u)  # the weight of `mask_exactly`
                 total += float(p) * 3 * float(loss) / math.comb(3, u) / 3
     return total
 
 
 def test_an_exact_denoiser_reaches_the_entropy_and_no_other_goes_below():
-    law = Law()
-    assert exact_bound(law, law) == pytest.approx(law.entropy, abs=1e-5)
+    probs = Distribution()
+    assert exact_bound(probs, probs) == pytest.approx(probs.entropy, abs=1e-5)
     for seed in range(1, 6):
-        assert exact_bound(Law(seed), law) > law.entropy + 1e-3
+        assert exact_bound(Distribution(seed), probs) > probs.entropy + 1e-3
     for sharpen in (0.5, 2.0):
-        assert exact_bound(lambda ids, s=sharpen: law(ids, sharpen=s).log_softmax(-1), law) > law.entropy + 1e-3
+        assert exact_bound(lambda ids, s=sharpen: probs(ids, sharpen=s).log_softmax(-1), probs) > probs.entropy + 1e-3
 
 
 def test_likelihood_bound_estimates_the_enumerated_bound():
-    law, other = Law(), Law(1)
-    answers = torch.ones_like(law.strings, dtype=torch.bool)
-    found = likelihood_bound(other, law.strings, answers, draws=3000, generator=generator(), batch_size=1000)
-    assert float((found * law.p).sum()) == pytest.approx(exact_bound(other, law), abs=0.05)
+    probs, other = Distribution(), Distribution(1)
+    answers = torch.ones_like(probs.strings, dtype=torch.bool)
+    found = likelihood_bound(other, probs.strings, answers, draws=3000, generator=generator(), batch_size=1000)
+    assert float((found * probs.p).sum()) == pytest.approx(exact_bound(other, probs), abs=0.05)
     # a single unknown letter: no randomness is left, the bound is its negative log-likelihood
     answers = torch.tensor([[False, True, False]])
-    text = law.strings[5:6]
+    text = probs.strings[5:6]
     visible = text.masked_fill(answers, 3)
-    by_hand = -float(law(visible).log_softmax(-1)[0, 1, text[0, 1]])
-    assert float(likelihood_bound(law, text, answers, draws=2)) == pytest.approx(by_hand, abs=1e-5)
+    by_hand = -float(probs(visible).log_softmax(-1)[0, 1, text[0, 1]])
+    assert float(likelihood_bound(probs, text, answers, draws=2)) == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_loss_by_hand():
@@ -200,25 +200,27 @@ TOKENS = SimpleNamespace(pad_token_id=0, eos_token_id=1)
 def test_prompts_end_and_answers_begin_in_one_column(pair):
     widths, regions = set(), set()
     for b in range(30):
-        batch = TaskBatches(pair, TOKENS, 30, 64, prompt_room=4, room=3, long_share=0.3)[b]
+        batch = TaskBatches(pair, TOKENS, 30, 64, prompt_length=4, answer_length=3, long_share=0.3)[b]
         width = batch["ids"].shape[1]
         widths.add(width)
-        for ids, valid, holes, weights in zip(*batch.values()):
+        for ids, valid, masked, weights in zip(*batch.values()):
             prompt, answer = ([10, 11, 12], [20]) if int(ids[3]) == 12 else ([13], [21, 22])
             region = int(valid[4:].sum())
             regions.add((width, region - len(answer) - 1))
             text = [0] * (4 - len(prompt)) + prompt + answer + [1] * (region - len(answer)) + [0] * (width - 4 - region)
             assert ids.tolist() == text
             assert valid.tolist() == [False] * (4 - len(prompt)) + [True] * (len(prompt) + region) + [False] * (width - 4 - region)
-            assert not bool((holes & ~(valid & (torch.arange(width) >= 4))).any())
-            assert torch.equal(weights > 0, holes)
+            assert not bool((masked & ~(valid & (torch.arange(width) >= 4))).any())
+            assert torch.equal(weights > 0, masked)
     assert widths == {7, 16}
     assert regions == {(7, k) for k in range(2)} | {(16, k) for k in range(11)}  # answers of 2 and 3 tokens: up to 1 or 10 more
 
 
 def test_causal_rows_begin_with_the_prompt_and_only_answers_count(pair):
-    batch = TaskBatches(pair, TOKENS, 2, 16, causal=True, prompt_room=4, room=4, long_share=1.0)[1]  # a causal batch is never long
-    assert not bool(batch["holes"].any())
+    batch = TaskBatches(pair, TOKENS, 2, 16, causal=True, prompt_length=4, answer_length=4, long_share=1.0)[
+        1
+    ]  # a causal batch is never long
+    assert not bool(batch["masked"].any())
     rows = {tuple(i): w for i, w in zip(batch["ids"].tolist(), batch["weights"].tolist())}
     assert set(rows) == {(10, 11, 12, 20, 1, 0, 0, 0), (13, 21, 22, 1, 0, 0, 0, 0)}
     assert rows[(13, 21, 22, 1, 0, 0, 0, 0)] == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3, 0, 0, 0, 0])
@@ -226,37 +228,37 @@ def test_causal_rows_begin_with_the_prompt_and_only_answers_count(pair):
 
 def test_batches_depend_on_seed_and_number_alone(pair):
     stream = np.arange(500, dtype=np.uint16)
-    tasks = {"prompt_room": 4, "room": 6}
+    tasks = {"prompt_length": 4, "answer_length": 6}
     for make in (lambda n, s: TaskBatches(pair, TOKENS, n, 8, s, **tasks), lambda n, s: TextBatches(stream, n, 8, s, block=16)):
         short, long, other = make(2, 0)[1], make(50, 0)[1], make(2, 1)[1]
         assert all(torch.equal(short[k], long[k]) for k in short)
-        assert not torch.equal(short["holes"], other["holes"])
-        assert not torch.equal(short["holes"], make(2, 0)[0]["holes"])
+        assert not torch.equal(short["masked"], other["masked"])
+        assert not torch.equal(short["masked"], make(2, 0)[0]["masked"])
 
 
 def test_examples_that_do_not_fit_are_refused(pair):
-    with pytest.raises(ValueError, match="longest prompt has 3 tokens and the longest answer 3: raise prompt_room or room"):
-        TaskBatches(pair, TOKENS, 1, 1, prompt_room=2)
-    with pytest.raises(ValueError, match="raise prompt_room or room"):
-        TaskBatches(pair, TOKENS, 1, 1, room=2)
+    with pytest.raises(ValueError, match="longest prompt has 3 tokens and the longest answer 3: raise prompt_length or answer_length"):
+        TaskBatches(pair, TOKENS, 1, 1, prompt_length=2)
+    with pytest.raises(ValueError, match="raise prompt_length or answer_length"):
+        TaskBatches(pair, TOKENS, 1, 1, answer_length=2)
 
 
 def test_windows_keep_their_first_token_and_prefixes_stay_visible(monkeypatch):
     monkeypatch.setattr(
         "decodelab.training.denoising_data.mask_answers", lambda answers, g: (answers, answers / 1)
     )  # all that may be hidden is
-    lengths, masked = set(), []
+    lengths, counts = set(), []
     for b in range(20):
         batch = TextBatches(np.arange(300, dtype=np.uint16), 20, 200, block=12, prefix_share=0.5, short_share=0.5)[b]
-        ids, holes, length = batch["ids"], batch["holes"], int(batch["valid"][0].sum())
+        ids, masked, length = batch["ids"], batch["masked"], int(batch["valid"][0].sum())
         lengths.add(length)
         assert bool((ids[:, 1:] - ids[:, :-1] == 1).all())
-        assert not bool(holes[:, 0].any() or holes[:, length:].any())
+        assert not bool(masked[:, 0].any() or masked[:, length:].any())
         if length == 12:
-            masked += holes.sum(1).tolist()
+            counts += masked.sum(1).tolist()
     assert len(lengths) > 3
     # 11 positions may be hidden in half of the windows, 1 ... 11 evenly in the others
-    share = np.bincount(masked, minlength=12) / len(masked)
+    share = np.bincount(counts, minlength=12) / len(counts)
     assert share[11] == pytest.approx(0.5 + 0.5 / 11, abs=0.05)
     assert share[1:11] == pytest.approx(np.full(10, 0.5 / 11), abs=0.03)
 
@@ -340,21 +342,23 @@ def trainer_of(recipe, dataset, folder):
 @torch.no_grad()
 def test_the_trained_loss_is_that_of_the_whole_text_seen_both_ways(tmp_path, pair):
     pytest.importorskip("accelerate")
-    model, trainer = trainer_of(MaskedDiffusionRecipe(), TaskBatches(pair, TOKENS, 4, 6, prompt_room=4, room=6, long_share=0.0), tmp_path)
+    model, trainer = trainer_of(
+        MaskedDiffusionRecipe(), TaskBatches(pair, TOKENS, 4, 6, prompt_length=4, answer_length=6, long_share=0.0), tmp_path
+    )
     for batch in (trainer.train_dataset[b] for b in range(4)):
         found = trainer.compute_loss(model, batch).item()
         by_hand = 0.0
-        for ids, valid, holes, weights in zip(*batch.values()):  # each row alone, without its padding
+        for ids, valid, masked, weights in zip(*batch.values()):  # each row alone, without its padding
             text = ids[valid]
-            logits = Denoiser(model, 0, shift_logits=False)(text.masked_fill(holes[valid], 0)[None])[0].log_softmax(-1)
-            by_hand -= sum(float(weights[valid][j] * logits[j - 1, text[j]]) for j in range(1, len(text)) if holes[valid][j])
+            logits = Denoiser(model, 0, shift_logits=False)(text.masked_fill(masked[valid], 0)[None])[0].log_softmax(-1)
+            by_hand -= sum(float(weights[valid][j] * logits[j - 1, text[j]]) for j in range(1, len(text)) if masked[valid][j])
         assert found == pytest.approx(by_hand / 6, rel=1e-4)
 
 
 @torch.no_grad()
 def test_the_causal_loss_is_that_of_the_next_token_of_the_answer(tmp_path, pair):
     pytest.importorskip("accelerate")
-    dataset = TaskBatches(pair, TOKENS, 1, 6, causal=True, prompt_room=4, room=6)
+    dataset = TaskBatches(pair, TOKENS, 1, 6, causal=True, prompt_length=4, answer_length=6)
     model, trainer = trainer_of(MaskedDiffusionRecipe(causal=True), dataset, tmp_path)
     by_hand = 0.0
     for ids, valid, _, weights in zip(*dataset[0].values()):
@@ -368,11 +372,13 @@ def test_the_causal_loss_is_that_of_the_next_token_of_the_answer(tmp_path, pair)
 
 def test_batches_are_seen_in_order(tmp_path, pair):
     pytest.importorskip("accelerate")
-    dataset = TaskBatches(pair, TOKENS, 5, 2, prompt_room=4, room=6)
+    dataset = TaskBatches(pair, TOKENS, 5, 2, prompt_length=4, answer_length=6)
     _, trainer = trainer_of(MaskedDiffusionRecipe(), dataset, tmp_path)
     seen = list(trainer.get_train_dataloader())
     assert len(seen) == 5
-    assert all(torch.equal(got["ids"], dataset[b]["ids"]) and torch.equal(got["holes"], dataset[b]["holes"]) for b, got in enumerate(seen))
+    assert all(
+        torch.equal(got["ids"], dataset[b]["ids"]) and torch.equal(got["masked"], dataset[b]["masked"]) for b, got in enumerate(seen)
+    )
 
 
 def test_held_out_bound_leaves_the_first_token_of_a_window_out():
@@ -395,7 +401,16 @@ def test_training_on_tasks_lowers_the_loss_in_both_objectives(tmp_path, monkeypa
     monkeypatch.setattr("decodelab.training.denoising_data.task_example", lambda i, seed=0: ListTask("copy", 2).examples(3)[i % 3])
     for causal in (True, False):
         recipe = MaskedDiffusionRecipe(
-            "mini", causal=causal, examples=6, room=24, batch_size=8, steps=40, warmup=4, eval_every=20, learning_rate=1e-2, save_every=100
+            "mini",
+            causal=causal,
+            examples=6,
+            answer_length=24,
+            batch_size=8,
+            steps=40,
+            warmup=4,
+            eval_every=20,
+            learning_rate=1e-2,
+            save_every=100,
         )
         start = small_model(hidden=32, context=256), with_mask()
         figures = train_masked_diffusion(recipe, tmp_path / str(causal), start=start, evaluate=0, disable_tqdm=True, logging_steps=5)
@@ -408,7 +423,7 @@ def test_a_finished_run_knows_how_many_answers_are_right(tmp_path, monkeypatch):
     pytest.importorskip("accelerate")
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setattr("decodelab.training.masked_diffusion.evaluation_tasks", lambda: {"mine": Anything()})
-    recipe = MaskedDiffusionRecipe("mini", examples=6, room=64, batch_size=1, steps=1, warmup=0)
+    recipe = MaskedDiffusionRecipe("mini", examples=6, answer_length=64, batch_size=1, steps=1, warmup=0)
     monkeypatch.setattr("decodelab.training.denoising_data.task_example", lambda i, seed=0: ListTask("copy", 2).examples(3)[i % 3])
     figures = train_masked_diffusion(recipe, tmp_path, (small_model(hidden=16), with_mask()), evaluate=2, disable_tqdm=True)
     assert (figures["accuracy"], figures["examples_a_task"]) == ({"mine": 0.5}, 2)
@@ -444,10 +459,13 @@ def solvers():
 def test_each_model_answers_in_its_own_way_only(solvers, monkeypatch):
     tasks = {"copy": ListTask("copy", 3)}
     for model, causal in zip(solvers, (True, False)):
-        assert accuracy(*model, causal=causal, n=2, room=24, tasks=tasks) == {"copy": 1.0}
+        assert accuracy(*model, causal=causal, n=2, answer_length=24, tasks=tasks) == {"copy": 1.0}
     for name, value in (("mask_token_id", 3), ("shift_logits", True)):
         monkeypatch.setattr(solvers[0][0].config, name, value, raising=False)
-    assert accuracy(*solvers[0], causal=False, n=2, room=24, tasks=tasks | {"sort": ListTask("sort", 3)}) == {"copy": 0.0, "sort": 0.0}
+    assert accuracy(*solvers[0], causal=False, n=2, answer_length=24, tasks=tasks | {"sort": ListTask("sort", 3)}) == {
+        "copy": 0.0,
+        "sort": 0.0,
+    }
 
 
 @pytest.mark.parametrize("name", ["tasks", "tasks-mdm"])

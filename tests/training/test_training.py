@@ -593,9 +593,9 @@ def test_masked_recipes_say_which_mark_they_need(tmp_path):
 def test_padding_falls_back_to_the_end_of_sequence():
     tokenizer = with_marks()
     examples = task_examples(tokenizer, 4)
-    with_pad = TaskBatches(examples, tokenizer, 1, 4, prompt_room=128)[0]
+    with_pad = TaskBatches(examples, tokenizer, 1, 4, prompt_length=128)[0]
     tokenizer.pad_token = None
-    without = TaskBatches(examples, tokenizer, 1, 4, prompt_room=128)[0]
+    without = TaskBatches(examples, tokenizer, 1, 4, prompt_length=128)[0]
     assert bool((~with_pad["valid"]).any())
     assert torch.equal(without["ids"], with_pad["ids"].masked_fill(~with_pad["valid"], tokenizer.eos_token_id))
 
@@ -877,7 +877,7 @@ def test_cards_show_figures_that_are_none(finished, tmp_path):
     # one held-out record has no area under a curve, a constant answer no correlation
     for name, card, change in (
         ("head", specdec_pp.head_card, lambda f: f["held_out"].update(correlation=None)),
-        ("filter", learn2pd.filter_card, lambda f: f["held_out"]["holes"].update(auc=None)),
+        ("filter", learn2pd.filter_card, lambda f: f["held_out"]["masked"].update(auc=None)),
     ):
         figures = strict_json(finished[name][0] / "training.json")
         change(figures)

@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ...diffusion.canvas import CACHES, Canvas, Denoiser
+from ...diffusion.canvas import CACHES, Canvas
+from ...diffusion.denoiser import Denoiser
 from ...lab.cost import cost_growth
 from ...lab.frontier import COMPARED, frontier, loop_overheads, policies, same_texts, table
 
@@ -24,13 +25,13 @@ __all__ = ['LLADA_8B', 'cache_growth', 'growth_in_the_shape_of', 'experiment']
 # %% ../../../nbs/experiments/diffusion/measure.ipynb #bb00415e
 def cache_growth(
     model: Any,  # masked language model
-    lengths: Sequence[int] = (64, 128, 256, 512, 1024),  # places of the canvas
+    lengths: Sequence[int] = (64, 128, 256, 512, 1024),  # positions of the canvas
     prompt: int = 32,  # tokens of the prompt
-    passes: int = 16,  # passes that are timed, one hole each
+    passes: int = 16,  # passes that are timed, one masked position each
     repeats: int = 3,  # timed rounds
     caches: Sequence[str] = CACHES,  # caches
 ) -> pd.DataFrame:
-    "Seconds a pass against the length of the canvas, blocks of 32, for each cache; see `cost_growth`."
+    "Seconds a denoising step against the length of the canvas, blocks of 32, for each cache; see `cost_growth`."
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(20, model.config.vocab_size, (1, prompt), generator=generator).to(model.device)
 
@@ -77,11 +78,11 @@ def growth_in_the_shape_of(
 # %% ../../../nbs/experiments/diffusion/measure.ipynb #38919455
 def experiment(
     per_task: int = 40,  # exercises of each task
-    max_new_tokens: int = 64,  # places of the canvas
+    max_new_tokens: int = 64,  # positions of the canvas
 ) -> dict[str, Any]:
     "All tables of this page."
     from decodelab.lab.lab import Lab
-    from decodelab.diffusion.learn2pd import InHindsight
+    from decodelab.lab.oracle import InHindsight
 
     lab = Lab("diffusion/measure")
     lab.seed_everything()
@@ -89,7 +90,7 @@ def experiment(
     examples = [e for task in COMPARED.values() for e in task.examples(per_task, seed=101)]
     methods = policies(model, max_new_tokens) | {"oracle": InHindsight(block_length=32)}
     result = frontier(model, tokenizer, methods, examples, max_new_tokens, batch_size=8, seed=lab.seed)
-    found: dict[str, Any] = {"exercises": per_task, "places": max_new_tokens, "all": table(result).to_dict("index")}
+    found: dict[str, Any] = {"exercises": per_task, "positions": max_new_tokens, "all": table(result).to_dict("index")}
     found["tasks"] = {task: table(part).to_dict("index") for task, part in result.groupby("task", sort=False)}
     found["caches"] = {}
     for name, decoder in policies(model, max_new_tokens, ("1 per step", "threshold 0.9")).items():

@@ -53,10 +53,10 @@ def experiment(
     per_task: int = 3,  # Spec-Bench prompts of each task
     max_new_tokens: int = 64,  # tokens of a continuation
     repeats: int = 1,  # timed rounds a prompt
-    inflated_layers: int = 6,  # layers that add nothing, see `inflate`
+    repeated_layers: int = 6,  # layers that add nothing, see `repeat`
 ) -> dict[str, Any]:
     "All tables of this page; needs the data sets `tales` and `spec_bench`."
-    from decodelab.lab.repeat import inflate
+    from decodelab.lab.repeat import repeat
     from decodelab.lab.lab import Lab
 
     lab = Lab("speculative/measure")
@@ -87,11 +87,11 @@ def experiment(
     found["draft compiled"] = (
         run(drafter, family(drafter, compile=True), ids, "greedy", None).table().loc[["generate", "plain, compiled"]].to_dict("index")
     )
-    big = inflate(model, inflated_layers, 16_384)
-    found["inflated"] = {
+    big = repeat(model, repeated_layers, 16_384)
+    found["repeated"] = {
         text: run(big, family(big), ids[: prompts // 4], text).table().to_dict("index") for text in ("greedy", "momentum text")
     }
-    machine = {"tales": model, "inflated": big}
+    machine = {"tales": model, "repeated": big}
     found["curves"] = {name: dict(forward_curve(m, (1, 2, 4, 8, 16, 32, 64), repeats=9)) for name, m in machine.items()}
     found["draft_cost"] = {name: draft_cost(drafter, m) for name, m in machine.items()}
     found["growth"] = {

@@ -118,19 +118,19 @@ class ShapesTask(Task):
         "Different shapes, each but the first placed beside an earlier one."
         things = [f"{colour} {form}" for colour, form in rng.sample(list(product(COLOURS, FORMS)), self.shapes)]
         cells = list(product(range(self.size), repeat=2))
-        places = [rng.choice(cells)]
-        sentences = [f"A {things[0]} is in row {places[0][0] + 1}, column {places[0][1] + 1}."]
+        positions = [rng.choice(cells)]
+        sentences = [f"A {things[0]} is in row {positions[0][0] + 1}, column {positions[0][1] + 1}."]
         for thing in things[1:]:
             free = [
                 (anchor, words, (row + down, column + right))
-                for anchor, (row, column) in zip(things, places)
+                for anchor, (row, column) in zip(things, positions)
                 for words, (down, right) in _BESIDE.items()
-                if (row + down, column + right) in cells and (row + down, column + right) not in places
+                if (row + down, column + right) in cells and (row + down, column + right) not in positions
             ]
             anchor, words, place = rng.choice(free)
-            places.append(place)
+            positions.append(place)
             sentences.append(f"A {thing} is {words} the {anchor}.")
-        scene = dict(zip(places, things))
+        scene = dict(zip(positions, things))
         answer = " / ".join(" ".join(_letters(scene.get((r, c))) for c in range(self.size)) for r in range(self.size))
         rules = f"Draw the scene on a {self.size}x{self.size} grid. A cell is two letters, colour and form, or .. when empty; / ends a row."
         prompt = f"{rules}\nScene: {' '.join(sentences)}\nAnswer:"

@@ -101,17 +101,17 @@ def average_curve(
 
 # %% ../../../nbs/lab/tasks/parallel_scores.ipynb #da8610e0
 def parallelizability(
-    scores: Mapping[int, float],  # tokens a pass -> score (not negative)
+    scores: Mapping[int, float],  # tokens a denoising step -> score (not negative)
 ) -> float:
-    "Mean tokens a pass weighted by score; nan for a task that is never solved."
-    k, s = _numbers(list(scores), "tokens a pass", 1), _numbers(list(scores.values()), "scores", 1)
+    "Mean tokens a denoising step weighted by score; nan for a task that is never solved."
+    k, s = _numbers(list(scores), "tokens a denoising step", 1), _numbers(list(scores.values()), "scores", 1)
     if (s < 0).any() or (k <= 0).any():
-        raise ValueError(f"tokens a pass must be positive and scores not negative, got {dict(scores)}")
+        raise ValueError(f"tokens a denoising step must be positive and scores not negative, got {dict(scores)}")
     return float((k * s).sum() / s.sum()) if s.sum() > 0 else math.nan
 
 # %% ../../../nbs/lab/tasks/parallel_scores.ipynb #11c29347
 def order_preference(
-    scores: Mapping[int, float],  # block length -> score, all at the same tokens a pass; at least two lengths
+    scores: Mapping[int, float],  # block length -> score, all at the same tokens a denoising step; at least two lengths
 ) -> float:
     "Score lost per token of block length (least squares); positive where left to right is better."
     blocks, s = _numbers(list(scores), "block lengths", 1), _numbers(list(scores.values()), "scores", 1)
@@ -134,7 +134,7 @@ def oracle(
     scores: Any,  # score of every sample at every setting, [settings, samples]
     passes: Any,  # forward passes, [settings, samples]
 ) -> OracleChoice:
-    "For each sample the setting with the best score and, of these, the fewest passes (the first of equals)."
+    "For each sample the setting with the best score and, of these, the fewest denoising steps (the first of equals)."
     s, n = _numbers(scores, "scores", 2), _numbers(passes, "passes", 2)
     if s.shape != n.shape:
         raise ValueError(f"every score needs its passes, [settings, samples]; got shapes {s.shape} and {n.shape}")

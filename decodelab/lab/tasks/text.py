@@ -114,14 +114,14 @@ def list_answers(
     "All right answers, one by one (n! of them for a shuffle)."
     items = list(items)
     verb, _, where = operation.partition("_")
-    places = [index] if where == "index" else range(len(items) + (verb == "insert"))
+    positions = [index] if where == "index" else range(len(items) + (verb == "insert"))
     if verb in ("copy", "reverse", "sort"):
         yield {"copy": items, "reverse": items[::-1], "sort": sorted(items)}[verb]
     elif verb == "shuffle":
         yield from map(list, permutations(items))
     else:
         new, skip = ([] if verb == "remove" else [word]), (0 if verb == "insert" else 1)
-        yield from (items[:i] + new + items[i + skip :] for i in places)
+        yield from (items[:i] + new + items[i + skip :] for i in positions)
 
 # %% ../../../nbs/lab/tasks/text.ipynb #33dd9fc3
 @dataclass(frozen=True)
