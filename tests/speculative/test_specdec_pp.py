@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import chi2 as chi2_law
+from scipy.stats import chi2 as chi2_test
 from toys import EOS, left_pad, random_prompts, small_model
 
 from decodelab.core.tree import Tree
@@ -276,8 +276,8 @@ class Withdraws(SpecDecPP):
 
     def draft(self, call, roots):
         draft = super().draft(call, roots)
-        if draft.laws is not None and draft.tokens.shape[1] > 3:
-            given = draft.laws[:, 2].gather(1, draft.tokens[:, 3:4])[:, 0]
+        if draft.probs is not None and draft.tokens.shape[1] > 3:
+            given = draft.probs[:, 2].gather(1, draft.tokens[:, 3:4])[:, 0]
             parents = draft.tree.parents.expand(draft.tokens.shape).clone()
             parents[:, 3][given < 0.15] = -1
             draft.tree = Tree(parents)
@@ -307,7 +307,7 @@ def test_the_sampled_distribution():
             lengths.update(row[0] for row in out.stats.draft_lengths)
         assert set(lengths) == {2, 3} and min(lengths.values()) > draws / 20, lengths  # the head was asked, and gave both answers
         expected = draws * joint.double()
-        return chi2_law.sf(float(((counts - expected) ** 2 / expected).sum()), 215)
+        return chi2_test.sf(float(((counts - expected) ** 2 / expected).sum()), 215)
 
     assert tail(SpecDecPP) > 0.01
     assert tail(Withdraws) < 1e-6
