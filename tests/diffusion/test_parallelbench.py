@@ -492,7 +492,7 @@ def test_theorem_1_rejects_negative_controls(broken):
 # right answers
 
 
-RULES = {f"{k} a pass": top_k(k) for k in (1, 2, 3, 5)}
+RULES = {f"{k} a denoising step": top_k(k) for k in (1, 2, 3, 5)}
 RULES |= {f"{'above' if s else 'from'} {g}": threshold(g, s) for g in (0.3, 0.5, 0.75, 0.8, 0.9) for s in (True, False)}
 RULES |= {f"{'released ' if c else ''}factor {f}": factor(f, c) for f in (0.5, 1.0, 1.3, 1.9) for c in (True, False)}
 

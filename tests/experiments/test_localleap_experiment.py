@@ -109,7 +109,7 @@ def test_principles_are_plain_numbers(log):
     assert sum(found["delays"]) == 240
     assert len(found["decay"]) == len(found["shuffled"]) == 16
     c, right = log.confidence, log.consistent
-    far, pool = distance(c >= 0.8), log.holes & (c < 0.8) & (c >= 0.8).any(-1, keepdim=True)
+    far, pool = distance(c >= 0.8), log.masked & (c < 0.8) & (c >= 0.8).any(-1, keepdim=True)
     shares = [float(right[pool & where].double().mean()) for where in (far <= 4, far > 8)]
     assert found["fall"]["as it is"]["value"] == pytest.approx(shares[0] - shares[1])
     waits = delays(log)
@@ -138,7 +138,7 @@ def test_errors_are_taken_over_texts():
     # three texts, all proposals of a text alike: what counts is three, not three hundred
     row = torch.tensor([0, 1, 2])
     chosen = torch.zeros(3, 100, dtype=torch.bool)
-    fake = SimpleNamespace(row=row, holes=~chosen, consistent=chosen.clone(), out=SimpleNamespace(continuations=[None] * 3))
+    fake = SimpleNamespace(row=row, masked=~chosen, consistent=chosen.clone(), out=SimpleNamespace(continuations=[None] * 3))
     fake.consistent[0] = True
     found = share(fake, ~chosen)
     assert (found.value, found.n, found.texts) == (pytest.approx(1 / 3), 300, 3)

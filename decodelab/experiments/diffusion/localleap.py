@@ -49,10 +49,10 @@ def delays(
 ) -> dict[str, np.ndarray]:
     "For each position that was written: row, position, step that wrote it, step from which its proposal was final, and the delay."
     width = int(log.place.max()) + 1
-    flat = (log.row[:, None] * width + log.place)[log.holes]
-    index, right = log.index[:, None].expand_as(log.holes)[log.holes], log.consistent[log.holes]
+    flat = (log.row[:, None] * width + log.place)[log.masked]
+    index, right = log.index[:, None].expand_as(log.masked)[log.masked], log.consistent[log.masked]
     none = torch.full((int(log.row.max() + 1) * width,), -1, device=flat.device)
-    written = none.scatter_reduce(0, flat, torch.where(log.chosen[log.holes], index, -1), "amax")
+    written = none.scatter_reduce(0, flat, torch.where(log.chosen[log.masked], index, -1), "amax")
     opened = torch.full_like(none, 10**9).scatter_reduce(0, flat, index, "amin")
     wrong = none.scatter_reduce(0, flat, torch.where(right, -1, index), "amax")  # last step that proposed something else
     cell = (written >= 0).nonzero()[:, 0]
@@ -91,9 +91,9 @@ def share(
     "Share of proposals that are the final token already; with `among`, what it would be if their positions did not matter."
     right = log.consistent.double()
     if among is not None:  # the expectation of a shuffle: everyone gets the mean of its step
-        pool = (among & log.holes).double()
+        pool = (among & log.masked).double()
         right = ((right * pool).sum(-1) / pool.sum(-1).clamp_min(1))[:, None].expand_as(right)
-    counted = (where & log.holes).double()
+    counted = (where & log.masked).double()
     texts = len(log.out.continuations)
     sums = torch.zeros(2, texts, dtype=torch.double, device=log.row.device)
     sums.index_add_(1, log.row, torch.stack([(right * counted).sum(-1), counted.sum(-1)]))
