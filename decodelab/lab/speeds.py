@@ -18,7 +18,7 @@ from ..core.contract import Decoder, decoders
 from .bench import BenchResult, counted, ratio_interval
 
 # %% auto #0
-__all__ = ['COLUMNS', 'baselines', 'family', 'target_texts', 'speeds', 'versus', 'by_group', 'spec_bench_prompts',
+__all__ = ['COLUMNS', 'baselines', 'family', 'target_texts', 'speeds', 'versus', 'per_forward', 'by_group', 'spec_bench_prompts',
            'held_out_texts', 'held_out_prompts']
 
 # %% ../../nbs/lab/speeds.ipynb #a4f702c3
@@ -76,8 +76,17 @@ def versus(
     "Speed by the clock and in processor time, and tokens per forward, of one method over those of another: ratio and its 95 % interval."
     found = BenchResult([r for r in result.rows if r.method in (ours, other)], other).figures(ours)
     speed, cpu = ([found[f"{kind}{name}"] for name in ("ratio", "low", "high")] for kind in ("", "cpu_"))
-    forwards = [[1 / r.tokens_per_forward for r in result.rows if r.method == name and not r.repeat] for name in (other, ours)]  # type: ignore[operator]
-    return {"speed": speed, "processor time": cpu, "tokens per forward": list(ratio_interval(*forwards))}
+    first, second = ([1 / (r.tokens_per_forward or 1) for r in result.rows if r.method == n and not r.repeat] for n in (other, ours))
+    return {"speed": speed, "processor time": cpu, "tokens per forward": list(ratio_interval(first, second))}
+
+
+def per_forward(
+    ours: Sequence[Sequence[int]],  # tokens of each verification, one list a prompt
+    other: Sequence[Sequence[int]],  # the same for another way, on the same prompts
+) -> list[float]:
+    "Tokens per verification of one way over those of another, and the 95 % interval over prompts."
+    first, second = ([len(e) / sum(e) for e in way] for way in (other, ours))
+    return list(ratio_interval(first, second))
 
 # %% ../../nbs/lab/speeds.ipynb #139d5225
 def by_group(

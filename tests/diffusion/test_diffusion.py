@@ -375,7 +375,7 @@ def test_orders_are_their_formulas(seed, order):
 
 
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.05, 0.3, 1.0, 5.0]))
-def test_the_entropy_bound_is_a_prefix_of_the_most confident(seed, bound):
+def test_the_entropy_bound_is_a_prefix_of_the_most_confident(seed, bound):
     g = torch.Generator().manual_seed(seed)
     p = (3 * torch.randn(1, 6, 5, generator=g)).softmax(-1)
     masked = torch.rand(1, 6, generator=g) < 0.7

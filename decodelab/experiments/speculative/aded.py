@@ -17,12 +17,12 @@ from ...core.contract import Decoder
 from ...core.registry import decoders
 from ...lab.bench import compare, ratio_interval
 from ...lab.cost import forward_curve
-from ...lab.speeds import baselines, held_out_prompts, target_texts, versus
+from ...lab.speeds import baselines, held_out_prompts, per_forward, target_texts, versus
 from ...speculative.aded import ADED
 from ...speculative.trigram_table import TrigramTable
 
 # %% auto #0
-__all__ = ['SETTINGS', 'replay', 'arms', 'corpora', 'per_forward', 'sweep', 'draft_size', 'replays', 'experiment']
+__all__ = ['SETTINGS', 'replay', 'arms', 'corpora', 'sweep', 'draft_size', 'replays', 'experiment']
 
 # %% ../../../nbs/experiments/speculative/aded.ipynb #12a05e57
 def replay(
@@ -93,14 +93,6 @@ def corpora(
     return tables | {n: TrigramTable.count(kept) for n in left}
 
 # %% ../../../nbs/experiments/speculative/aded.ipynb #090fe475
-def per_forward(
-    ours: Sequence[Sequence[int]],  # tokens of each verification, one list a prompt
-    other: Sequence[Sequence[int]],  # the same for another way, on the same prompts
-) -> list[float]:
-    "Tokens per verification of one way over those of another, and the 95 % interval over prompts."
-    return list(ratio_interval(*([len(e) / sum(e) for e in way] for way in (other, ours))))
-
-
 def sweep(
     decoders: Mapping[str, ADED],  # name -> decoder; the others are compared with the first
     prompts: Sequence[Sequence[int]],  # token ids

@@ -17,14 +17,14 @@ from ...core.contract import Decoder
 from ...core.registry import decoders
 from ...lab.bench import compare, ratio_interval
 from ...lab.cost import forward_curve
-from ...lab.speeds import baselines, held_out_prompts, target_texts, versus
+from ...lab.speeds import baselines, held_out_prompts, per_forward, target_texts, versus
 from ...speculative.token_recycling import TokenRecycling, learn_template
 
 # %% auto #0
-__all__ = ['LEARNING', 'arms', 'used', 'per_forward', 'learning', 'copying', 'experiment']
+__all__ = ['LEARNING', 'arms', 'used', 'learning', 'copying', 'experiment']
 
 # %% ../../../nbs/experiments/speculative/token_recycling.ipynb #77a1c7a8
-LEARNING = {  # ways to learn, as fields of the decoder
+LEARNING: dict[str, dict[str, Any]] = {  # ways to learn, as fields of the decoder
     "cold": {"start_from": "cold"},
     "hot": {},
     "hot, prompt too": {"update_prompt": True},
@@ -51,15 +51,8 @@ def used(
     **settings: Any,  # generation settings
 ) -> list[list[int]]:
     "Tokens of each verification, one list a prompt; the decoder keeps what it has learnt."
-    return [decoder.generate(model, x, **settings).stats.emitted[0] for x in prompts]
-
-
-def per_forward(
-    ours: Sequence[Sequence[int]],  # tokens of each verification, one list a prompt
-    other: Sequence[Sequence[int]],  # the same for another way, on the same prompts
-) -> list[float]:
-    "Tokens per verification of one way over those of another, and the 95 % interval over prompts."
-    return list(ratio_interval(*([len(e) / sum(e) for e in way] for way in (other, ours))))
+    outputs: list[Any] = [decoder.generate(model, x, **settings) for x in prompts]
+    return [out.stats.emitted[0] for out in outputs]
 
 # %% ../../../nbs/experiments/speculative/token_recycling.ipynb #f29dac63
 def learning(
