@@ -22,7 +22,7 @@ import typer
 from .cli_generate import generate
 from .cli_measure import bench, demo
 from .reading import decoder_files, function_kinds, recipe_names, typed_settings
-from .shell import JsonOption, LabGroup, SetOption, check_folder, decoder_settings, emit_json, make_decoder
+from .shell import JsonOption, LabGroup, SetOption, check_folder, decoder_settings, emit_json, make_decoder, require
 from .shell import say, show_table
 
 # %% auto #0
@@ -106,8 +106,7 @@ def _train(
     as_json: JsonOption = False,
 ) -> None:
     "Train a model of the zoo again, or a variant of it; resumes where it was stopped."
-    if find_spec("accelerate") is None:
-        raise ValueError("training needs more packages: pip install 'decodelab[train]'")
+    require("train", "accelerate", "filelock")
     if data_dir is not None:
         os.environ["DECODELAB_DATA"] = str(data_dir)
     plan, train = _recipe(recipe, settings or (), steps)
@@ -214,6 +213,7 @@ def _experiment(
     from decodelab.lab.lab import Lab
     from decodelab.lab.provenance import provenance
 
+    require("lab", "pandas", "datasets")
     found = full_experiments()
     known = f"notebooks with an experiment: {', '.join(found) or 'none yet'}"
     if not re.fullmatch(r"[a-z0-9_]+/[a-z0-9_]+", name) or find_spec(f"decodelab.experiments.{name.split('/')[0]}") is None:
@@ -242,6 +242,23 @@ def _experiment(
     say(f"written: {path}" if path else "not written: results are switched off, or there is no checkout here")
 
 # %% ../nbs/cli.ipynb #674567b0
+@app.command("new")
+def _new(
+    family: Annotated[str, typer.Argument(help="Family whose loop the paper changes: sampling, speculative or diffusion.")],
+    paper: Annotated[str, typer.Argument(help="Name of its module, such as typical_sampling.")],
+) -> None:
+    "Write the pages and the test file of a new paper from a template; for a checkout."
+    from decodelab.core.zoo import checkout_root
+    from decodelab.new import new_paper
+
+    root = checkout_root()
+    if root is None:
+        raise ValueError("a paper is written in the repository, not in the installed package: clone it, then run `decodelab new` there")
+    for path in new_paper(family, paper, root):
+        typer.echo(path.relative_to(root).as_posix())
+    say("next: run both pages, then nbdev-export, and make test")
+
+
 @_export_app.command("hub")
 def _export_hub(
     name: Annotated[str, typer.Argument(help="Decoder, see `decodelab methods`.")],

@@ -18,7 +18,7 @@ from rich.console import Console
 from .reading import check_decoder, decoder_files, read_prompts
 from .shell import ChatOption, DraftOption, JsonOption, MethodOption, ModelOption, NumberOption, PromptsOption, SampleOption
 from .shell import SeedOption, TemperatureOption, ThreadsOption, TokensOption, TopKOption, TopPOption, check_folder, check_model
-from .shell import check_place, emit_json, load_for, sampling_settings, say, show_table, waiting
+from .shell import check_place, emit_json, load_for, require, sampling_settings, say, show_table, waiting
 
 # %% auto #0
 __all__ = ['demo', 'bench']
@@ -248,6 +248,7 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     "Measure decoders in turns with transformers' own methods, on openings of tales or on prompts of your own."
+    require("lab", "pandas", "matplotlib")
     settings = sampling_settings(sample, temperature, top_k, top_p)
     asked = _request(model, draft, methods, prompts, number, 24, tokens=tokens, chat=chat, threads=threads, seed=seed)
     folder = _results_place(out)

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from inspect import Parameter
 from itertools import accumulate
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,8 +30,9 @@ from .reading import check_decoder, decoder_kinds, read_value, split_setting, ty
 # %% auto #0
 __all__ = ['ModelOption', 'DraftOption', 'JsonOption', 'SetOption', 'PromptsOption', 'NumberOption', 'ChatOption', 'TokensOption',
            'MethodOption', 'SeedOption', 'ThreadsOption', 'SampleOption', 'TemperatureOption', 'TopKOption',
-           'TopPOption', 'say', 'emit_json', 'waiting', 'show_table', 'check_folder', 'check_place', 'LabGroup',
-           'sampling_settings', 'decoder_settings', 'check_drafter', 'make_decoder', 'check_model', 'load_for']
+           'TopPOption', 'say', 'emit_json', 'waiting', 'show_table', 'require', 'check_folder', 'check_place',
+           'LabGroup', 'sampling_settings', 'decoder_settings', 'check_drafter', 'make_decoder', 'check_model',
+           'load_for']
 
 # %% ../nbs/shell.ipynb #120be7dc
 def say(
@@ -110,6 +112,15 @@ def show_table(
 
 # %% ../nbs/shell.ipynb #90c7be24
 _TRIED = 1 << 20  # bytes that a place must take
+
+
+def require(
+    extra: str,  # the extra that brings the packages, such as "lab"
+    *packages: str,  # names to import
+) -> None:
+    "Refuse a command that needs packages which are not installed."
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise ValueError(f"this needs {', '.join(missing)}: pip install 'decodelab[{extra}]'")
 
 
 def check_folder(

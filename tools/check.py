@@ -161,7 +161,7 @@ def check_docs() -> None:
     "Build the site, then open it in headless Chromium."
     run("python", "docs/build.py")
     if browser := find_browser():
-        run("pytest", "tests/test_site.py", "-m", "browser", env={"CHROMIUM": browser})
+        run("pytest", "tests/doors/test_site.py", "-m", "browser", env={"CHROMIUM": browser})
     elif os.environ.get("CI", "").lower() not in ("", "0", "false"):
         raise CheckFailed("no Chromium found, and CI is set: the site must be opened in a browser (install Chromium or set CHROMIUM)")
     else:

@@ -34,8 +34,6 @@ PATTERNS[re.compile(rf"\b{NUMBER} (?:\w+ )?(?<!forward )(?<!backward )pass(?:es)
 ALLOWED = {  # where a word is meant as it stands
     "nbs/lab/tasks/parallel_puzzles.ipynb": ("Sure",),  # of a model's chatter
     "nbs/lab/tasks/parallel_texts.ipynb": ("law",),  # a subject of texts
-    "nbs/lab/prompts.ipynb": ("PLACES",),
-    "tests/lab/test_tasks.py": ("PLACES",),
     "docs/notebooks.py": ("rooms",),
 }
 TEXT = {".py", ".md", ".toml", ".yml", ".ini", ".cff"}

@@ -1,4 +1,4 @@
-"""What a decoder writes on an ideal denoiser, computed instead of sampled: for fixed schedules, for one token a pass in any order, and for greedy decoding with ties.
+"""What a decoder writes on an ideal denoiser, computed instead of sampled: for fixed schedules, for one token a denoising step in any order, and for greedy decoding with ties.
 
 Docs: https://decodelab.github.io/decodelab/diffusion/exact.html.md"""
 
@@ -34,18 +34,18 @@ def check_schedule(
 
 
 def schedule_distribution(
-    law: Distribution,  # the data
+    probs: Distribution,  # the data
     schedule: Schedule,  # sets of positions that are committed together, in order
     temperature: float = 1.0,  # of the draws, above 0
 ) -> torch.Tensor:
     "Probability that a decoder with this schedule and exact marginals writes each string of the support, [strings]; the rest is wrong strings."
-    check_schedule(schedule, law.length)
-    seen, q = torch.full_like(law.strings, UNKNOWN), torch.ones_like(law.p)
+    check_schedule(schedule, probs.length)
+    seen, q = torch.full_like(probs.strings, UNKNOWN), torch.ones_like(probs.p)
     for step in map(list, schedule):
-        p = law.marginals(seen)[0][:, step] ** (1 / temperature)
+        p = probs.marginals(seen)[0][:, step] ** (1 / temperature)
         p = p / p.sum(-1, keepdim=True)
-        q = q * p.gather(2, law.codes[:, step, None])[..., 0].prod(1)
-        seen[:, step] = law.strings[:, step]
+        q = q * p.gather(2, probs.codes[:, step, None])[..., 0].prod(1)
+        seen[:, step] = probs.strings[:, step]
     return q
 
 # %% ../../nbs/diffusion/exact.ipynb #daedebb2
@@ -70,9 +70,9 @@ def _drawn_then_chosen(p: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     mine, other = p[:, :, :, None, None], p[:, None, None]
     less = torch.where(other < mine - _TIE, other, 0.0).sum(-1)  # a_i, [states, m, A, m]
     same = torch.where((other - mine).abs() <= _TIE, other, 0.0).sum(-1)  # b_i
-    rivals = masked[:, None, None] & ~torch.eye(p.shape[1], dtype=torch.bool)[None, :, None]
+    baselines = masked[:, None, None] & ~torch.eye(p.shape[1], dtype=torch.bool)[None, :, None]
     nodes, weights = _gauss(p.shape[1])
-    values = torch.stack([torch.where(rivals, less + same * t, 1.0).prod(-1) for t in nodes])
+    values = torch.stack([torch.where(baselines, less + same * t, 1.0).prod(-1) for t in nodes])
     return p * masked[..., None] * (weights[:, None, None, None] * values).sum(0)
 
 
@@ -86,15 +86,15 @@ def _gauss(n: int) -> tuple[list[float], torch.Tensor]:
 
 
 def one_by_one_distribution(
-    law: Distribution,  # the data
+    probs: Distribution,  # the data
     order: str = "random",  # one of `ONE_BY_ONE`: how the next position is chosen
 ) -> torch.Tensor:
-    "Probability of each string of the support when one token a pass is drawn from exact marginals, [strings]."
+    "Probability of each string of the support when one token a denoising step is drawn from exact marginals, [strings]."
     if order not in ONE_BY_ONE:
         raise ValueError(f"unknown order {order!r}; known: {', '.join(ONE_BY_ONE)}")
-    states, chance = torch.full((1, law.length), UNKNOWN), torch.ones(1, dtype=torch.double)
-    for _ in range(law.length):
-        p, masked = law.marginals(states)[0], states == UNKNOWN
+    states, chance = torch.full((1, probs.length), UNKNOWN), torch.ones(1, dtype=torch.double)
+    for _ in range(probs.length):
+        p, masked = probs.marginals(states)[0], states == UNKNOWN
         if order == "low_confidence":
             choice = _drawn_then_chosen(p, masked)
         else:
@@ -103,32 +103,32 @@ def one_by_one_distribution(
             choice = p * (best / best.sum(1, keepdim=True))[..., None]
         state, place, token = (choice > 0).nonzero(as_tuple=True)
         grown = states[state]
-        grown[torch.arange(len(grown)), place] = law.alphabet[token]
+        grown[torch.arange(len(grown)), place] = probs.alphabet[token]
         states, where = grown.unique(dim=0, return_inverse=True)
         chance = torch.zeros(len(states), dtype=torch.double).index_add_(0, where, (chance[:, None, None] * choice)[state, place, token])
-    return (states[None] == law.strings[:, None]).all(-1).double() @ chance
+    return (states[None] == probs.strings[:, None]).all(-1).double() @ chance
 
 # %% ../../nbs/diffusion/exact.ipynb #4055d71f
 Count = Callable[[list[float]], int]  # confidences of the masked positions, highest first -> how many to commit
 
 
 def greedy_distribution(
-    law: Distribution,  # the data
-    count: Count,  # how many of the surest positions to commit
-    order: str = "confidence",  # which ones: "confidence" (the surest) or "random" (any)
+    probs: Distribution,  # the data
+    count: Count,  # how many of the most confident positions to commit
+    order: str = "confidence",  # which ones: "confidence" (the most confident) or "random" (any)
 ) -> tuple[torch.Tensor, float]:
     "Probability of each string of the support under greedy decoding, ties drawn [strings], and mean passes until finished or impossible."
     if order not in ("confidence", "random"):
         raise ValueError(f"order must be 'confidence' or 'random', got {order!r}")
-    index = {tuple(s): i for i, s in enumerate(law.strings.tolist())}
-    q, passes = torch.zeros_like(law.p), 0.0
-    states = {(UNKNOWN,) * law.length: 1.0}
+    index = {tuple(s): i for i, s in enumerate(probs.strings.tolist())}
+    q, passes = torch.zeros_like(probs.p), 0.0
+    states = {(UNKNOWN,) * probs.length: 1.0}
     while states:
-        p, mass = law.marginals(torch.tensor(list(states)))
+        p, mass = probs.marginals(torch.tensor(list(states)))
         passes += float(torch.tensor(list(states.values()), dtype=torch.double)[mass > 0].sum())
         grown: dict[tuple[int, ...], float] = {}
         for (state, chance), marginal, possible in zip(states.items(), p, mass):
-            for new, share in _commits(state, marginal, law.alphabet, count, order == "random") if possible > 0 else ():
+            for new, share in _commits(state, marginal, probs.alphabet, count, order == "random") if possible > 0 else ():
                 grown[new] = grown.get(new, 0.0) + chance * share
         for string in [s for s in grown if UNKNOWN not in s]:
             chance = grown.pop(string)
@@ -141,20 +141,20 @@ def greedy_distribution(
 def _commits(
     state: tuple[int, ...], p: torch.Tensor, alphabet: torch.Tensor, count: Count, shuffled: bool
 ) -> Iterator[tuple[tuple[int, ...], float]]:
-    # every state that one greedy pass may lead to, with its probability
+    # every state that one greedy denoising step may lead to, with its probability
     best = p.amax(1)
     masked = sorted((j for j, t in enumerate(state) if t == UNKNOWN), key=lambda j: -float(best[j]))
     k = min(max(1, count([float(best[j]) for j in masked])), len(masked))
     edge = float(best[masked[k - 1]])
-    sure = [] if shuffled else [j for j in masked if best[j] > edge + _TIE]
+    confident = [] if shuffled else [j for j in masked if best[j] > edge + _TIE]
     tied = masked if shuffled else [j for j in masked if abs(float(best[j]) - edge) <= _TIE]
     tokens = {j: alphabet[p[j] >= best[j] - _TIE].tolist() for j in masked}
-    sets = list(combinations(tied, k - len(sure)))
+    sets = list(combinations(tied, k - len(confident)))
     for extra in sets:
-        places = [*sure, *extra]
-        choices = list(product(*(tokens[j] for j in places)))
+        positions = [*confident, *extra]
+        choices = list(product(*(tokens[j] for j in positions)))
         for choice in choices:
             new = list(state)
-            for j, token in zip(places, choice):
+            for j, token in zip(positions, choice):
                 new[j] = token
             yield tuple(new), 1 / (len(sets) * len(choices))

@@ -1,4 +1,4 @@
-"""How many holes may be filled in one pass? As many as the model is sure of (Fast-dLLM), as many as share a small budget of entropy (EB-Sampler), or as many as a clock says (Dream).
+"""How many masked positions may be filled in one denoising step? As many as the model is confident of (Fast-dLLM), as many as share a small budget of entropy (EB-Sampler), or as many as a clock says (Dream).
 
 Docs: https://decodelab.github.io/decodelab/diffusion/fast_dllm.html.md"""
 
@@ -33,10 +33,10 @@ __all__ = ['DREAM_ALGORITHMS', 'FastDLLM', 'factor_count', 'EntropyBound', 'Drea
 )
 @dataclass
 class FastDLLM(Unmasker):
-    "Fast-dLLM: all holes at once of which the model is sure enough, by a threshold or by the factor rule; at least one."
+    "Fast-dLLM: all masked positions at once of which the model is confident enough, by a threshold or by the factor rule; at least one."
 
-    block_length: int | None = 32  # B, places decoded together (positive); all when None
-    threshold: float = field(default=0.9, kw_only=True)  # gamma, confidence from which a hole is filled
+    block_length: int | None = 32  # B, positions decoded together (positive); all when None
+    threshold: float = field(default=0.9, kw_only=True)  # gamma, confidence from which a masked position is filled
     factor: float | None = field(default=None, kw_only=True)  # f of the factor rule, which then takes the threshold's place
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class FastDLLM(Unmasker):
 
 
 def factor_count(
-    confidence: torch.Tensor,  # -inf where there is no hole, [rows, block]
+    confidence: torch.Tensor,  # -inf where there is no masked position, [rows, block]
     factor: float,  # f
 ) -> torch.Tensor:
     "The largest r with (r + 1) (1 - c_(r)) < f, at least 1, [rows]."
@@ -73,9 +73,9 @@ def factor_count(
 )
 @dataclass
 class EntropyBound(Unmasker):
-    "EB-Sampler, the acceptance rule of DiffusionGemma: surest holes first, while the entropies before the last sum up to at most a bound."
+    "EB-Sampler, the acceptance rule of DiffusionGemma: most confident masked positions first, while the entropies before the last sum up to at most a bound."
 
-    block_length: int | None = 32  # B, places decoded together (positive); all when None
+    block_length: int | None = 32  # B, positions decoded together (positive); all when None
     entropy_bound: float = field(default=0.1, kw_only=True)  # nats (not negative)
 
     def __post_init__(self) -> None:
@@ -102,20 +102,22 @@ DREAM_ALGORITHMS = {"origin": "random", "maskgit_plus": "low_confidence", "topk_
     year=2025,
     notebook="diffusion/fast_dllm",
     lossless=False,
-    example=lambda model: Dream(alg="entropy"),  # what its authors recommend; "origin" draws places at random
+    example=lambda model: Dream(alg="entropy"),  # what its authors recommend; "origin" draws positions at random
     compared={"dream, 2 per step": {"block_length": 32, "steps": 1 / 2}},
 )
 @dataclass
 class Dream(Unmasker):
-    "Dream's decoder: a grid of times says how many holes to fill, the tempered law which."
+    "Dream's decoder: a grid of times says how many masked positions to fill, the tempered distribution which."
 
     score_from: str = field(default="sampled", kw_only=True)  # see `Unmasker`
     alg: str = field(default="origin", kw_only=True)  # order: "origin", "maskgit_plus", "topk_margin" or "entropy"
     alg_temp: float | None = field(
         default=None, kw_only=True
-    )  # temperature of the choice of places (positive); the best ones when None or 0
+    )  # temperature of the choice of positions (positive); the best ones when None or 0
     eps: float = field(default=1e-3, kw_only=True)  # time at the end of the grid (0 to 1, without 1)
-    top_p: float | None = field(default=None, kw_only=True)  # filter of the law, also at T = 0 (above 0, at most 1); the call's when None
+    top_p: float | None = field(
+        default=None, kw_only=True
+    )  # filter of the distribution, also at T = 0 (above 0, at most 1); the call's when None
     top_k: int | None = field(
         default=None, kw_only=True
     )  # filter behind top_p, also at T = 0 (not negative; 0: none); the call's when None
@@ -141,7 +143,7 @@ class Dream(Unmasker):
         return [*temperature, *top_p, *top_k, *(p for p in given if not isinstance(p, kinds))]
 
     def select(self, step: Step) -> torch.Tensor:
-        # tau_i = 1 - i (1 - eps) / S; a hole stays with probability tau_{i+1} / tau_i
+        # tau_i = 1 - i (1 - eps) / S; a masked position stays with probability tau_{i+1} / tau_i
         i, s = step.block.index, step.plan.block_steps
         now, then = (1 - (i + k) * (1 - self.eps) / s for k in (0, 1))
         share = 1 - then / now if i < s - 1 else 1.0

@@ -32,9 +32,9 @@ def distinct_rows(
     base = int(rows.max()) + 2
     if base ** rows.shape[1] >= 2**62:
         return rows.unique(dim=0, return_inverse=True)
-    places = base ** torch.arange(rows.shape[1], device=rows.device)
-    numbers, which = ((rows + 1) * places).sum(1).unique(return_inverse=True)
-    return numbers[:, None] // places % base - 1, which
+    positions = base ** torch.arange(rows.shape[1], device=rows.device)
+    numbers, which = ((rows + 1) * positions).sum(1).unique(return_inverse=True)
+    return numbers[:, None] // positions % base - 1, which
 
 
 @dataclass(frozen=True, eq=False)

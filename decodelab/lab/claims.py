@@ -280,16 +280,18 @@ class Found:
         self.notebook, self.n = notebook, n
         self.runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
-    def _repr_markdown_(self) -> str:
-        lines = ["**What we found**"]
+    def lines(self) -> list[str]:
+        "A line for each claim: verdict, profile, claim, what was measured, why."
+        found = []
         for run in self.runs:
-            for facts in [c for c in run["claims"] if c["kind"] == "paper"][: self.n]:
+            for facts in [c for c in run["claims"] if c.get("kind") == "paper"][: self.n]:
                 claim = Claim(**facts)
                 numbers = f" ({claim.measured}; expected {_short(claim.expected)})" if claim.measured else ""
-                lines.append(f"- {claim.mark}, `{run['provenance']['profile']}`: {claim.text}{numbers}. {claim.why}".rstrip())
-        if len(lines) == 1:
-            lines.append(f"- no stored run of {self.notebook} here: run its experiments page in a checkout")
-        return lines[0] + "\n\n" + "\n".join(lines[1:])
+                found.append(f"{claim.mark}, `{run['provenance']['profile']}`: {claim.text}{numbers}. {claim.why}".rstrip())
+        return found or [f"No stored run of {self.notebook} here: run its experiments page in a checkout."]
+
+    def _repr_markdown_(self) -> str:
+        return "**What we found**\n\n" + "\n".join(f"- {line}" for line in self.lines())
 
 
 def found(

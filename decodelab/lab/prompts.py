@@ -8,77 +8,27 @@ Docs: https://decodelab.github.io/decodelab/lab/prompts.html.md"""
 from __future__ import annotations
 
 import random
+from importlib import resources
 
 # %% auto #0
-__all__ = ['tale_prompts']
+__all__ = ['openings', 'tale_prompts']
 
 # %% ../../nbs/lab/prompts.ipynb #c0915d9f
-_TIMES = (
-    "Once upon a time",
-    "Long, long ago",
-    "Many winters ago",
-    "When the world was still young",
-    "In the days of the old king",
-    "In a year that nobody remembers",
-    "Before the first clock was made",
-)
-_PLACES = (
-    "at the edge of a forest",
-    "in a castle by the sea",
-    "behind seven high hills",
-    "on an island without a harbour",
-    "in a valley full of snow",
-    "beside an old stone bridge",
-    "under the roof of a windmill",
-    "in a town with one street",
-    "at the bottom of a lake",
-    "in the hollow of an oak",
-    "on the edge of the moor",
-    "in a cottage without a door",
-    "near a well that never froze",
-)
-_HEROES = (
-    "a poor miller",
-    "a tailor's youngest daughter",
-    "two brothers",
-    "a lame soldier",
-    "an old fisherman",
-    "a goose girl",
-    "a proud queen",
-    "a clever hedgehog",
-    "a king without children",
-    "a shepherd boy",
-    "three sisters",
-    "a talking raven",
-    "a blind fiddler",
-    "a lazy giant",
-    "a woodcutter's widow",
-    "a very small dragon",
-)
-_EVENTS = (
-    "who found a silver key and",
-    "who never told a lie until",
-    "who could not sleep because",
-    "who heard a midnight knock and",
-    "who wished for only one thing:",
-    "who sheltered a stranger and",
-    "who followed a white deer until",
-    "who feared nothing at all except",
-    "who bought an old mirror and",
-    "who made a wager and",
-    "who dreamed every night of",
-)
+def openings() -> dict[str, list[str]]:
+    "The parts of an opening: times, settings, heroes and events, from `openings.txt` beside this module."
+    text = resources.files("decodelab.lab").joinpath("openings.txt").read_text(encoding="utf-8")
+    parts = [part.split("\n") for part in text.strip().split("\n\n")]
+    return {title.removeprefix("# "): entries for title, *entries in parts}
 
 
 def tale_prompts(
     n: int,  # how many (1 to 16,016)
-    seed: int = 0,  # order of times, positions, heroes and events
+    seed: int = 0,  # order of times, settings, heroes and events
 ) -> list[str]:
     "`n` different openings of fairy tales, 16 to 25 words each, that stop in mid-sentence."
-    lists = (_TIMES, _PLACES, _HEROES, _EVENTS)
     if not 1 <= n <= 16_016:
         raise ValueError(f"n must be 1 to 16,016, got {n}: there are no more different prompts")
     rng = random.Random(f"tale_prompts {seed}")
-    times, positions, heroes, events = (rng.sample(entries, len(entries)) for entries in lists)
-    parts = ((times[i % 7], positions[i % 13], heroes[i % 16], events[i % 11]) for i in range(n))
-    return [f"{time}, {place}, there lived {hero} {event}" for time, place, hero, event in parts]
+    times, settings, heroes, events = (rng.sample(entries, len(entries)) for entries in openings().values())
+    parts = ((times[i % 7], settings[i % 13], heroes[i % 16], events[i % 11]) for i in range(n))
+    return [f"{time}, {setting}, there lived {hero} {event}" for time, setting, hero, event in parts]

@@ -15,11 +15,11 @@ import pandas as pd
 import torch
 
 from ..core.contract import Decoder, decoders
-from .bench import BenchResult, counted
+from .bench import BenchResult, counted, ratio_interval
 
 # %% auto #0
-__all__ = ['COLUMNS', 'baselines', 'family', 'target_texts', 'speeds', 'by_group', 'spec_bench_prompts', 'held_out_texts',
-           'held_out_prompts']
+__all__ = ['COLUMNS', 'baselines', 'family', 'target_texts', 'speeds', 'versus', 'per_forward', 'by_group', 'spec_bench_prompts',
+           'held_out_texts', 'held_out_prompts']
 
 # %% ../../nbs/lab/speeds.ipynb #a4f702c3
 def baselines(
@@ -66,6 +66,27 @@ def speeds(
 ) -> pd.DataFrame:
     "The columns that matter: tokens per forward, ratio to the baseline with interval, ratio per token per forward, rep-4, identical texts."
     return result.table()[list(COLUMNS)].astype(float).round(3)
+
+# %% ../../nbs/lab/speeds.ipynb #vs000001
+def versus(
+    result: BenchResult,  # what `compare` returned
+    ours: str,  # name of a method
+    other: str,  # name of the method it is compared with
+) -> dict[str, list[float]]:
+    "Speed by the clock and in processor time, and tokens per forward, of one method over those of another: ratio and its 95 % interval."
+    found = BenchResult([r for r in result.rows if r.method in (ours, other)], other).figures(ours)
+    speed, cpu = ([found[f"{kind}{name}"] for name in ("ratio", "low", "high")] for kind in ("", "cpu_"))
+    first, second = ([1 / (r.tokens_per_forward or 1) for r in result.rows if r.method == n and not r.repeat] for n in (other, ours))
+    return {"speed": speed, "processor time": cpu, "tokens per forward": list(ratio_interval(first, second))}
+
+
+def per_forward(
+    ours: Sequence[Sequence[int]],  # tokens of each verification, one list a prompt
+    other: Sequence[Sequence[int]],  # the same for another way, on the same prompts
+) -> list[float]:
+    "Tokens per verification of one way over those of another, and the 95 % interval over prompts."
+    first, second = ([len(e) / sum(e) for e in way] for way in (other, ours))
+    return list(ratio_interval(first, second))
 
 # %% ../../nbs/lab/speeds.ipynb #139d5225
 def by_group(

@@ -1,4 +1,4 @@
-"""What every pass proposed for every hole, how sure it was, and what the policy took: the raw material of most questions about a diffusion decoder.
+"""What every denoising step proposed for every masked position, how confident it was, and what the policy took: the raw material of most questions about a diffusion decoder.
 
 Docs: https://decodelab.github.io/decodelab/lab/watch.html.md"""
 
@@ -25,32 +25,32 @@ __all__ = ['StepLog', 'encode', 'watch']
 # %% ../../nbs/lab/watch.ipynb #704cced4
 @dataclass
 class StepLog:
-    "What each pass of a call proposed; k passes, each of one row, over blocks of B places."
+    "What each denoising step of a call proposed; k denoising steps, each of one row, over blocks of B positions."
 
     out: DecodeOutput  # what was decoded
     row: torch.Tensor  # row of the batch, [k]
-    index: torch.Tensor  # number of the pass in its row, from 0, [k]
+    index: torch.Tensor  # number of the denoising step in its row, from 0, [k]
     start: torch.Tensor  # first place of the block, counted from the end of the prompt, [k]
     tokens: torch.Tensor  # proposals, [k, B]
-    confidence: torch.Tensor  # their probability, -inf where there is no hole, [k, B]
+    confidence: torch.Tensor  # their probability, -inf where there is no masked position, [k, B]
     chosen: torch.Tensor  # what was committed, [k, B], bool
     end: torch.Tensor  # where an end of sequence was proposed, [k, B], bool
 
     def __post_init__(self) -> None:
         texts = self.out.continuations
-        places = int(self.start.max()) + self.tokens.shape[1]
+        positions = int(self.start.max()) + self.tokens.shape[1]
         ends = torch.tensor([len(t) for t in texts], device=self.row.device)
         self.place = self.start[:, None] + torch.arange(self.tokens.shape[1], device=self.row.device)  # [k, B]
-        filled = torch.full((len(texts), places), -1, device=self.row.device)
+        filled = torch.full((len(texts), positions), -1, device=self.row.device)
         who, where = self.chosen.nonzero().unbind(-1)
         filled[self.row[who], self.place[who, where]] = self.tokens[who, where]
         self.final = filled[self.row[:, None], self.place]  # token that the place held in the end, -1 where none, [k, B]
-        # holes of the text: what stands behind its end, or was never filled, is left out
-        self.holes = (self.confidence > -torch.inf) & (self.final >= 0) & (self.place < ends[self.row][:, None])
-        self.consistent = self.holes & (self.tokens == self.final)  # the proposal is the final token already, [k, B]
+        # masked positions of the text: what stands behind its end, or was never filled, is left out
+        self.masked = (self.confidence > -torch.inf) & (self.final >= 0) & (self.place < ends[self.row][:, None])
+        self.consistent = self.masked & (self.tokens == self.final)  # the proposal is the final token already, [k, B]
 
     def lines(self) -> pd.DataFrame:
-        "One line for each hole of each pass, also behind the end of the text: row, pass, place, token, confidence, end, committed."
+        "One line for each masked position of each denoising step, also behind the end of the text: row, pass, place, token, confidence, end, committed."
         k, j = (self.confidence > -torch.inf).nonzero().unbind(-1)
         facts = {"row": self.row[k], "pass": self.index[k], "place": self.place[k, j], "token": self.tokens[k, j]}
         facts |= {"confidence": self.confidence[k, j], "end": self.end[k, j], "committed": self.chosen[k, j]}
@@ -73,15 +73,15 @@ def watch(
     input_ids: torch.Tensor,  # prompts, left-padded, [rows, length]
     **settings: Any,  # further settings of `generate`
 ) -> StepLog:
-    "Decode, and keep what each pass proposed and chose; the decoder itself is not changed."
+    "Decode, and keep what each denoising step proposed and chose; the decoder itself is not changed."
     spy, seen = copy.copy(decoder), []
 
     def select(step: Step) -> torch.Tensor:
         chosen = type(decoder).select(spy, step) & step.masked
         width = step.masked.shape[1]  # a policy may look beyond its block
-        sure = step.raw_confidence[:, :width].masked_fill(~step.masked, -torch.inf)
+        confident = step.raw_confidence[:, :width].masked_fill(~step.masked, -torch.inf)
         start = torch.full_like(step.rows, step.start - step.canvas.prompt)
-        seen.append((step.rows, step.index.clone(), start, step.tokens[:, :width], sure, chosen, step.proposes_eos()[:, :width]))
+        seen.append((step.rows, step.index.clone(), start, step.tokens[:, :width], confident, chosen, step.proposes_eos()[:, :width]))
         return chosen
 
     spy.__dict__["select"] = select

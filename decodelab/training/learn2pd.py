@@ -21,8 +21,9 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from ..lab.tasks.text import Example
-from ..diffusion.learn2pd import ConfidenceFilter, FilterConfig, InHindsight
+from ..diffusion.learn2pd import ConfidenceFilter, FilterConfig
 from ..diffusion.step import Step
+from ..lab.oracle import InHindsight
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint, write_training
 from .denoising_data import task_example
 from .recipes import recipe
@@ -390,7 +391,7 @@ def filter_card(
     changed = [f"{k}={v}" for k, v in recipe.items() if k != "name" and v != getattr(FilterRecipe(), k)]
     points = [p for p in figures["curve"] if "eval_loss" in p][::4]
     rows = {
-        "masked": "masked",
+        "masked positions": "masked",
         "all positions": "all",
         "masked positions, logistic curve of the own confidence": "own confidence, masked positions",
     }

@@ -43,13 +43,13 @@ def log_probs(
 
 
 def acceptance(
-    log_p: torch.Tensor,  # target's log distribution, [..., vocab]
-    log_q: torch.Tensor,  # drafter's log distribution, [..., vocab]
+    log_p: torch.Tensor,  # target's log-probabilities, [..., vocab]
+    log_q: torch.Tensor,  # drafter's log-probabilities, [..., vocab]
     tokens: torch.Tensor,  # drafted tokens, [...]
 ) -> torch.Tensor:
     "min(1, p(Y) / q(Y)), the probability that the target accepts Y, [...]."
-    place = tokens[..., None]
-    return (log_p.gather(-1, place) - log_q.gather(-1, place))[..., 0].clamp_max(0.0).exp()
+    chosen = tokens[..., None]
+    return (log_p.gather(-1, chosen) - log_q.gather(-1, chosen))[..., 0].clamp_max(0.0).exp()
 
 # %% ../../nbs/training/specdec_pp.ipynb #bcdd3271
 @torch.no_grad()
@@ -63,9 +63,9 @@ def label_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "The mixed texts [n, length] (right-padded with 0) and the labels [n, length], NaN where there is none."
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True).to(target.device)
-    place = torch.arange(ids.shape[1], device=ids.device)
+    position = torch.arange(ids.shape[1], device=ids.device)
     lengths, begin = (torch.tensor(n, device=ids.device)[:, None] for n in ([len(t) for t in texts], starts))
-    written = (place >= begin) & (place < lengths)
+    written = (position >= begin) & (position < lengths)
     # causal models never look at the padding on the right: no mask is needed
     log_p, log_q = (log_probs(m(ids).logits[:, :-1], temperature) for m in (target, drafter))
     drawn = draw(log_q.exp())
@@ -197,7 +197,7 @@ def build_data(
 ) -> HeadData:
     "Let the target continue the prompts, and label what the drafter would have written."
     sampling = {"do_sample": True, "temperature": recipe.temperature, "top_k": 0} if recipe.temperature else {"do_sample": False}
-    ends, ids, labels = end_ids(target), [], []
+    eos_ids, ids, labels = end_ids(target), [], []
     for i in range(0, len(prompts), batch_size):
         asked = tokenizer(list(prompts[i : i + batch_size]), return_tensors="pt", padding=True, padding_side="left").to(target.device)
         written = target.generate(
@@ -205,7 +205,7 @@ def build_data(
         )
         begin, texts, starts = asked.input_ids.shape[1], [], []
         for row, mask in zip(written.tolist(), asked.attention_mask.sum(1).tolist()):
-            end = next((k + 1 for k in range(begin, len(row)) if row[k] in ends), len(row))
+            end = next((k + 1 for k in range(begin, len(row)) if row[k] in eos_ids), len(row))
             texts.append(row[begin - mask : end])
             starts.append(mask)
         mixed, a = label_batch(target, drafter, texts, starts, recipe.r, recipe.temperature)

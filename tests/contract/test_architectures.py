@@ -32,7 +32,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from decodelab import NGram, PromptLookup, TokenRecycling
 from decodelab.sampling.base import Autoregressive, ContrastiveSearch
 from decodelab.speculative.drafters import DraftModel
-from decodelab.speculative.rsd import RSDC, RSDS, IIDChains
+from decodelab.speculative.rsd import RSDC, RSDS
+from decodelab.speculative.sampled_tree import IIDChains
 
 NEW = 24
 SINGLES, ROWS = (12, 9, 30), (30, 7, 3)  # lengths of the prompts alone, of the rows of the batch; windows are 24 long

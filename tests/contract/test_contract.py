@@ -24,6 +24,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 import decodelab.core.registry as registry_module
 from decodelab.core.contract import Decoder, Method, register
 from decodelab.core.output import DecodeOutput
+from decodelab.sampling.base import TokenDecoder
 
 SAMPLERS = [name for name, m in METHODS.items() if m.samples]
 every_method = pytest.mark.parametrize("name", list(METHODS))
@@ -635,7 +636,7 @@ def test_streamer_with_a_batch(name, llama, tokenizer, padded):
         decode(name, llama, padded, streamer=Collects(tokenizer))
 
 
-STEPS = ("autoregressive", "momentum")  # token by token: any cache will do, or none
+STEPS = [name for name, m in METHODS.items() if issubclass(m.decoder, TokenDecoder)]  # token by token: any cache will do, or none
 
 
 @every_method

@@ -49,7 +49,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def shallow():
-    "A model of one layer: keys do not depend on other places, so a cache is never stale."
+    "A model of one layer: keys do not depend on other positions, so a cache is never stale."
     model = small_model()
     model.model.layers = model.model.layers[:1]
     model.config.num_hidden_layers = 1
@@ -75,7 +75,7 @@ class HubConfig(PretrainedConfig):
 
 
 class HubModel(PreTrainedModel):
-    "Mean over the visible places plus the place itself and a little of its neighbour: looks both ways, no `generate`."
+    "Mean over the visible positions plus the place itself and a little of its neighbour: looks both ways, no `generate`."
 
     config_class = HubConfig
 
@@ -241,7 +241,7 @@ def test_what_a_cached_pass_computes(cache, shift, llama, batch):
         canvas.logits()
         canvas.ids[:, length + 3] = 40
         got = canvas.logits()
-        # layer by layer: new states at the columns that are fed, the first pass's at the others
+        # layer by layer: new states at the columns that are fed, the first denoising step's at the others
         fed = torch.zeros(canvas.length, dtype=torch.bool)
         first = length + 2 - shift
         fed[{"none": slice(None), "prefix": slice(first, None), "dual": slice(first, length + 5)}[cache]] = True
@@ -272,7 +272,7 @@ def _with_keys_of(layer, x, keys_from, mask, position):
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
-def test_dual_is_cheapest_and_bills_are_right(llama, prompt):
+def test_dual_is_cheapest_and_stats_are_right(llama, prompt):
     fed = {c: decode(LLaDA(block_length=4, cache=c), llama, prompt).stats.target_tokens for c in CACHES}
     assert fed == {"none": 12 * 19, "prefix": 3 * 19 + 3 * (12 + 8 + 4), "dual": 3 * 19 + 9 * 4}
 
@@ -361,11 +361,11 @@ def test_orders_are_their_formulas(seed, order):
     got = order_score(step_of(p, masked), order)
     assert bool((got[~masked] == -torch.inf).all())
     for i, j in masked.nonzero().tolist():
-        law = sorted(p[i, j].tolist(), reverse=True)
+        probs = sorted(p[i, j].tolist(), reverse=True)
         expected = {
-            "low_confidence": law[0],
-            "margin": law[0] - law[1],
-            "entropy": sum(x * torch.tensor(x).log().item() for x in law),
+            "low_confidence": probs[0],
+            "margin": probs[0] - probs[1],
+            "entropy": sum(x * torch.tensor(x).log().item() for x in probs),
             "left_to_right": -j,
         }
         if order != "random":
@@ -375,7 +375,7 @@ def test_orders_are_their_formulas(seed, order):
 
 
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.05, 0.3, 1.0, 5.0]))
-def test_the_entropy_bound_is_a_prefix_of_the_surest(seed, bound):
+def test_the_entropy_bound_is_a_prefix_of_the_most_confident(seed, bound):
     g = torch.Generator().manual_seed(seed)
     p = (3 * torch.randn(1, 6, 5, generator=g)).softmax(-1)
     masked = torch.rand(1, 6, generator=g) < 0.7
@@ -399,7 +399,7 @@ def test_counts_of_dream(n, s, expected, llama, prompt):
     assert decode(Dream(alg="entropy", eps=0.0), llama, prompt, n).stats.emitted == [[1] * n]
 
 
-def test_dreams_origin_reveals_holes_independently():
+def test_dreams_origin_reveals_masked_independently():
     torch.manual_seed(0)
     p, rows = torch.full((4000, 6, 4), 0.25), 4000
     step = step_of(p, torch.ones(rows, 6, dtype=torch.bool), steps=4, index=1)
@@ -411,7 +411,7 @@ def test_dreams_origin_reveals_holes_independently():
     assert float(((counts - binomial) ** 2 / binomial)[:5].sum()) < 25
 
 
-def test_dream_may_draw_places():
+def test_dream_may_draw_positions():
     torch.manual_seed(0)
     rows = 20_000
     p = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.9, 0.1]]).expand(rows, -1, -1)
@@ -422,15 +422,15 @@ def test_dream_may_draw_places():
     assert torch.allclose(chosen.double().mean(0), expected.double(), atol=0.02)
 
 
-def answers(rows, decoder, law, **settings):
-    "What a decoder writes on an ideal denoiser of a law, [rows, m]."
-    model = IdealDenoiser(law)
+def answers(rows, decoder, probs, **settings):
+    "What a decoder writes on an ideal denoiser of a distribution, [rows, m]."
+    model = IdealDenoiser(probs)
     torch.manual_seed(0)
-    return decoder.generate(model, model.start.expand(rows, -1), max_new_tokens=law.length, eos_token_id=None, **settings)
+    return decoder.generate(model, model.start.expand(rows, -1), max_new_tokens=probs.length, eos_token_id=None, **settings)
 
 
 def test_dream_filters_by_top_p_before_top_k():
-    law = Distribution(torch.arange(4)[:, None], torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    probs = Distribution(torch.arange(4)[:, None], torch.tensor([0.4, 0.3, 0.2, 0.1]))
     rows, filters = 4000, {"top_p": 0.5, "top_k": 2}
     # top-p keeps two of the four, and top-k both; the other way round top-p finds 0.4 / 0.7 > 0.5 and keeps one
     calls = [
@@ -439,22 +439,22 @@ def test_dream_filters_by_top_p_before_top_k():
         (Dream(alg="entropy", top_p=0.5), {"top_k": 2}),
     ]
     for decoder, settings in calls:
-        drawn = answers(rows, decoder, law, do_sample=True, **settings).sequences[:, -1]
+        drawn = answers(rows, decoder, probs, do_sample=True, **settings).sequences[:, -1]
         share = float((drawn == 0).double().mean())
         assert set(drawn.tolist()) == {0, 1}
         assert abs(share - 4 / 7) < 4 * (4 / 7 * 3 / 7 / rows) ** 0.5
-    drawn = answers(rows, Dream(alg="entropy", top_p=1.0, top_k=0), law, do_sample=True, **filters).sequences[:, -1]
+    drawn = answers(rows, Dream(alg="entropy", top_p=1.0, top_k=0), probs, do_sample=True, **filters).sequences[:, -1]
     assert set(drawn.tolist()) == {0, 1, 2, 3}  # the fields come before the call's
-    assert set(answers(400, LLaDA(), law, do_sample=True, **filters).sequences[:, -1].tolist()) == {0}  # transformers' order
+    assert set(answers(400, LLaDA(), probs, do_sample=True, **filters).sequences[:, -1].tolist()) == {0}  # transformers' order
 
 
 def test_dreams_filters_shape_the_entropy_without_sampling():
     flat = [0.55] + [0.05 + 0.001 * i for i in range(-4, 5)]  # 1.68 nats, the other 0.96; of the best two: 0.29 and 0.69
     narrow = [0.45, 0.44, 0.11]
     strings = torch.cartesian_prod(torch.arange(10), torch.arange(10, 13))
-    law = Distribution(strings, torch.tensor([a * b for a in flat for b in narrow]))
+    probs = Distribution(strings, torch.tensor([a * b for a in flat for b in narrow]))
     for filters, first in (({}, 1), ({"top_p": 0.5}, 0), ({"top_k": 2}, 0), ({"top_p": 1.0, "top_k": 0}, 1)):
-        out = answers(1, Dream(alg="entropy", eps=0.0, trace=True, **filters), law, do_sample=False)
+        out = answers(1, Dream(alg="entropy", eps=0.0, trace=True, **filters), probs, do_sample=False)
         assert out.continuations[0].tolist() == [0, 10]
         assert out.trace[0].info["step"].index(0) == first
 
@@ -472,7 +472,7 @@ def test_without_ends_the_other_tokens_share_their_probability():
 
 
 @given(st.integers(0, 10**6), st.sampled_from([2, 5, 50]), st.floats(0, 40))
-def test_how_sure_a_law_is_has_all_digits(seed, vocab, lead):
+def test_how_confident_a_probs_is_has_all_digits(seed, vocab, lead):
     scores = torch.randn(vocab, generator=torch.Generator().manual_seed(seed))
     scores[seed % vocab] += lead
     p, exact = scores.softmax(-1), scores.double().softmax(-1)
@@ -493,11 +493,11 @@ def plain_llada(model, ids, n, block, passes, score):
     for start in range(length, length + n, block):
         stop = min(start + block, length + n)
         for i in range(passes):
-            holes = [j for j in range(start, stop) if canvas[0, j] == MASK]
+            masked = [j for j in range(start, stop) if canvas[0, j] == MASK]
             k = (stop - start) // passes + (i < (stop - start) % passes)
             with torch.no_grad():
                 p = denoiser(canvas)[0].softmax(-1)
-            for j in sorted(holes, key=lambda j: (-score(p[j]), j))[:k]:
+            for j in sorted(masked, key=lambda j: (-score(p[j]), j))[:k]:
                 canvas[0, j] = p[j].argmax()
     return canvas[0, length:].tolist()
 
@@ -523,9 +523,9 @@ def test_the_threshold_against_a_transcription(gamma, llama, prompt):
         while bool((canvas[0, start : start + 6] == MASK).any()):
             with torch.no_grad():
                 p = denoiser(canvas)[0].softmax(-1)
-            holes = [j for j in range(start, start + 6) if canvas[0, j] == MASK]
-            best = max(holes, key=lambda j: (p[j].max().item(), -j))
-            chosen = [j for j in holes if p[j].max() >= gamma or j == best]
+            masked = [j for j in range(start, start + 6) if canvas[0, j] == MASK]
+            best = max(masked, key=lambda j: (p[j].max().item(), -j))
+            chosen = [j for j in masked if p[j].max() >= gamma or j == best]
             for j in chosen:
                 canvas[0, j] = p[j].argmax()
             passes.append(len(chosen))
@@ -649,13 +649,13 @@ def test_processors_see_the_whole_canvas(llama, prompt):
 
     decode(LLaDA(block_length=3), llama, prompt, 6, logits_processor=LogitsProcessorList([Looks()]))
     assert all(x.shape == (1, 13) for x in seen)
-    holes = [int((x[0, 7:] == MASK).sum()) for x in seen]
-    assert holes == sorted(holes, reverse=True)
-    assert holes[0] == 6
-    assert holes[-1] == 1
+    masked = [int((x[0, 7:] == MASK).sum()) for x in seen]
+    assert masked == sorted(masked, reverse=True)
+    assert masked[0] == 6
+    assert masked[-1] == 1
 
 
-def test_score_from_looks_at_the_other_law(llama, prompt):
+def test_score_from_looks_at_the_other_probs(llama, prompt):
     torch.manual_seed(0)
     settings = {"do_sample": True, "temperature": 0.3, "top_k": 0}
     seen = {}

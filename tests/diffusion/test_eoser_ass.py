@@ -1,12 +1,10 @@
 """Early rejection of ends and ascending step sizes: plans and factors by arithmetic, the order by hand, reductions to LLaDA's decoder."""
 
 import math
-import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,36 +14,18 @@ from toys import EOS, PAD, VOCAB, left_pad, made_step, random_prompts, small_mod
 from decodelab.core.contract import decoders
 from decodelab.diffusion import eoser_ass
 from decodelab.diffusion.base import LLaDA
-from decodelab.diffusion.eoser_ass import (
-    ASS,
-    EOSER,
-    SOLVED,
-    Descending,
-    ascending_blocks,
-    ascending_steps,
-    early_ends,
-    eos_rejected,
-    exercises,
-    experiment,
-    long_or_short,
-    measured,
-    per_pass,
-    rivals,
-    toy_kind,
-    toy_model,
-)
-from decodelab.diffusion.eoser_ass import EOS as TOY_EOS
-from decodelab.lab.lab import Lab
-from decodelab.lab.provenance import to_plain
+from decodelab.diffusion.eoser_ass import ASS, EOSER, ascending_blocks, ascending_steps, eos_rejected
 from decodelab.lab.watch import watch
 
 ENDS = list(range(3, VOCAB, 3))  # a third of the vocabulary ends a text: ends are proposed all the time
+
+
 WHOLE = {"early_stop": False}
 
 
 @pytest.fixture(scope="module")
 def model():
-    "A random decoder-only model that is run in both directions; <pad> stands for a hole."
+    "A random decoder-only model that is run in both directions; <pad> stands for a masked position."
     model = small_model()
     model.config.mask_token_id = PAD
     return model
@@ -62,17 +42,17 @@ def decode(decoder, model, prompt, new=16, **kwargs):
 
 
 def canvases(decoder, model, prompt, new=16, **kwargs):
-    "What was written to each place of each row, ends and what follows them included, [rows][places]."
+    "What was written to each place of each row, ends and what follows them included, [rows][positions]."
     inputs = prompt if isinstance(prompt, dict) else {"input_ids": prompt}
     settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": ENDS} | kwargs
-    holes = watch(decoder, model, **inputs, **settings).lines()
-    written = holes[holes["committed"]].sort_values(["row", "place"])
-    return [rows["token"].tolist() for _, rows in written.groupby("row")], holes
+    lines = watch(decoder, model, **inputs, **settings).lines()
+    written = lines[lines["committed"]].sort_values(["row", "place"])
+    return [rows["token"].tolist() for _, rows in written.groupby("row")], lines
 
 
-def committed(holes, row=0):
-    "How many holes each pass of a row filled."
-    return holes[holes["row"] == row].groupby("pass")["committed"].sum().tolist()
+def committed(lines, row=0):
+    "how many positions each step of a row filled."
+    return lines[lines["row"] == row].groupby("pass")["committed"].sum().tolist()
 
 
 # plans
@@ -131,17 +111,17 @@ def test_passes_fill_what_the_plan_says(length, model, prompts):
     sizes = ascending_steps(length)
     for n in range(1, len(sizes) + 1):
         for decoder in (ASS(block_num=n, **WHOLE), ASS(block_num=n, eoser=True, **WHOLE)):
-            _, holes = canvases(decoder, model, prompts[0], length)
-            assert committed(holes) == sizes
+            _, lines = canvases(decoder, model, prompts[0], length)
+            assert committed(lines) == sizes
             edges = [0, *torch.tensor(ascending_blocks(length, n)).cumsum(0).tolist()]
-            seen = holes.groupby("pass")["place"].agg(["min", "max"])
+            seen = lines.groupby("pass")["place"].agg(["min", "max"])
             first = len(sizes) - n + 1
-            for s, (low, high) in enumerate(seen.values.tolist()):  # a pass looks at its own block only
+            for s, (low, high) in enumerate(seen.values.tolist()):  # a step looks at its own block only
                 block = max(0, s - first + 1)
                 assert edges[block] <= low
                 assert high == edges[block + 1] - 1 or s > 0
                 assert high < edges[block + 1]
-            assert holes["place"].max() == length - 1
+            assert lines["place"].max() == length - 1
 
 
 def test_blocks_that_do_not_fit_the_new_tokens(model, prompts):
@@ -197,7 +177,7 @@ def test_the_step_number_of_ascending_blocks_counts_through_the_whole_text(n, mo
 
 
 def test_the_order_of_two_passes_by_hand():
-    # places: 0 x .5, 1 end .9, 2 x .3, 3 end .6, 4 visible end; gamma = 0.5: .5, .45, .3, .3, -
+    # positions: 0 x .5, 1 end .9, 2 x .3, 3 end .6, 4 visible end; gamma = 0.5: .5, .45, .3, .3, -
     step = by_hand([0.5, 0.9, 0.3, 0.6, 1.0], [0, 1, 0, 1, 1], [1, 1, 1, 1, 0])
     score = eos_rejected(step, torch.tensor([0.5], dtype=torch.double))
     assert score[0].tolist() == pytest.approx([0.5, 0.45, 0.3, 0.3, -math.inf])
@@ -209,7 +189,7 @@ def test_the_order_of_two_passes_by_hand():
 
 
 def by_hand(confidence, ends, masked):
-    "A first pass with given proposals: token 1 is an end."
+    "A first step with given proposals: token 1 is an end."
     masked, tokens = torch.tensor([masked]).bool(), torch.tensor([ends]).long()
     canvas = SimpleNamespace(steps_taken=torch.zeros(1, dtype=torch.long))
     step = made_step(torch.zeros(*masked.shape, 2), masked, tokens, canvas, steps=int(masked.sum()), eos_ids=[1])
@@ -224,11 +204,11 @@ PLACE = st.tuples(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, 1.0]), st.booleans()
 
 
 @settings(max_examples=300)
-@given(places=st.lists(PLACE, min_size=1, max_size=10), gammas=st.lists(st.floats(0, 1), min_size=2, max_size=2), k=st.integers(1, 10))
-def test_a_smaller_factor_never_commits_more_ends_in_the_first_pass(places, gammas, k):
-    places[0] = (*places[0][:2], True)
-    step = by_hand(*(list(column) for column in zip(*places)))
-    step.block.initial_count, step.plan.block_steps = torch.tensor([k]), 1  # the schedule commits k places
+@given(positions=st.lists(PLACE, min_size=1, max_size=10), gammas=st.lists(st.floats(0, 1), min_size=2, max_size=2), k=st.integers(1, 10))
+def test_a_smaller_factor_never_commits_more_ends_in_the_first_pass(positions, gammas, k):
+    positions[0] = (*positions[0][:2], True)
+    step = by_hand(*(list(column) for column in zip(*positions)))
+    step.block.initial_count, step.plan.block_steps = torch.tensor([k]), 1  # the schedule commits k positions
     low, high = sorted(gammas)
     ends = step.proposes_eos()
     counts = [int((EOSER(gamma_min=g, gamma_max=1).select(step) & ends).sum()) for g in (low, high)]
@@ -237,7 +217,7 @@ def test_a_smaller_factor_never_commits_more_ends_in_the_first_pass(places, gamm
     others = int(((step.confidence > 0) & ~ends).sum())
     if others >= k:
         assert int((EOSER(gamma_min=0.0).select(step) & ends).sum()) == 0
-    # nothing but holes, and as many as the schedule says
+    # nothing but masked positions, and as many as the schedule says
     for g in gammas:
         chosen = EOSER(gamma_min=g).select(step)
         assert not bool((chosen & ~step.masked).any())
@@ -247,9 +227,9 @@ def test_a_smaller_factor_never_commits_more_ends_in_the_first_pass(places, gamm
 def test_proposals_stay_what_the_model_says(model, prompts):
     first = []
     for decoder in (LLaDA(**WHOLE), EOSER(gamma_min=0, **WHOLE), ASS(**WHOLE), ASS(eoser=True, gamma_min=0, **WHOLE)):
-        _, holes = canvases(decoder, model, prompts[1])
-        assert holes["end"].equals(holes["token"].isin(ENDS))
-        start = holes[holes["pass"] == 0]
+        _, lines = canvases(decoder, model, prompts[1])
+        assert lines["end"].equals(lines["token"].isin(ENDS))
+        start = lines[lines["pass"] == 0]
         assert start["end"].any()
         first.append(start[["token", "confidence"]].values.tolist())
     assert all(f == first[0] for f in first)
@@ -257,10 +237,10 @@ def test_proposals_stay_what_the_model_says(model, prompts):
 
 def test_ends_wait_and_are_committed_in_the_end(model, prompts):
     for prompt in prompts:
-        tokens, holes = canvases(EOSER(gamma_min=0, gamma_max=0, **WHOLE), model, prompt)
+        tokens, lines = canvases(EOSER(gamma_min=0, gamma_max=0, **WHOLE), model, prompt)
         assert len(tokens[0]) == 16
         assert PAD not in tokens[0]
-        for _, now in holes.groupby("pass"):
+        for _, now in lines.groupby("pass"):
             if not now["end"].all():
                 assert not now[now["committed"]]["end"].any()
     assert any(token in ENDS for token in tokens[0])
@@ -323,7 +303,7 @@ def test_without_ends_nothing_is_rejected(model, prompts):
 def test_ascending_steps_differ_from_llada_in_their_sizes_only(remasking, model, prompts):
     @dataclass
     class Uniform(ASS):
-        "Every pass fills as many as LLaDA's schedule says."
+        "Every step fills as many as LLaDA's schedule says."
 
         def select(self, step):
             step.plan.block_steps = len(ascending_steps(16))
@@ -331,7 +311,7 @@ def test_ascending_steps_differ_from_llada_in_their_sizes_only(remasking, model,
 
     batch = left_pad(prompts)
     assert canvases(Uniform(remasking=remasking), model, batch)[0] == canvases(LLaDA(steps=4, remasking=remasking), model, batch)[0]
-    for length in (1, 2, 3):  # one pass is one pass
+    for length in (1, 2, 3):  # one step is one step
         one = canvases(LLaDA(steps=1, remasking=remasking), model, batch, length)[0]
         assert canvases(ASS(remasking=remasking), model, batch, length)[0] == one
 
@@ -384,18 +364,18 @@ def test_early_stopping_writes_the_same_text_with_fewer_passes(decoder, model, p
 @pytest.mark.parametrize("decoder", [EOSER(trace=True, **WHOLE), ASS(eoser=True, block_num=2, trace=True, **WHOLE)], ids=repr)
 def test_every_state_follows_from_the_pass_of_each_place(decoder, model, prompts):
     out = decode(decoder, model, prompts[2])
-    tokens, holes = canvases(decoder, model, prompts[2])
-    when = torch.tensor(holes[holes["committed"]].sort_values("place")["pass"].tolist())  # one number a place
+    tokens, lines = canvases(decoder, model, prompts[2])
+    when = torch.tensor(lines[lines["committed"]].sort_values("place")["pass"].tolist())  # one number a place
     told = [w for step in out.trace for w in step.info["step"]]
     assert told == when[: len(told)].tolist()
     passes = len(out.stats.emitted[0])
     assert len(when) == 16
     assert sorted(set(when.tolist())) == list(range(passes))
     for s in range(passes):
-        masked = holes[holes["pass"] == s]["place"].tolist()  # the recorded state: which places of the block are holes
+        masked = lines[lines["pass"] == s]["place"].tolist()  # the recorded state: which positions of the block are masked
         block = [p for p in range(16) if p in masked or when[p] < s]
         assert masked == [p for p in block if when[p] >= s]
-        filled = holes[(holes["pass"] == s) & holes["committed"]]
+        filled = lines[(lines["pass"] == s) & lines["committed"]]
         assert filled["place"].tolist() == (when == s).nonzero()[:, 0].tolist()
         assert filled["token"].tolist() == [tokens[0][p] for p in filled["place"]]
 
@@ -404,12 +384,12 @@ def test_watching_changes_nothing(model, prompts):
     decoder = EOSER()
     before = decode(decoder, model, prompts[0])
     log = watch(decoder, model, input_ids=prompts[0], max_new_tokens=16, do_sample=False, eos_token_id=ENDS)
-    out, holes = log.out, log.lines()
+    out, lines = log.out, log.lines()
     assert type(decoder) is EOSER
     assert out.sequences.equal(before.sequences)
     assert out.stats.emitted == before.stats.emitted
-    assert len(holes) == sum(16 - s for s in range(len(out.stats.emitted[0])))
-    assert set(holes.columns) == {"row", "pass", "place", "token", "confidence", "end", "committed"}
+    assert len(lines) == sum(16 - s for s in range(len(out.stats.emitted[0])))
+    assert set(lines.columns) == {"row", "pass", "place", "token", "confidence", "end", "committed"}
 
 
 # what the decoders are and refuse
@@ -462,132 +442,7 @@ def test_a_plan_of_its_own():
 
 def test_one_end_among_several(model, prompts):
     "All ids that end a text are rejected, not only the first."
-    _, holes = canvases(EOSER(gamma_min=0, gamma_max=0, **WHOLE), model, prompts[0], eos_token_id=[EOS, *ENDS])
-    first = holes[holes["pass"] == 0]
+    _, lines = canvases(EOSER(gamma_min=0, gamma_max=0, **WHOLE), model, prompts[0], eos_token_id=[EOS, *ENDS])
+    first = lines[lines["pass"] == 0]
     assert first["end"].sum() > 0
     assert not first[first["committed"]]["end"].any()
-
-
-# controls and measures
-
-
-def test_the_control_fills_in_falling_sizes(model, prompts):
-    for length in (3, 16, 23):
-        _, holes = canvases(Descending(**WHOLE), model, prompts[0], length)
-        assert committed(holes) == ascending_steps(length)[::-1]
-    for name in ("eoser", "block_num"):
-        with pytest.raises(TypeError, match=f"Descending has no hyper-parameter '{name}'"):
-            Descending(**{name: 1})
-
-
-@pytest.mark.parametrize("places", [32, 64])
-def test_rivals_take_the_passes_of_their_names(places, model, prompts):
-    for name, decoder in rivals(places).items():
-        out = decode(replace(decoder, early_stop=False), model, prompts[0], places)
-        assert len(out.stats.emitted[0]) == int(re.search(r", (\d+)$", name)[1]), name
-
-
-def test_passes_and_early_ends_by_hand():
-    columns = ["row", "pass", "place", "confidence", "end", "committed"]
-    lines = [
-        (0, 0, 0, 0.2, False, False),
-        (0, 0, 1, 0.4, False, True),
-        (0, 0, 2, 0.9, True, True),
-        (0, 1, 0, 0.6, False, True),
-        (1, 0, 0, 0.5, False, True),
-        (1, 1, 1, 0.8, True, False),
-        (1, 2, 1, 0.8, True, True),
-        (1, 3, 2, 1.0, True, True),
-    ]
-    holes = pd.DataFrame(lines, columns=columns)
-    found = per_pass(holes)
-    assert found["ends"].tolist() == [0.5, 0, 0.5, 0.5]
-    assert found["others"].tolist() == [1.0, 0.5, 0, 0]
-    assert found["confidence"].tolist() == pytest.approx([0.5, 0.7, 0.8, 1.0])
-    assert found["end_confidence"].tolist() == pytest.approx([0.9, 0.8, 0.8, 1.0])
-    assert found["other_confidence"].tolist() == pytest.approx([(0.2 + 0.4 + 0.5) / 3, 0.6, math.nan, math.nan], nan_ok=True)
-    assert early_ends(holes) == pytest.approx([1 / 3, 0.0])  # passes 0 and 1 of 4
-
-
-@pytest.fixture
-def small(monkeypatch, tokenizer):
-    "A lab whose model for the tasks is a random one of characters."
-    words = small_model(context=512)
-    words.config.mask_token_id = PAD
-    monkeypatch.setattr(Lab, "load", lambda self, role, cls=None: (words, tokenizer))
-    return words, tokenizer
-
-
-def test_every_exercise_is_scored(small):
-    examples = exercises(("list_copy", "countdown"), 3)
-    assert [e.task for e in examples] == ["list_copy"] * 3 + ["countdown"] * 3
-    assert exercises(SOLVED, 1, seed=1)[0].prompt != exercises(SOLVED, 1)[0].prompt
-
-    found = measured(*small, {"plain": LLaDA(steps=4), "two": LLaDA(steps=2)}, examples, 40, batch_size=2)
-    assert found["task"] == [e.task for e in examples]
-    assert found["score"]["plain"] == [0.0] * 6
-    assert found["tokens"]["plain"] == [40] * 6
-    assert found["passes"] == {"plain": [4] * 6, "two": [2] * 6}
-    assert found["places"] == 40
-
-
-def test_scores_stand_in_the_order_of_the_exercises(monkeypatch):
-    examples = exercises(("list_copy",), 3)
-    lines = [("a", 2, 0.2, 7, 3), ("b", 0, 0.5, 1, 2), ("a", 0, 0.0, 5, 1), ("b", 2, 0.7, 3, 2), ("a", 1, 0.1, 6, 2), ("b", 1, 0.6, 2, 2)]
-    frame = pd.DataFrame(lines, columns=["method", "example", "score", "tokens", "passes"])
-    monkeypatch.setattr(eoser_ass, "frontier", lambda *args, **kwargs: frame)
-    found = measured(None, None, {}, examples, 32)
-    assert found["score"] == {"a": [0.0, 0.1, 0.2], "b": [0.5, 0.6, 0.7]}
-    assert found["tokens"] == {"a": [5, 6, 7], "b": [1, 2, 3]}
-    assert found["passes"] == {"a": [1, 2, 3], "b": [2, 2, 2]}
-
-
-def test_the_experiment_on_a_small_scale(small, monkeypatch):
-    monkeypatch.setattr(eoser_ass, "SOLVED", ("list_copy", "sudoku"))
-    monkeypatch.setattr(eoser_ass, "SOME", ("countdown",))
-    found = experiment(examples=1, places=32, watched=1)
-    assert to_plain(found)["places"] == 32
-    assert list(found["rivals"]["score"]) == list(rivals(32))
-    assert found["rivals"]["task"] == ["list_copy", "sudoku"]
-    assert list(found["gamma"]["score"]) == ["0.0", "0.01", "0.1", "0.4", "0.7", "1.0"]
-    assert found["gamma"]["task"] == ["countdown"] * 2
-    assert found["longer"]["places"] == 64
-    assert list(found["longer"]["score"]) == [n for n in rivals(64) if n.endswith((", 16", ", 6"))]
-    assert {n: len(p["pass"]) for n, p in found["passes"].items()} == {"full": 16, "semi-AR": 16}
-    assert all(len(shares) == 2 for shares in found["early ends"].values())
-
-
-# the toy
-
-
-def test_the_law_of_the_toy():
-    law = long_or_short([6, 7, 8, 9])
-    assert law.strings.shape == (82, 16)
-    short = [row for row, p in zip(law.strings.tolist(), law.p.tolist()) if p > 0.1]
-    assert short == [[5, 9] + [TOY_EOS] * 14]
-    assert float(law.p.max()) == pytest.approx(0.3)
-    assert law.p.sort().values[:-1].tolist() == pytest.approx([0.7 / 81] * 81)
-    long = [row[: row.index(TOY_EOS)] for row in law.strings.tolist() if row[0] == 6]
-    assert {tuple(t for t in row if t != 4) for row in long} == {(6, 7, 8, 9, 5, 9)}
-    assert sorted(map(len, long))[0] == 6
-    assert sorted(map(len, long))[-1] == 14
-    assert len(set(map(tuple, long))) == 81
-
-
-def test_answers_of_the_toy_are_read():
-    ends = [TOY_EOS] * 3
-    texts = [[6, 7, 8, 9, 5, 9, *ends], [6, 4, 7, 8, 4, 4, 9, 5, 9], [5, 9, *ends], [6, 7, 8, 5, 9, *ends], [6, 4, 4, 4, 7, 8, 9, 5, 9], []]
-    assert [toy_kind([6, 7, 8, 9], t) for t in texts] == ["long", "long", "short", "wrong", "wrong", "wrong"]
-
-
-def kinds(decoder, rows=40):
-    toy, digits = toy_model(), [6, 7, 8, 9]
-    out = decoder.generate(toy, torch.tensor([[*digits, 3]]).expand(rows, -1), max_new_tokens=16, do_sample=False)
-    return {toy_kind(digits, c.tolist()) for c in out.continuations}
-
-
-def test_a_perfect_model_falls_into_the_trap_and_early_rejection_gets_it_out():
-    torch.manual_seed(0)
-    assert kinds(LLaDA()) == {"short"}
-    for decoder in (EOSER(), EOSER(gamma_min=0.01), LLaDA(block_length=4)):
-        assert kinds(decoder) == {"long"}

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from toys import EOS, PAD, left_pad, random_prompts, small_model
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-import decodelab.diffusion.learn2pd as page
 import decodelab.training.learn2pd as training
 from decodelab.core.contract import decoders
 from decodelab.diffusion.base import LLaDA, Unmasker
@@ -23,11 +21,11 @@ from decodelab.diffusion.learn2pd import (
     ConfidenceFilter,
     EndOfText,
     FilterConfig,
-    InHindsight,
     Learn2PD,
     load_filter,
     threshold_filter,
 )
+from decodelab.lab.oracle import InHindsight
 from decodelab.training.learn2pd import (
     FilterRecipe,
     FilterTrainer,
@@ -91,7 +89,7 @@ def answers(filter, confidences, block_length=B):
 
 
 def transcribed(model, prompt, N, filter=None, tau=1.0, eotp=None, ends=(EOS,), steps=None, block_length=B, cache="none"):
-    "The block loop of the card, one row: (answer, passes, columns fed); a dual cache sees places behind the block at its first pass only."
+    "The block loop of the card, one row: (answer, passes, columns fed); a dual cache sees positions behind the block at its first step only."
     mask, P = model.config.mask_token_id, len(prompt)
     x, passes, columns = list(prompt) + [mask] * N, 0, 0
     blocks = -(-N // block_length)
@@ -107,10 +105,10 @@ def transcribed(model, prompt, N, filter=None, tau=1.0, eotp=None, ends=(EOS,), 
             known = 0 if cache == "none" or i == 0 else start - bool(getattr(model.config, "shift_logits", False))
             columns += (min(stop, len(x)) if cache == "dual" and i else len(x)) - known
             block = range(start, min(stop, len(x)))
-            holes = [j for j in block if x[j] == mask]
-            A = sorted(holes, key=lambda j: (-c[j], j))[: quota[i]]
+            masked = [j for j in block if x[j] == mask]
+            A = sorted(masked, key=lambda j: (-c[j], j))[: quota[i]]
             q = answers(filter, [c[j] for j in block], block_length) if tau < 1 else [0.0] * len(block)
-            F = [j for j in holes if q[j - start] > tau]
+            F = [j for j in masked if q[j - start] > tau]
             seen = [j for j in range(start, len(x)) if x[j] == mask and (cache != "dual" or i == 0 or j < stop)]
             for j in {*A, *F}:
                 x[j] = tokens[j]
@@ -208,12 +206,12 @@ def test_filter_has_as_many_numbers_as_the_paper_says(length, depth):
 
 def test_filter_answers_like_the_formula_also_for_a_short_block():
     made = random_filter()
-    for places in (1, 5, 8):
-        c = torch.rand(3, places)
+    for positions in (1, 5, 8):
+        c = torch.rand(3, positions)
         got = made.probability(c).tolist()
         for row, mine in zip(c.tolist(), got):
             assert mine == pytest.approx(answers(made, row), abs=1e-5)
-    with pytest.raises(ValueError, match="blocks of at most 8 places, not 9"):
+    with pytest.raises(ValueError, match="blocks of at most 8 positions, not 9"):
         made.probability(torch.rand(1, 9))
     with pytest.raises(ValueError, match="block_length and depth must be positive, got 0 and 2"):
         FilterConfig(0)
@@ -314,7 +312,7 @@ def test_sets_shrink_as_tau_rises(model):
     assert sizes[0] == B and sizes[-1] == 1 and len(set(sizes)) > 2
 
 
-def test_filter_sees_the_model_at_places_that_are_filled(model):
+def test_filter_sees_the_model_at_positions_that_are_filled(model):
     rows = []
 
     class Spy(ConfidenceFilter):
@@ -329,8 +327,8 @@ def test_filter_sees_the_model_at_places_that_are_filled(model):
     for seen in rows:
         tokens, c = proposals(model, x)
         assert seen == pytest.approx(c[first:], abs=1e-5)
-        holes = [j for j in range(first, len(x)) if x[j] == PAD]
-        best = max(holes, key=lambda j: c[j])
+        masked = [j for j in range(first, len(x)) if x[j] == PAD]
+        best = max(masked, key=lambda j: c[j])
         x[best] = tokens[best]
     assert x[first:] == continuations(out)[0]
 
@@ -385,9 +383,9 @@ def test_errors_say_what_to_do(model, tmp_path):
             threshold_filter(tau=tau, steepness=steepness)
     with pytest.raises(ValueError, match="unknown eotp 'early': use 'committed', 'predicted' or None"):
         Learn2PD(tau=1.0, eotp="early")
-    with pytest.raises(ValueError, match="blocks of at most 8 places, not 16: set block_length=8"):
+    with pytest.raises(ValueError, match="blocks of at most 8 positions, not 16: set block_length=8"):
         Learn2PD(block_length=16, filter=random_filter()).generate(model, PROMPTS[0], max_new_tokens=16)
-    with pytest.raises(ValueError, match="blocks of at most 8 places, not 12"):
+    with pytest.raises(ValueError, match="blocks of at most 8 positions, not 12"):
         Learn2PD(block_length=None, filter=random_filter()).generate(model, PROMPTS[0], max_new_tokens=12)
     Learn2PD(block_length=16, filter=random_filter()).generate(model, PROMPTS[0], max_new_tokens=8)
     with pytest.raises(ValueError, match=r"the filter is on meta, the prompt on cpu: move it with filter\.to"):
@@ -426,7 +424,7 @@ def test_cutting_equals_the_transcription(eotp, tau, N, model, ends):
         quick = decoder.generate(model, prompt, **settings)
         assert continuations(quick) == [expected]
         assert passes(quick)[0] <= n
-    assert len(lengths) > 2 and min(lengths) < N  # cuts at several places
+    assert len(lengths) > 2 and min(lengths) < N  # cuts at several positions
 
 
 @pytest.mark.parametrize("eotp", ["committed", "predicted"])
@@ -493,7 +491,7 @@ def test_columns_that_are_fed_after_a_cut_by_cache():
     assert fed == {None: [27, 27, 27, 27], "committed": [27, 27]}
 
 
-def test_committed_end_is_cut_behind_and_holes_before_it_are_decoded():
+def test_committed_end_is_cut_behind_and_masked_positions_before_it_are_decoded():
     # 1 per step, the end first: then three columns are left, and what stood behind is never read again
     def script(ids):
         return [(9, 0.5)] * 2 + [(EOS, 0.9) if j == 2 else (8, 0.6 - 0.1 * j) for j in range(len(ids) - 2)]
@@ -506,7 +504,7 @@ def test_committed_end_is_cut_behind_and_holes_before_it_are_decoded():
 
 
 def test_predicted_end_behind_the_block_cuts_but_need_not_be_written():
-    # the surest hole of all proposes an end in the second block; once that block is reached, another token is written there
+    # the most confident masked position of all proposes an end in the second block; once that block is reached, another token is written there
     def script(ids):
         late = ids[2] != 2
         return [(9, 0.5)] * 2 + [(8, 0.5) if j != 5 else ((7, 0.9) if late else (EOS, 0.95)) for j in range(len(ids) - 2)]
@@ -535,8 +533,8 @@ def test_predicted_end_at_the_last_place_of_a_block():
         assert [len(ids) for ids in model.calls] == [14, 6, 6, 6]
 
 
-def test_trusted_ends_go_before_surer_ones():
-    # F holds the end at place 1 (0.6 > 0.55) and not the surer ones behind the block
+def test_trusted_ends_go_before_more_confident_ones():
+    # F holds the end at place 1 (0.6 > 0.55) and not the more confident ones behind the block
     def script(ids):
         return [(9, 0.5)] * 2 + [(EOS, 0.6) if j == 1 else (EOS, 0.9) if j > 3 else (8, 0.5) for j in range(len(ids) - 2)]
 
@@ -602,7 +600,7 @@ def test_sampling_with_cuts_ends_and_repeats(model, ends):
 
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("cache", CACHES)
-def test_places_behind_the_block_are_what_the_whole_question_says(cache, shift, shallow):
+def test_positions_behind_the_block_are_what_the_whole_question_says(cache, shift, shallow):
     shallow.config.shift_logits = shift
     seen = []
 
@@ -623,7 +621,7 @@ def test_places_behind_the_block_are_what_the_whole_question_says(cache, shift, 
             return step.best()
 
         def stop(self, step, chosen):
-            if int(step.index[0]) == 1:  # rows are cut at different places
+            if int(step.index[0]) == 1:  # rows are cut at different positions
                 return torch.tensor([17, 13, 20])[step.rows] + step.canvas.prompt
             return None
 
@@ -690,7 +688,7 @@ def test_oracle_of_a_batch_is_that_of_its_rows(model, ends):
 
 
 def test_oracle_leaves_a_block_that_is_stuck():
-    # the model says 9 when everything is open, and 8 for the last two holes: y* is [9, 9, 8, 8], reached from left to right
+    # the model says 9 when everything is open, and 8 for the last two masked: y* is [9, 9, 8, 8], reached from left to right
     def script(ids):
         filled = sum(t == 9 for t in ids[2:])
         return [(9, 0.5)] * 2 + [(9 if filled < 2 else 8, 0.9 - 0.1 * j) for j in range(len(ids) - 2)]
@@ -713,9 +711,12 @@ def test_oracle_takes_no_more_passes_than_decoders_with_the_same_text(model):
         oracle = InHindsight(block_length=B)
         oracle.prepare(model, prompt, max_new_tokens=B)
         best = oracle.generate(model, prompt, max_new_tokens=B, do_sample=False)
-        rivals = [LLaDA(block_length=B), *(Learn2PD(block_length=B, filter=random_filter(s), tau=t) for s in range(8) for t in (0.5, 0.9))]
-        for rival in rivals:
-            out = rival.generate(model, prompt, max_new_tokens=B, do_sample=False)
+        baselines = [
+            LLaDA(block_length=B),
+            *(Learn2PD(block_length=B, filter=random_filter(s), tau=t) for s in range(8) for t in (0.5, 0.9)),
+        ]
+        for baseline in baselines:
+            out = baseline.generate(model, prompt, max_new_tokens=B, do_sample=False)
             if out.sequences.equal(best.sequences):
                 compared += 1
                 assert passes(best) <= passes(out)
@@ -723,7 +724,7 @@ def test_oracle_takes_no_more_passes_than_decoders_with_the_same_text(model):
 
 
 def test_oracle_is_greedy_and_not_always_the_shortest():
-    # y* is all 9; with places 0 and 1 filled together the model goes wrong for as long as a hole is left, with place 0 alone it knows everything
+    # y* is all 9; with positions 0 and 1 filled together the model goes wrong for as long as a masked position is left, with place 0 alone it knows everything
     def script(ids):
         filled = [t == 9 for t in ids[2:]]
         right = (
@@ -771,11 +772,11 @@ def recipe():
     return FilterRecipe("toy", "somewhere/nobody", steps=40, save_every=10, **sizes)
 
 
-def recorded(model, prompt, final, room, block_length):
-    "Lines of the oracle on a canvas of `room` places: {(block, pass): (c, correct, masked, there)}, blocks filled up to `block_length`."
-    x, P, found = [*prompt, *[PAD] * room], len(prompt), {}
-    for b, start in enumerate(range(P, P + room, block_length)):
-        stop, before, step = min(start + block_length, P + room), None, 0
+def recorded(model, prompt, final, length, block_length):
+    "Lines of the oracle on a canvas of `length` positions: {(block, pass): (c, correct, masked, there)}, blocks filled up to `block_length`."
+    x, P, found = [*prompt, *[PAD] * length], len(prompt), {}
+    for b, start in enumerate(range(P, P + length, block_length)):
+        stop, before, step = min(start + block_length, P + length), None, 0
         while PAD in x[start:stop]:
             tokens, c = (row[start:stop] for row in proposals(model, x))
             goal, gone = final[start - P : stop - P], block_length - (stop - start)
@@ -798,12 +799,12 @@ def test_records_are_what_the_oracle_sees(wide, tokenizer):
         records = record(wide, tokenizer, prompts, final, block_length=4, batch_size=2)
     finally:
         wide.generation_config.eos_token_id = EOS
-    rooms = [row.index(end) + 1 if end in row else 12 for row in texts]
-    assert rooms[0] <= 6 and len(set(rooms)) > 1
+    lengths = [row.index(end) + 1 if end in row else 12 for row in texts]
+    assert lengths[0] <= 6 and len(set(lengths)) > 1
     lines = {}
     for i, text in enumerate(prompts):
-        for cut, room in ((False, 12), (True, rooms[i])):
-            found = recorded(wide, tokenizer(text).input_ids, texts[i], room, 4)
+        for cut, length in ((False, 12), (True, lengths[i])):
+            found = recorded(wide, tokenizer(text).input_ids, texts[i], length, 4)
             lines |= {(i, b, step, cut): line for (b, step), line in found.items()}
     assert len(records) == len(lines) > 12
     for c, correct, masked, there, *key in zip(*(x.tolist() for x in vars(records).values())):
@@ -814,8 +815,8 @@ def test_records_are_what_the_oracle_sees(wide, tokenizer):
         static_texts(wide, tokenizer, prompts, new_tokens=8, block_length=3)
 
 
-def test_filled_places_count_as_right_and_cut_ones_do_not():
-    # first two places are right, then all; the canvas of the second run ends at the third
+def test_filled_positions_count_as_right_and_cut_ones_do_not():
+    # first two positions are right, then all; the canvas of the second run ends at the third
     def script(ids):
         known = ids[2] == 9
         return [(5, 0.5)] * 2 + [(9 if j < 2 else EOS if known and j == 2 else 8, 0.9 - 0.1 * j) for j in range(len(ids) - 2)]
@@ -908,16 +909,16 @@ def test_figures_by_hand():
     q = [1 / (1 + math.exp(-20 * (x - 0.5))) for x in (0.9, 0.4, 0.6, 0.2)]
     bce = [-math.log(q[0]), -math.log(1 - q[1]), -math.log(1 - q[2]), -math.log(q[3])]
     assert found["all"]["bce"] == pytest.approx(sum(bce) / 4, rel=1e-4)
-    assert found["holes"]["bce"] == pytest.approx(sum(bce[:3]) / 3, rel=1e-4)
-    mean = sum(bce[:3]) / 3  # two prompts: the first has two of the three holes
+    assert found["masked"]["bce"] == pytest.approx(sum(bce[:3]) / 3, rel=1e-4)
+    mean = sum(bce[:3]) / 3  # two prompts: the first has two of the three masked
     pulls = (bce[0] + bce[1] - 2 * mean, bce[2] - mean)
-    assert found["holes"]["bce_se"] == pytest.approx(math.hypot(*pulls) / 3, rel=1e-4)
-    assert (found["all"]["positions"], found["holes"]["positions"]) == (4, 3)
+    assert found["masked"]["bce_se"] == pytest.approx(math.hypot(*pulls) / 3, rel=1e-4)
+    assert (found["all"]["positions"], found["masked"]["positions"]) == (4, 3)
     assert found["all"]["tau 0.5"] == {"taken": 0.5, "wrong": 0.5, "right_taken": 0.5}
-    assert found["holes"]["tau 0.99"]["wrong"] == 0.0
-    assert found["holes"]["accuracy"] == pytest.approx(2 / 3)
-    assert found["holes"]["auc"] == 1.0
-    assert found["own confidence, holes"]["auc"] == 1.0
+    assert found["masked"]["tau 0.99"]["wrong"] == 0.0
+    assert found["masked"]["accuracy"] == pytest.approx(2 / 3)
+    assert found["masked"]["auc"] == 1.0
+    assert found["own confidence, masked positions"]["auc"] == 1.0
     assert [line[1:] for line in sorted(found["reliability"])] == [[0.0, 1], [0.0, 1], [1.0, 1]]
 
 
@@ -997,36 +998,3 @@ def test_command_line_knows_the_recipe(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "filter_card", done.append)
     assert train(recipe, tmp_path) == {"parameters": 40}
     assert done == [(recipe, tmp_path), tmp_path]
-
-
-def test_the_full_experiment_on_a_tiny_size(monkeypatch, wide, tokenizer):
-    asked = []
-    monkeypatch.setattr("decodelab.lab.lab.Lab.load", lambda self, role: asked.append(role) or (wide, tokenizer))
-    monkeypatch.setattr(page, "zoo_path", lambda name: Path(name))
-    monkeypatch.setattr(page, "load_filter", lambda place, device: threshold_filter(0.05, block_length=32))
-    tasks = ("list_sort", "sudoku")
-    found = json.loads(json.dumps(page.experiment(examples=2, max_new_tokens=8, rooms=(8, 12), tasks=tasks)))
-    assert asked == ["diffusion_tasks"]
-    frame = found["frame"]
-    methods = set(frame["method"])
-    assert len(methods) == 2 + len(page.GAMMAS) + len(page.TAUS) + 2 * 3
-    assert len(frame["score"]) == len(methods) * 4
-    lines = list(zip(frame["method"], frame["example"], frame["passes"], frame["agreement"]))
-    for method, _, passes_, agrees in lines:
-        assert method != "1 per step" or (passes_, agrees) == (8, 1.0)
-        assert method != "oracle" or agrees == 1.0
-    by = {(m, e): (n, a) for m, e, n, a in lines}
-    # a filter that is a threshold is threshold decoding, whatever its name
-    assert all(by["depth 1, tau 0.96", e] == by["learn2pd, tau 0.96", e] == by["whole canvases only, tau 0.96", e] for e in range(4))
-    cuts = found["cuts"]
-    assert len(cuts) == 2 * 2 * (3 * 3 + 2) * 4
-    static = [c for c in cuts if c["method"] == "static" and c["cut"] == "none"]
-    assert all(c["agreement"] == 1.0 and c["passes"] == c["places"] for c in static)
-    assert all(c["columns"] == c["passes"] * (c["prompt"] + c["places"]) for c in static)
-
-
-def test_agreement_counts_places_of_the_longer_text():
-    assert page.agreement([1, 2, 3], [1, 9, 3, 4]) == 0.5
-    assert page.agreement([1, 9, 3, 4], [1, 2, 3]) == 0.5
-    assert page.agreement([], []) == 1.0
-    assert page.agreement([5], [5]) == 1.0

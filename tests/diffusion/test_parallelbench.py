@@ -1,4 +1,4 @@
-"""Ideal denoisers, exact laws of the output, and the theory of parallel decoding: closed forms, brute force, broken twins."""
+"""Ideal denoisers, exact distributions of the output, and the theory of parallel decoding: closed forms, brute force, negative controls."""
 
 import math
 from itertools import permutations, product
@@ -15,13 +15,11 @@ from decodelab.diffusion.exact import ONE_BY_ONE, greedy_distribution, one_by_on
 from decodelab.diffusion.fast_dllm import FastDLLM
 from decodelab.diffusion.ideal import TIE_NOISE, UNKNOWN, Distribution, IdealDenoiser, coins, distinct_rows, latin_squares
 from decodelab.diffusion.parallelbench import (
-    ReleasedFactor,
     best_schedules,
     closed_correlation,
     entropy,
     factor,
     greedy_run,
-    harness,
     sampled_accuracy,
     schedule_kl,
     schedule_loss,
@@ -31,14 +29,15 @@ from decodelab.diffusion.parallelbench import (
     top_k,
     total_correlation,
 )
+from decodelab.experiments.diffusion.parallelbench import ReleasedFactor, harness
 from decodelab.lab.tasks.ideal_lists import LIST_OPERATIONS, ListWorld, list_distribution
 
 RANDOM_TASKS = ("shuffle", "insert_random", "remove_random", "replace_random")
 
 
 @st.composite
-def laws(draw, tokens=3, most=4):
-    "A law over some of the strings of 2 to `most` tokens."
+def distributions(draw, tokens=3, most=4):
+    "A distribution over some of the strings of 2 to `most` tokens."
     m = draw(st.integers(2, most))
     everything = list(product(range(tokens), repeat=m))
     chosen = draw(st.lists(st.sampled_from(everything), min_size=1, max_size=20, unique=True))
@@ -47,17 +46,17 @@ def laws(draw, tokens=3, most=4):
 
 
 @st.composite
-def laws_and_schedules(draw):
-    "A law, and an ordered partition of its positions."
-    law = draw(laws())
-    order = draw(st.permutations(range(law.length)))
-    cuts = [0, *[i for i in range(1, law.length) if draw(st.booleans())], law.length]
-    return law, [list(order[a:b]) for a, b in zip(cuts, cuts[1:])]
+def distributions_and_schedules(draw):
+    "A distribution, and an ordered partition of its positions."
+    dist = draw(distributions())
+    order = draw(st.permutations(range(dist.length)))
+    cuts = [0, *[i for i in range(1, dist.length) if draw(st.booleans())], dist.length]
+    return dist, [list(order[a:b]) for a, b in zip(cuts, cuts[1:])]
 
 
-def as_dict(law):
+def as_dict(dist):
     "String -> probability, for computations that share no code with the package."
-    return {tuple(s): float(p) for s, p in zip(law.strings.tolist(), law.p)}
+    return {tuple(s): float(p) for s, p in zip(dist.strings.tolist(), dist.p)}
 
 
 def plain_marginals(table, visible, tokens):
@@ -76,24 +75,24 @@ def plain_bits(table, positions):
     return -sum(p * math.log2(p) for p in sums.values())
 
 
-# the law and its marginals
+# the dist and its marginals
 
 
-@given(laws(), st.data())
-def test_marginals_are_sums_over_agreeing_strings(law, data):
+@given(distributions(), st.data())
+def test_marginals_are_sums_over_agreeing_strings(dist, data):
     rows = data.draw(
-        st.lists(st.lists(st.sampled_from([UNKNOWN, 0, 1, 2]), min_size=law.length, max_size=law.length), min_size=1, max_size=4)
+        st.lists(st.lists(st.sampled_from([UNKNOWN, 0, 1, 2]), min_size=dist.length, max_size=dist.length), min_size=1, max_size=4)
     )
-    p, mass = law.marginals(torch.tensor(rows))
-    table = as_dict(law)
+    p, mass = dist.marginals(torch.tensor(rows))
+    table = as_dict(dist)
     for row, mine, weight in zip(rows, p, mass):
         expected = plain_marginals(table, row, 3)
         if not expected:
             assert weight == 0
-            known = [{s[j] for s in table} for j in range(law.length)]
+            known = [{s[j] for s in table} for j in range(dist.length)]
             expected = [[(v in k) / len(k) for v in range(3)] for k in known]
         assert mine.sum(-1).allclose(torch.ones(1, dtype=torch.double))
-        assert mine.allclose(torch.tensor(expected, dtype=torch.double)[:, law.alphabet], atol=1e-12)
+        assert mine.allclose(torch.tensor(expected, dtype=torch.double)[:, dist.alphabet], atol=1e-12)
 
 
 @given(st.lists(st.lists(st.integers(-1, 50), min_size=3, max_size=3), min_size=1, max_size=8), st.sampled_from([1, 10**9]))
@@ -106,7 +105,7 @@ def test_distinct_rows_are_those_of_unique(rows, scale):
 
 
 @pytest.mark.parametrize("operation", LIST_OPERATIONS)
-def test_list_laws_hold_the_right_answers(operation):
+def test_list_distributions_hold_the_right_answers(operation):
     items, word, index = (7, 4, 9, 5), 6, 2
     before, after = items[:index], items[index + 1 :]
     expected = {
@@ -121,8 +120,8 @@ def test_list_laws_hold_the_right_answers(operation):
         "remove_random": [(*items[:i], *items[i + 1 :]) for i in range(4)],
         "replace_random": [(*items[:i], word, *items[i + 1 :]) for i in range(4)],
     }[operation]
-    law = list_distribution(operation, items, word, index)
-    assert as_dict(law) == pytest.approx({s: 1 / len(expected) for s in expected})
+    dist = list_distribution(operation, items, word, index)
+    assert as_dict(dist) == pytest.approx({s: 1 / len(expected) for s in expected})
 
 
 def test_latin_squares_are_those_of_a_filter():
@@ -149,7 +148,7 @@ def test_latin_squares_are_those_of_a_filter():
         (lambda: IdealDenoiser(lambda prompt: coins([0.5])), "needs vocab_size"),
         (lambda: IdealDenoiser(coins([0.5]), ties="fair"), "ties must be"),
         (lambda: IdealDenoiser(coins([0.5]))(torch.tensor([[0]])), "no separator"),
-        (lambda: IdealDenoiser(coins([0.5]))(torch.tensor([[3, 2, 2]])), "the canvas has 2 places, the answer 1"),
+        (lambda: IdealDenoiser(coins([0.5]))(torch.tensor([[3, 2, 2]])), "the canvas has 2 positions, the answer 1"),
         (lambda: IdealDenoiser(coins([0.5]), 4, mask_token_id=1)(torch.tensor([[3, 1]])), "writes the mask or the separator"),
         (lambda: schedule_distribution(coins([0.5, 0.5]), [[0]]), "each of the 2 positions once"),
         (lambda: schedule_distribution(coins([0.5, 0.5]), [[0, 1], []]), "no empty set"),
@@ -170,18 +169,18 @@ def test_errors_say_what_is_wrong(make, message):
 # the model
 
 
-@given(laws(most=3), st.data())
-def test_logits_are_logarithms_of_the_marginals(law, data):
-    model = IdealDenoiser(law)
-    visible = data.draw(st.lists(st.sampled_from([UNKNOWN, *law.alphabet.tolist()]), min_size=law.length, max_size=law.length))
+@given(distributions(most=3), st.data())
+def test_logits_are_logarithms_of_the_marginals(dist, data):
+    model = IdealDenoiser(dist)
+    visible = data.draw(st.lists(st.sampled_from([UNKNOWN, *dist.alphabet.tolist()]), min_size=dist.length, max_size=dist.length))
     canvas = torch.tensor([[model.separator, *(model.config.mask_token_id if v == UNKNOWN else v for v in visible)]])
     p = model(canvas).logits[0, 1:].exp()
-    expected = law.marginals(torch.tensor([visible]))[0][0]
+    expected = dist.marginals(torch.tensor([visible]))[0][0]
     for j, v in enumerate(visible):
         wanted = torch.zeros(model.config.vocab_size, dtype=torch.double)
-        wanted[law.alphabet if v == UNKNOWN else v] = expected[j] if v == UNKNOWN else 1.0
+        wanted[dist.alphabet if v == UNKNOWN else v] = expected[j] if v == UNKNOWN else 1.0
         assert p[j].double().allclose(wanted, atol=1e-6)
-    possible = plain_marginals(as_dict(law), visible, 3) != 0
+    possible = plain_marginals(as_dict(dist), visible, 3) != 0
     assert bool(model.possible(canvas)) == possible
 
 
@@ -234,70 +233,70 @@ def test_random_ties_lower_confidence_by_little_and_leave_certainty():
 
 
 def test_random_ties_are_fair_and_first_ties_are_not():
-    law = list_distribution("shuffle", 4)
+    dist = list_distribution("shuffle", 4)
     for ties, fair in (("random", True), ("first", False)):
-        model = IdealDenoiser(law, ties=ties)
+        model = IdealDenoiser(dist, ties=ties)
         canvas = torch.tensor([[model.separator] + [model.config.mask_token_id] * 4]).expand(4000, -1)
         torch.manual_seed(1)
         p = model(canvas).logits[:, 1:].softmax(-1)
         first = torch.bincount(p[:, 2].argmax(-1), minlength=4)[:4]
-        places = torch.bincount(p.amax(-1).argmax(-1), minlength=4)
-        assert (min(chisquare(first).pvalue, chisquare(places).pvalue) > 1e-3) == fair
+        positions = torch.bincount(p.amax(-1).argmax(-1), minlength=4)
+        assert (min(chisquare(first).pvalue, chisquare(positions).pvalue) > 1e-3) == fair
 
 
 def test_the_model_runs_on_double_columns_of_blocks():
-    law = list_distribution("reverse", 6)
-    model = IdealDenoiser(law)
+    dist = list_distribution("reverse", 6)
+    model = IdealDenoiser(dist)
     for decoder in (LLaDA(block_length=2), LLaDA(block_length=4), FastDLLM(block_length=3)):
         out = model.generate(model.start, custom_generate=decoder, max_new_tokens=6, do_sample=False)
         assert out.sequences[0, 1:].tolist() == [5, 4, 3, 2, 1, 0]
 
 
-# exact laws of the output
+# exact distributions of the output
 
 
-def plain_score(order, j, law, of_token):
+def plain_score(order, j, dist, of_token):
     "Score of a place: the highest is committed."
-    first, second = sorted(law)[::-1][:2]
+    first, second = sorted(dist)[::-1][:2]
     scores = {"random": 0, "left_to_right": -j, "max_probability": first, "margin": first - second, "low_confidence": of_token}
-    return scores[order] if order in scores else sum(x * math.log(x) for x in law if x)  # minus the entropy
+    return scores[order] if order in scores else sum(x * math.log(x) for x in dist if x)  # minus the entropy
 
 
-def plain_one_by_one(law, order, state=None):
-    "Output law of one token a pass, by recursion over proposals: nothing is shared with the package."
-    table, state = as_dict(law), state or (UNKNOWN,) * law.length
+def plain_one_by_one(dist, order, state=None):
+    "Output distribution of one token a step, by recursion over proposals: nothing is shared with the package."
+    table, state = as_dict(dist), state or (UNKNOWN,) * dist.length
     if UNKNOWN not in state:
         return {state: 1.0}
     p = plain_marginals(table, state, 3)
-    holes = [j for j, t in enumerate(state) if t == UNKNOWN]
+    masked = [j for j, t in enumerate(state) if t == UNKNOWN]
     result = {}
-    for tokens in product(range(3), repeat=len(holes)):
-        chance = math.prod(p[j][t] for j, t in zip(holes, tokens))
+    for tokens in product(range(3), repeat=len(masked)):
+        chance = math.prod(p[j][t] for j, t in zip(masked, tokens))
         if not chance:
             continue
-        scores = [plain_score(order, j, p[j], p[j][t]) for j, t in zip(holes, tokens)]
+        scores = [plain_score(order, j, p[j], p[j][t]) for j, t in zip(masked, tokens)]
         best = [i for i, s in enumerate(scores) if s > max(scores) - 1e-9]
         for i in best:
             new = list(state)
-            new[holes[i]] = tokens[i]
-            for s, q in plain_one_by_one(law, order, tuple(new)).items():
+            new[masked[i]] = tokens[i]
+            for s, q in plain_one_by_one(dist, order, tuple(new)).items():
                 result[s] = result.get(s, 0.0) + chance * q / len(best)
     return result
 
 
 @settings(max_examples=12)
-@given(laws(most=3), st.sampled_from(ONE_BY_ONE))
-def test_one_by_one_law_is_that_of_all_proposals(law, order):
-    q = plain_one_by_one(law, order)
-    mine = one_by_one_distribution(law, order)
-    assert mine.tolist() == pytest.approx([q.get(tuple(s), 0.0) for s in law.strings.tolist()], abs=1e-9)
+@given(distributions(most=3), st.sampled_from(ONE_BY_ONE))
+def test_one_by_one_distribution_is_that_of_all_proposals(dist, order):
+    q = plain_one_by_one(dist, order)
+    mine = one_by_one_distribution(dist, order)
+    assert mine.tolist() == pytest.approx([q.get(tuple(s), 0.0) for s in dist.strings.tolist()], abs=1e-9)
     assert float(mine.sum()) == pytest.approx(1)
 
 
-@given(laws())
-def test_orders_that_do_not_look_at_the_draw_keep_the_law(law):
+@given(distributions())
+def test_orders_that_do_not_look_at_the_draw_keep_the_distribution(dist):
     for order in set(ONE_BY_ONE) - {"low_confidence"}:
-        assert one_by_one_distribution(law, order).allclose(law.p, atol=1e-12)
+        assert one_by_one_distribution(dist, order).allclose(dist.p, atol=1e-12)
 
 
 def test_confidence_of_the_draw_bends_two_coins():
@@ -306,12 +305,12 @@ def test_confidence_of_the_draw_bends_two_coins():
     assert bent.tolist() == pytest.approx([0.08 * 0.2, 0.12 * 0.2, 0.8 * 0.4 + 0.08 * 0.8, 0.8 * 0.6 + 0.12 * 0.8])
 
 
-@given(laws_and_schedules())
-def test_schedule_law_is_the_product_along_the_path(case):
-    law, schedule = case
-    table = as_dict(law)
-    for string, mine in zip(law.strings.tolist(), schedule_distribution(law, schedule).tolist()):
-        seen, q = [UNKNOWN] * law.length, 1.0
+@given(distributions_and_schedules())
+def test_schedule_distribution_is_the_product_along_the_path(case):
+    dist, schedule = case
+    table = as_dict(dist)
+    for string, mine in zip(dist.strings.tolist(), schedule_distribution(dist, schedule).tolist()):
+        seen, q = [UNKNOWN] * dist.length, 1.0
         for step in schedule:
             p = plain_marginals(table, seen, 3)
             q *= math.prod(p[j][string[j]] for j in step)
@@ -320,7 +319,7 @@ def test_schedule_law_is_the_product_along_the_path(case):
         assert mine == pytest.approx(q, abs=1e-12)
 
 
-def test_greedy_law_on_cases_counted_by_hand():
+def test_greedy_distribution_on_cases_counted_by_hand():
     # all of three letters at once: 6 of 27 strings are permutations, each with 1/27
     q, passes = greedy_distribution(list_distribution("shuffle", 3), top_k(3))
     assert (q.tolist(), passes) == (pytest.approx([1 / 27] * 6), 1.0)
@@ -335,7 +334,7 @@ def test_greedy_law_on_cases_counted_by_hand():
     assert one_by_one.max() < 1
 
 
-def test_greedy_law_counts_passes_until_finished_or_impossible():
+def test_greedy_distribution_counts_passes_until_finished_or_impossible():
     # shuffle of 4 by pairs: the first pair is wrong with 1/4 and stops there
     q, passes = greedy_distribution(list_distribution("shuffle", 4), top_k(2))
     assert float(q.sum()) == pytest.approx(3 / 8)
@@ -345,49 +344,49 @@ def test_greedy_law_counts_passes_until_finished_or_impossible():
 # bits
 
 
-@given(laws(), st.data())
-def test_total_correlation_is_the_sum_of_its_entropies(law, data):
-    places = data.draw(st.permutations(range(law.length)))
-    a, b = sorted(data.draw(st.tuples(st.integers(0, law.length), st.integers(0, law.length))))
-    seen, chosen = list(places[:a]), list(places[a:b])
-    table = as_dict(law)
+@given(distributions(), st.data())
+def test_total_correlation_is_the_sum_of_its_entropies(dist, data):
+    positions = data.draw(st.permutations(range(dist.length)))
+    a, b = sorted(data.draw(st.tuples(st.integers(0, dist.length), st.integers(0, dist.length))))
+    seen, chosen = list(positions[:a]), list(positions[a:b])
+    table = as_dict(dist)
     h = plain_bits(table, seen)
     expected = sum(plain_bits(table, [*seen, j]) - h for j in chosen) - (plain_bits(table, [*seen, *chosen]) - h)
-    assert total_correlation(law, chosen, seen) == pytest.approx(expected, abs=1e-9)
+    assert total_correlation(dist, chosen, seen) == pytest.approx(expected, abs=1e-9)
     assert expected > -1e-9
 
 
-@given(laws(), st.data())
-def test_lemma_splitting_a_set_never_costs(law, data):
+@given(distributions(), st.data())
+def test_lemma_splitting_a_set_never_costs(dist, data):
     # C(A u B | Z) >= C(A | Z) + E_A C(B | Z, A)
-    places = data.draw(st.permutations(range(law.length)))
-    z, a = sorted(data.draw(st.tuples(st.integers(0, law.length), st.integers(0, law.length))))
-    seen, first, second = list(places[:z]), list(places[z:a]), list(places[a:])
-    together = total_correlation(law, [*first, *second], seen)
-    assert together >= total_correlation(law, first, seen) + total_correlation(law, second, [*seen, *first]) - 1e-9
+    positions = data.draw(st.permutations(range(dist.length)))
+    z, a = sorted(data.draw(st.tuples(st.integers(0, dist.length), st.integers(0, dist.length))))
+    seen, first, second = list(positions[:z]), list(positions[z:a]), list(positions[a:])
+    together = total_correlation(dist, [*first, *second], seen)
+    assert together >= total_correlation(dist, first, seen) + total_correlation(dist, second, [*seen, *first]) - 1e-9
 
 
-@given(laws_and_schedules())
+@given(distributions_and_schedules())
 def test_theorem_1_the_divergence_of_exact_marginals_is_the_loss(case):
-    law, schedule = case
-    loss = schedule_loss(law, schedule)
-    assert schedule_kl(law, schedule) == pytest.approx(loss, abs=1e-9)
+    dist, schedule = case
+    loss = schedule_loss(dist, schedule)
+    assert schedule_kl(dist, schedule) == pytest.approx(loss, abs=1e-9)
     for temperature in (0.5, 2.0):
-        assert schedule_kl(law, schedule, temperature) >= loss - 1e-9
+        assert schedule_kl(dist, schedule, temperature) >= loss - 1e-9
 
 
 @settings(max_examples=15)
-@given(laws())
-def test_theorem_2_by_brute_force_over_schedules(law):
-    best = best_schedules(law)
-    everything = [(len(s), schedule_loss(law, s)) for s in schedules(law.length)]
+@given(distributions())
+def test_theorem_2_by_brute_force_over_schedules(dist):
+    best = best_schedules(dist)
+    everything = [(len(s), schedule_loss(dist, s)) for s in schedules(dist.length)]
     for t, (loss, schedule) in enumerate(best, start=1):
         assert loss == pytest.approx(min(v for k, v in everything if k == t), abs=1e-9)
-        assert schedule_loss(law, schedule) == pytest.approx(loss, abs=1e-9)
+        assert schedule_loss(dist, schedule) == pytest.approx(loss, abs=1e-9)
         assert len(schedule) == t
     losses = [loss for loss, _ in best]
     assert all(a >= b - 1e-9 for a, b in zip(losses, losses[1:]))
-    assert losses[0] == pytest.approx(total_correlation(law), abs=1e-9)
+    assert losses[0] == pytest.approx(total_correlation(dist), abs=1e-9)
     assert losses[-1] == pytest.approx(0, abs=1e-9)
 
 
@@ -427,8 +426,8 @@ def test_loss_of_a_shuffle_by_set_sizes(sizes):
     n = sum(sizes)
     if not 2 <= n <= 6:
         return
-    places = list(range(n))
-    schedule = [places[sum(sizes[:t]) : sum(sizes[: t + 1])] for t in range(len(sizes))]
+    positions = list(range(n))
+    schedule = [positions[sum(sizes[:t]) : sum(sizes[: t + 1])] for t in range(len(sizes))]
     assert shuffle_loss(sizes) == pytest.approx(schedule_loss(list_distribution("shuffle", n), schedule), abs=1e-9)
 
 
@@ -438,24 +437,24 @@ def test_loss_of_a_shuffle_by_pairs(n):
     assert shuffle_loss([2] * (n // 2)) == pytest.approx(math.log2(double_factorials), abs=1e-9)
 
 
-# broken twins: each computation that theorem 1 must reject
+# negative controls: each computation that theorem 1 must reject
 
 
-def broken_nats(law, schedule):
+def broken_nats(dist, schedule):
     "The loss in nats."
-    return schedule_loss(law, schedule) * math.log(2)
+    return schedule_loss(dist, schedule) * math.log(2)
 
 
-def broken_reversed(law, schedule):
+def broken_reversed(dist, schedule):
     "The loss of the same sets in the opposite order."
-    return schedule_loss(law, schedule[::-1])
+    return schedule_loss(dist, schedule[::-1])
 
 
-def broken_not_renormalised(law, schedule):
+def broken_not_renormalised(dist, schedule):
     "KL of marginals that were not divided by the mass of what is visible."
-    table, total = as_dict(law), 0.0
+    table, total = as_dict(dist), 0.0
     for string, p in table.items():
-        seen, q = [UNKNOWN] * law.length, 1.0
+        seen, q = [UNKNOWN] * dist.length, 1.0
         for step in schedule:
             fits = {s: w for s, w in table.items() if all(v in (UNKNOWN, t) for v, t in zip(seen, s))}
             for j in step:
@@ -466,25 +465,25 @@ def broken_not_renormalised(law, schedule):
     return total
 
 
-def broken_blind(law, schedule):
+def broken_blind(dist, schedule):
     "The loss without what was committed before."
-    return sum(total_correlation(law, step) for step in schedule)
+    return sum(total_correlation(dist, step) for step in schedule)
 
 
-def broken_joint_entropy(law, schedule):
+def broken_joint_entropy(dist, schedule):
     "The conditional joint entropies left out."
     seen, total = [], 0.0
     for step in schedule:
-        total += sum(entropy(law, [*seen, j]) - entropy(law, seen) for j in step)
+        total += sum(entropy(dist, [*seen, j]) - entropy(dist, seen) for j in step)
         seen += step
     return total
 
 
 @pytest.mark.parametrize("broken", [broken_nats, broken_reversed, broken_not_renormalised, broken_blind, broken_joint_entropy])
-def test_theorem_1_rejects_broken_twins(broken):
-    law, schedule = list_distribution("shuffle", 4), [[0], [1, 2, 3]]
-    noisy = Distribution(law.strings, torch.arange(1, 25).double() / 300)
-    for example in (law, noisy):
+def test_theorem_1_rejects_negative_controls(broken):
+    dist, schedule = list_distribution("shuffle", 4), [[0], [1, 2, 3]]
+    noisy = Distribution(dist.strings, torch.arange(1, 25).double() / 300)
+    for example in (dist, noisy):
         kl = schedule_kl(example, schedule)
         assert kl == pytest.approx(schedule_loss(example, schedule), abs=1e-9)
         assert abs(broken(example, schedule) - kl) > 1e-3
@@ -493,7 +492,7 @@ def test_theorem_1_rejects_broken_twins(broken):
 # right answers
 
 
-RULES = {f"{k} a pass": top_k(k) for k in (1, 2, 3, 5)}
+RULES = {f"{k} a denoising step": top_k(k) for k in (1, 2, 3, 5)}
 RULES |= {f"{'above' if s else 'from'} {g}": threshold(g, s) for g in (0.3, 0.5, 0.75, 0.8, 0.9) for s in (True, False)}
 RULES |= {f"{'released ' if c else ''}factor {f}": factor(f, c) for f in (0.5, 1.0, 1.3, 1.9) for c in (True, False)}
 
@@ -545,10 +544,10 @@ def test_rules_are_their_definitions(numbers, tenths):
 
 
 def test_sampled_accuracy_is_that_of_the_schedule():
-    law = list_distribution("replace_random", 6)
+    dist = list_distribution("replace_random", 6)
     for k in (1, 2, 3, 4, 6):
         schedule = [list(range(i, min(i + k, 6))) for i in range(0, 6, k)]
-        assert sampled_accuracy(6, k) == pytest.approx(float(schedule_distribution(law, schedule).sum()), abs=1e-12)
+        assert sampled_accuracy(6, k) == pytest.approx(float(schedule_distribution(dist, schedule).sum()), abs=1e-12)
     assert sampled_accuracy(8, 8) == pytest.approx((7 / 8) ** 7)
 
 
@@ -573,11 +572,11 @@ SAMPLES = 2000
     ],
 )
 def test_harness_agrees_with_the_formulas(operation, n, k, drawn, theory):
-    law = list_distribution(operation, n)
-    decoder = LLaDA(steps=law.length // k, remasking="random" if drawn else "low_confidence")
-    run = harness(decoder, law, SAMPLES, drawn)
+    dist = list_distribution(operation, n)
+    decoder = LLaDA(steps=dist.length // k, remasking="random" if drawn else "low_confidence")
+    run = harness(decoder, dist, SAMPLES, drawn)
     assert abs(run.deviations(theory)) < 3
-    assert run.passes.eq(law.length // k).all()
+    assert run.steps.eq(dist.length // k).all()
 
 
 def test_deviations_reject_a_wrong_theory():
@@ -602,7 +601,7 @@ def test_threshold_decoder_follows_the_theory(operation, gamma):
     run = harness(FastDLLM(threshold=gamma), list_distribution(operation, 6), 600)
     accuracy, passes = greedy_run(operation, 6, threshold(gamma))
     assert abs(run.deviations(accuracy)) < 3.5
-    assert run.passes[run.right].eq(passes).all()
+    assert run.steps[run.right].eq(passes).all()
 
 
 @pytest.mark.parametrize("f", [0.5, 0.7, 1.0, 1.3, 1.9])
@@ -611,7 +610,7 @@ def test_factor_decoder_follows_the_theory(operation, n, f):
     run = harness(FastDLLM(factor=f), list_distribution(operation, n), 600)
     accuracy, passes = greedy_run(operation, n, factor(f))
     assert abs(run.deviations(accuracy)) < 3.5
-    assert run.passes[run.right].eq(passes).all()
+    assert run.steps[run.right].eq(passes).all()
 
 
 @pytest.mark.parametrize("f", [0.7, 1.01, 1.3, 1.9])
@@ -620,22 +619,22 @@ def test_released_factor_decoder_follows_its_own_theory(operation, n, f):
     run = harness(ReleasedFactor(factor=f), list_distribution(operation, n), 600)
     accuracy, passes = greedy_run(operation, n, factor(f, compat=True))
     assert abs(run.deviations(accuracy)) < 3.5
-    assert run.passes[run.right].eq(passes).all()
+    assert run.steps[run.right].eq(passes).all()
 
 
 def test_the_released_loop_fails_where_the_formula_does_not():
     for operation, n in (("shuffle", 6), ("replace_random", 8)):
-        law = list_distribution(operation, n)
-        assert harness(FastDLLM(factor=1.01), law, 400).accuracy == 1
-        assert harness(ReleasedFactor(factor=1.01), law, 400).accuracy < 0.6
+        dist = list_distribution(operation, n)
+        assert harness(FastDLLM(factor=1.01), dist, 400).accuracy == 1
+        assert harness(ReleasedFactor(factor=1.01), dist, 400).accuracy < 0.6
 
 
-def outcomes(law, decoder, samples=2400):
+def outcomes(dist, decoder, samples=2400):
     "Counts of the support's strings, drawn at temperature 1."
-    model = IdealDenoiser(law)
+    model = IdealDenoiser(dist)
     torch.manual_seed(0)
-    out = decoder.generate(model, model.start.expand(samples, -1), max_new_tokens=law.length, do_sample=True, top_k=0)
-    return (out.sequences[:, None, 1:] == law.strings).all(-1).sum(0)
+    out = decoder.generate(model, model.start.expand(samples, -1), max_new_tokens=dist.length, do_sample=True, top_k=0)
+    return (out.sequences[:, None, 1:] == dist.strings).all(-1).sum(0)
 
 
 @pytest.mark.parametrize("order", ["random", "left_to_right", "low_confidence"])
@@ -657,4 +656,4 @@ def test_without_dependence_every_rule_is_right():
     for operation in set(LIST_OPERATIONS) - set(RANDOM_TASKS):
         run = harness(LLaDA(steps=1), list_distribution(operation, 5), 20)
         assert run.accuracy == 1
-        assert run.passes.eq(1).all()
+        assert run.steps.eq(1).all()

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from decodelab.core.provenance import write_whole
 from typer.testing import CliRunner
 
 from decodelab.cli import app, full_experiments
@@ -24,6 +23,7 @@ from decodelab.demo import masked_decoders, masked_table
 from decodelab.demo_page import DemoRow, DemoTable, comparison_page, demo_table, draft_svg
 from decodelab.hub import export_hub
 from decodelab.lab.frontier import compared_policies
+from decodelab.lab.provenance import write_whole
 from decodelab.reading import typed_settings
 from decodelab.shell import make_decoder, show_table
 
@@ -929,8 +929,14 @@ def test_train_refuses(tmp_path, monkeypatch):
     assert "tales" in refused("train", "tales", "--data-dir", tmp_path / "empty")
     assert "leave out --tokenizer" in refused("train", "tasks-mdm", "--tokenizer", "tales")
     assert "data must be 'tasks' or 'tales'" in refused("train", "tales-mdm", "--set", "data=books")
-    monkeypatch.setattr("decodelab.cli.find_spec", lambda name: None)
-    assert "decodelab[train]" in refused("train", "tales")
+    monkeypatch.setattr("decodelab.shell.find_spec", lambda name: None)
+    assert "needs accelerate, filelock: pip install 'decodelab[train]'" in refused("train", "tales")
+
+
+def test_commands_say_which_packages_they_need(monkeypatch):
+    monkeypatch.setattr("decodelab.shell.find_spec", lambda name: None)
+    assert "needs pandas, matplotlib: pip install 'decodelab[lab]'" in refused("bench")
+    assert "needs pandas, datasets: pip install 'decodelab[lab]'" in refused("experiment", "sampling/momentum")
 
 
 # lab and experiment

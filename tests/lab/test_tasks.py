@@ -409,7 +409,7 @@ def test_tale_prompts(seed):
 
 
 def test_tale_lists_are_coprime_and_distinct():
-    lists = (openings._TIMES, openings._PLACES, openings._HEROES, openings._EVENTS)
+    lists = tuple(openings.openings().values())
     assert [len(x) for x in lists] == [len(set(x)) for x in lists] == [7, 13, 16, 11]
 
 

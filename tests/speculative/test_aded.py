@@ -1,4 +1,4 @@
-"""ADED: the table of trigrams, the search, the guesses and every draft of a decoding, against plain versions written from the paper."""
+"""ADED: the table of trigrams, the search, the draft trees and every draft of a decoding, against plain versions written from the paper."""
 
 import copy
 import itertools
@@ -18,15 +18,12 @@ from decodelab.speculative import aded
 from decodelab.speculative.aded import (
     ADED,
     Node,
-    TrigramTable,
     best_first,
-    contenders,
-    corpora,
     fit_budget,
     most_visited,
-    replay,
     search,
 )
+from decodelab.speculative.trigram_table import TrigramTable
 
 # Weights and adaptation steps are multiples of 1/4096 wherever a reference is compared: all sums are exact, in whatever order.
 
@@ -469,7 +466,7 @@ def test_constant_scores_share_the_visits_by_the_method_of_dhondt(weights, itera
     assert root.visits == seats
 
 
-# guesses
+# from visits to candidates
 
 
 @settings(max_examples=50)
@@ -687,8 +684,8 @@ def test_weights_beyond_one_count_as_almost_certain():
 # one draft
 
 
-def reference_guess(R, text, longest, *, branching, maker, nodes, budget, depth, ktop, **fields):
-    "Nodes of the tree of guesses, spelled from the pending token on, in the order of the tree."
+def reference_tree(R, text, longest, *, branching, maker, nodes, budget, depth, ktop, **fields):
+    "Nodes of the draft tree, spelled from the pending token on, in the order of the tree."
     paths = []
     pair = tuple(text[-2:])
     if len(pair) == 2 and pair in R and longest > 0:
@@ -736,28 +733,28 @@ drafts = {
     longest=st.integers(0, 6),
     fields=st.fixed_dictionaries({**searches, **drafts}),
 )
-def test_guess(R, text, longest, fields):
-    expected = reference_guess(R, text, longest, **fields)
-    tokens, parents = ADED(table_of(R), **fields).guess(text, longest)
+def test_draft_tree(R, text, longest, fields):
+    expected = reference_tree(R, text, longest, **fields)
+    tokens, parents = ADED(table_of(R), **fields).draft_tree(text, longest)
     assert (tokens[0], parents[0]) == (text[-1], -1)
     assert all(0 <= up < node for node, up in enumerate(parents[1:], start=1))
     assert spell(tokens, parents) == expected
     assert len(tokens) - 1 <= fields["nodes"]
 
 
-def test_a_guess_is_read_behind_the_last_two_tokens():
+def test_a_draft_is_read_behind_the_last_two_tokens():
     table = table_of({(1, 2): {3: 1.0}, (2, 1): {4: 1.0}, (2, 2): {5: 1.0}})
     for maker in ("mcts", "best_first"):
-        assert ADED(table, maker=maker).guess([1, 2], 9) == ([2, 3], [-1, 0])
-        assert ADED(table, maker=maker).guess([9, 2, 1], 9) == ([1, 4], [-1, 0])
-        assert ADED(table, maker=maker).guess([3, 3], 9) == ([3], [-1])
-        assert ADED(table, maker=maker).guess([2], 9) == ([2], [-1])
+        assert ADED(table, maker=maker).draft_tree([1, 2], 9) == ([2, 3], [-1, 0])
+        assert ADED(table, maker=maker).draft_tree([9, 2, 1], 9) == ([1, 4], [-1, 0])
+        assert ADED(table, maker=maker).draft_tree([3, 3], 9) == ([3], [-1])
+        assert ADED(table, maker=maker).draft_tree([2], 9) == ([2], [-1])
 
 
 def test_a_path_that_repeats_itself_stays_within_the_budget():
     "Officially a path costs its distinct tokens: this one costs 1 and has four nodes."
     decoder = ADED(table_of({(1, 1): {1: 1.0}}), budget="official", nodes=3)
-    assert decoder.guess([1, 1], 9) == ([1, 1, 1, 1], [-1, 0, 1, 2])
+    assert decoder.draft_tree([1, 1], 9) == ([1, 1, 1, 1], [-1, 0, 1, 2])
 
 
 # every draft of a decoding
@@ -797,7 +794,7 @@ def check_story(
                 found = spell(step.info["tokens"], step.info["parents"])
                 assert step.info["tokens"][0] == texts[row][-1]
                 assert len(found) <= fields["nodes"]
-                assert found == reference_guess(R, texts[row], left[row] - 1, **fields)
+                assert found == reference_tree(R, texts[row], left[row] - 1, **fields)
                 assert 1 <= len(step.tokens) <= 1 + fields["depth"]
                 texts[row] += step.tokens
                 left[row] -= len(step.tokens)
@@ -836,16 +833,16 @@ def test_every_draft(name, toy):
 
 
 class WithoutThePendingToken(ADED):
-    "Guesses behind the pair before the last."
+    "Drafts behind the pair before the last."
 
-    def guess(self, text, longest, table=None):
-        tokens, parents = super().guess(text[:-1] or text, longest)
+    def draft_tree(self, text, longest, table=None):
+        tokens, parents = super().draft_tree(text[:-1] or text, longest)
         return [text[-1], *tokens[1:]], parents
 
 
 class SwappedPair(ADED):
-    def guess(self, text, longest, table=None):
-        tokens, parents = super().guess([*text[:-2], *text[:-3:-1]], longest)
+    def draft_tree(self, text, longest, table=None):
+        tokens, parents = super().draft_tree([*text[:-2], *text[:-3:-1]], longest)
         return [text[-1], *tokens[1:]], parents
 
 
@@ -891,9 +888,9 @@ class LearnsTheFirstRow(ADED):
 
 
 class OneNodeMore(ADED):
-    def guess(self, text, longest, table=None):
+    def draft_tree(self, text, longest, table=None):
         self.nodes += 1
-        found = super().guess(text, longest, table)
+        found = super().draft_tree(text, longest, table)
         self.nodes -= 1
         return found
 
@@ -918,10 +915,10 @@ class TeachesTheCorpus(ADED):
 
 
 class BeyondTheLimit(ADED):
-    "Guesses that no call could take."
+    "Drafts that no call could take."
 
-    def guess(self, text, longest, table=None):
-        return super().guess(text, longest + 1)
+    def draft_tree(self, text, longest, table=None):
+        return super().draft_tree(text, longest + 1)
 
 
 @pytest.mark.parametrize(
@@ -961,7 +958,7 @@ def test_a_step_touches_at_most_window_minus_two_entries(llama):
     assert max(decoder.touched) == 4
 
 
-def test_rows_that_guess_less_are_filled_up(llama):
+def test_rows_with_shorter_drafts_are_filled_up(llama):
     "Nodes that fill up a row are nobody's children and do not count."
     found = []
 
@@ -976,7 +973,7 @@ def test_rows_that_guess_less_are_filled_up(llama):
     draft = found[0]
     assert draft.tokens.tolist() == [[6, 7, 8, 9], [4, 0, 0, 0], [7, 9, 0, 0]]
     assert draft.tree.parents.tolist() == [[-1, 0, 0, 1], [-1] * 4, [-1, 0, -1, -1]]
-    assert [draft.guesses(row) for row in range(3)] == [[[1, 2], [3], [], []], [[], [], [], []], [[1], [], [], []]]
+    assert [draft.drafted(row) for row in range(3)] == [[[1, 2], [3], [], []], [[], [], [], []], [[1], [], [], []]]
     assert sum(draft.lengths) == 4
 
 
@@ -1029,7 +1026,7 @@ def test_a_text_that_repeats_itself_is_learnt():
     assert ADED(eta=0.0).generate(model, prompt, max_new_tokens=60, do_sample=False).stats.emitted == [[1] * 60]
 
 
-def test_one_node_is_one_guess(llama):
+def test_one_node_is_one_draft_token(llama):
     for maker in ("mcts", "best_first"):
         decoder = ADED(counting_up(), eta=0.0, nodes=1, maker=maker)
         rule = LogitsProcessorList([Follows()])
@@ -1038,7 +1035,7 @@ def test_one_node_is_one_guess(llama):
         assert out.stats.drafted == 6
 
 
-def test_the_last_token_needs_no_guess(llama):
+def test_the_last_token_needs_no_draft(llama):
     out = ADED(counting_up()).generate(llama, torch.tensor([[5, 6]]), max_new_tokens=1, do_sample=False)
     assert out.stats.emitted == [[1]]
     assert out.stats.drafted == 0
@@ -1101,7 +1098,8 @@ def test_what_is_learnt_before_the_first_call_is_kept(llama):
     decoder = ADED(counting_up().prune(12), eta=0.0)
     warm, prompt = ADED(eta=0.5), torch.tensor([[5, 6]])
     rule = {"logits_processor": LogitsProcessorList([Follows()]), "max_new_tokens": 10, "do_sample": False}
-    replay(warm, [5, 6], [*range(7, 17)])
+    for end in range(7, 18):
+        warm.learn([*range(5, end)])
     assert warm.generate(llama, prompt, **rule).stats.emitted == decoder.generate(llama, prompt, **rule).stats.emitted == [[5, 5]]
 
 
@@ -1164,80 +1162,3 @@ def test_bad_fields(fields, message):
 
 def test_the_least_fields():
     ADED(kp=1, window=3, iterations=1, depth=2, ktop=2, nodes=1, branching=1, eta=0.0, cap=1e-9, c1=0.0, c2=1e-9)
-
-
-# replaying
-
-
-def replays(decoder, other, model, prompt, new, seed=0, **gen):
-    "Tokens of each forward of a decoding, and of its replay."
-    torch.manual_seed(seed)
-    out = decoder.generate(model, torch.tensor([prompt]), max_new_tokens=new, **({"do_sample": True, "top_k": 0} | gen))
-    return out.stats.emitted[0], replay(other, prompt, out.continuations[0].tolist())
-
-
-@settings(max_examples=15)
-@given(
-    fields=st.fixed_dictionaries({**searches, **drafts}),
-    prompts=st.lists(st.lists(st.integers(2, 7), min_size=1, max_size=20), min_size=1, max_size=2),
-    new=st.integers(1, 30),
-    eta=st.sampled_from([0.0, 0.04, 0.5]),
-    window=st.integers(3, 18),
-    sample=st.booleans(),
-)
-def test_replay_is_what_a_decoding_emits(toy, fields, prompts, new, eta, window, sample):
-    corpus = table_of(random_weights(11, 8, 0.7))
-    decoder, other = (ADED(corpus, eta=eta, window=window, **fields) for _ in range(2))
-    for seed, prompt in enumerate(prompts):
-        real, replayed = replays(decoder, other, toy, prompt, new, seed, do_sample=sample)
-        assert replayed == real
-    assert other.table.weights == decoder.table.weights
-
-
-def test_a_replay_with_another_table_differs(toy):
-    corpus = table_of(random_weights(11, 8, 0.7))
-    for broken in (ADED(corpus, eta=0.0), ADED(), SwappedPair(corpus), WithoutThePendingToken(corpus), ADED(corpus, nodes=2)):
-        real, replayed = replays(ADED(corpus), broken, toy, [3, 5, 4], 60, eos_token_id=None)
-        assert real != replayed
-        assert sum(real) == sum(replayed) == 60
-
-
-def test_replay_by_hand():
-    table = table_of({(1, 2): {3: 1.0}, (2, 3): {4: 1.0}, (3, 4): {5: 1.0}, (4, 5): {6: 1.0}, (5, 6): {7: 1.0}})
-    fixed = ADED(table, eta=0.0)
-    assert replay(fixed, [1, 2], [3, 4, 5, 6, 7]) == [5]
-    assert replay(fixed, [1, 2], [3, 4, 5, 6]) == [4]
-    assert replay(fixed, [1, 2], [3, 4, 9, 9, 9]) == [3, 1, 1]
-    assert replay(fixed, [2], [3, 4, 5, 6, 7]) == [1, 4]
-    assert replay(fixed, [1, 2], [9, 9]) == [1, 1]
-    assert replay(fixed, [1, 2], []) == []
-    assert replay(ADED(), [1, 2, 3], [1, 2, 3, 1, 2, 3]) == [1, 1, 4]  # (3, 1) and (1, 2) must have been followed by something
-
-
-# the experiment's parts
-
-
-@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8), sizes=st.sets(st.integers(1, 40), min_size=1, max_size=4))
-def test_corpora(lengths, sizes):
-    rng = random.Random(0)
-    documents = [[rng.randrange(4) for _ in range(n)] for n in lengths]
-    found = corpora(iter(documents), list(sizes))
-    assert set(found) == sizes
-    for size, table in found.items():
-        enough = [k for k in range(len(documents) + 1) if sum(lengths[:k]) >= size] or [len(documents)]
-        assert table.weights == TrigramTable.count(documents[: enough[0]]).weights
-
-
-def test_contenders():
-    "Names under which results are stored; each is what its name says."
-    corpus = table_of(random_weights(1))
-    found = contenders(corpus)
-    assert {n: (d.corpus is corpus, d.nodes, d.maker) for n, d in found.items() if isinstance(d, ADED)} == {
-        "aded, empty start": (False, 64, "mcts"),
-        "aded, corpus": (True, 64, "mcts"),
-        "aded, corpus, 12 nodes": (True, 12, "mcts"),
-        "best first, corpus, 12 nodes": (True, 12, "best_first"),
-    }
-    assert found["aded, empty start"].corpus is None
-    others = {n: type(d).__name__ for n, d in found.items() if not isinstance(d, ADED)}
-    assert others == {"plain loop": "Autoregressive", "prompt lookup": "PromptLookup", "token recycling": "TokenRecycling"}

@@ -1,4 +1,4 @@
-"""Recursive speculative decoding: draws without replacement, stochastic beam search, and that no tree changes the law."""
+"""Recursive speculative decoding: draws without replacement, stochastic beam search, and that no tree changes the distribution of the text."""
 
 import itertools
 
@@ -10,37 +10,19 @@ from scipy.stats import chi2
 from toys import random_prompts
 
 from decodelab.core.warp import draw
+from decodelab.experiments.speculative.rsd import two_level_trees
+from decodelab.lab.table_model import chi_square, random_table, table_model, two_token_statistic
 from decodelab.speculative.acceptance import RecursiveRejection, exact_rejection, residual
 from decodelab.speculative.drafters import DraftModel, example_drafter
-from decodelab.speculative.rsd import (
-    RSDC,
-    RSDS,
-    SHAPES,
-    IIDChains,
-    block_efficiency,
-    condition_maximum,
-    draw_siblings,
-    gumbel,
-    keep_best,
-    law_trees,
-    measure,
-    random_table,
-    rivals,
-    sbs_scores,
-    table_model,
-    two_token_statistic,
-)
+from decodelab.speculative.rsd import RSDC, RSDS, condition_maximum, draw_siblings, gumbel, keep_best, sbs_scores
+from decodelab.speculative.sampled_tree import IIDChains
 
 LIMIT = 1e-3  # an honest test fails once in a thousand seeds; the seeds are fixed
 
 
-def p_value(counts, law):
-    "Of the chi-square test of counts against a law; 0 when a cell of probability zero was seen."
-    counts, expected = counts.flatten().double(), law.flatten().double() * counts.sum()
-    if bool((counts[expected <= 0] > 0).any()):
-        return 0.0
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    return float(chi2.sf(float(((counts - expected) ** 2 / expected).sum()), len(expected) - 1))
+def p_value(counts, probs):
+    "Of the chi-square test of counts against probabilities; 0 when a cell of probability zero was seen."
+    return float(chi2.sf(chi_square(counts, probs), int((probs > 0).sum()) - 1))
 
 
 def cells(tokens, vocab):
@@ -52,14 +34,14 @@ def cells(tokens, vocab):
 
 
 def plackett_luce(q, k):
-    "Law of the first k draws without replacement, [vocab, ..., vocab]."
-    law = torch.zeros([len(q)] * k, dtype=torch.double)
+    "Distribution of the first k draws without replacement, [vocab, ..., vocab]."
+    probs = torch.zeros([len(q)] * k, dtype=torch.double)
     for order in itertools.permutations(range(len(q)), k):
         left, chance = 1.0, 1.0
         for x in order:
             chance, left = chance * float(q[x]) / left, left - float(q[x])
-        law[order] = chance
-    return law
+        probs[order] = chance
+    return probs
 
 
 # Gumbel top-k
@@ -69,12 +51,12 @@ def test_siblings_come_in_the_order_of_successive_draws():
     torch.manual_seed(0)
     q = torch.tensor([0.45, 0.3, 0.2, 0.05])
     drawn = draw_siblings(q.expand(200_000, -1), 3)
-    law = plackett_luce(q, 3)
-    assert float(law.sum()) == pytest.approx(1)
-    assert p_value(cells(drawn, 4), law) > LIMIT
+    probs = plackett_luce(q, 3)
+    assert float(probs.sum()) == pytest.approx(1)
+    assert p_value(cells(drawn, 4), probs) > LIMIT
     # negative controls
     for wrong in (drawn.sort(-1).values, drawn.flip(-1), q.multinomial(600_000, replacement=True).view(-1, 3)):
-        assert p_value(cells(wrong, 4), law) < 1e-9
+        assert p_value(cells(wrong, 4), probs) < 1e-9
 
 
 @settings(max_examples=100)
@@ -108,7 +90,7 @@ def test_the_generator_is_the_only_source_of_randomness():
 # the conditional maximum
 
 
-def test_golden_values():
+def test_the_conditional_maximum_by_hand():
     phi = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     found = condition_maximum(phi + torch.tensor([0.2, 1.1, -0.3, 2.0]), torch.tensor(0.0))
     assert found.tolist() == pytest.approx([-0.423889, 0, -2.184870, -0.954409], abs=1e-5)
@@ -164,13 +146,13 @@ def beam(rows, width, condition=True):
 
 def test_survivors_are_sequences_drawn_without_replacement():
     torch.manual_seed(0)
-    law = plackett_luce((START[:, None] * NEXT).flatten(), 2)
+    probs = plackett_luce((START[:, None] * NEXT).flatten(), 2)
     first, pairs = beam(200_000, 2)
     assert p_value(torch.bincount(first[:, 0], minlength=3), START) > LIMIT
-    assert p_value(cells(pairs, 9), law) > LIMIT
-    sets = (law + law.T).triu()
+    assert p_value(cells(pairs, 9), probs) > LIMIT
+    sets = (probs + probs.T).triu()
     assert p_value(cells(pairs.sort(-1).values, 9), sets) > LIMIT
-    assert p_value(cells(beam(200_000, 2, condition=False)[1], 9), law) < 1e-9  # negative control
+    assert p_value(cells(beam(200_000, 2, condition=False)[1], 9), probs) < 1e-9  # negative control
 
 
 def test_a_beam_of_one_is_ancestral_sampling():
@@ -187,7 +169,7 @@ def test_scores_never_exceed_those_of_the_parent():
     assert scores.amax(-1).equal(top)
 
 
-# the joint law on tables
+# the joint distribution on tables
 
 
 def tables():
@@ -195,28 +177,20 @@ def tables():
     return random_table(4, 1.5, noise), table_model(random_table(4, 1.5, noise))
 
 
-@torch.no_grad()
-def test_a_table_model_is_its_table():
-    law, _ = tables()
-    model = table_model(law)
-    ids = torch.tensor([[2, 1, 3, 0], [1, 1, 1, 2]])
-    assert torch.allclose(model(ids).logits.softmax(-1), law[ids], atol=1e-5)
-
-
 def test_two_tokens_of_every_tree():
-    law, drafter = tables()
+    probs, drafter = tables()
     torch.manual_seed(0)
-    for name, decoder in law_trees(drafter).items():
-        assert chi2.sf(two_token_statistic(decoder, law, 4000), 15) > LIMIT, name
+    for name, decoder in two_level_trees(drafter).items():
+        assert chi2.sf(two_token_statistic(decoder, probs, 4000), 15) > LIMIT, name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_two_tokens_of_every_tree_with_many_rows(seed):
-    law, drafter = tables()
+    probs, drafter = tables()
     torch.manual_seed(seed)
-    for name, decoder in law_trees(drafter).items():
-        assert chi2.sf(two_token_statistic(decoder, law, 60_000), 15) > LIMIT, name
+    for name, decoder in two_level_trees(drafter).items():
+        assert chi2.sf(two_token_statistic(decoder, probs, 60_000), 15) > LIMIT, name
 
 
 class Reversed(RSDC):
@@ -249,22 +223,22 @@ class BestAsDrawn(RSDC):
 
 
 class KSeqUnmerged(IIDChains):
-    "Chains are merged, but a token that several chains drew is offered once."
+    "Chains are merged, but a token that several chains drew is tested once."
 
-    def offers(self, rows, memory):
+    def candidates(self, rows, memory):
         return None
 
 
-def keeps_mass(p, guesses, q):
+def keeps_mass(p, candidates, q):
     "Recursive rejection that does not renormalise q after a rejection."
     which = torch.full((len(p),), -1)
-    for k, x in enumerate(guesses.unbind(1)):
+    for k, x in enumerate(candidates.unbind(1)):
         there, x = (which < 0) & (x >= 0), x.clamp_min(0)[:, None]
         accept = torch.rand(len(p)) * q.gather(1, x)[:, 0] < p.gather(1, x)[:, 0]
         which = torch.where(there & accept, k, which)
         rejected = (there & ~accept)[:, None]
         p, q = torch.where(rejected, residual(p, q), p), torch.where(rejected, q.scatter(1, x, 0.0), q)
-    return torch.cat([draw(p)[:, None], guesses], 1).gather(1, which[:, None] + 1)[:, 0], which
+    return torch.cat([draw(p)[:, None], candidates], 1).gather(1, which[:, None] + 1)[:, 0], which
 
 
 class KeepsMass(RSDC):
@@ -273,25 +247,25 @@ class KeepsMass(RSDC):
 
 @pytest.mark.parametrize("cls", [Reversed, Sorted, WithReplacement, BestAsDrawn, KeepsMass])
 def test_broken_trees_are_rejected(cls):
-    law, drafter = tables()
+    probs, drafter = tables()
     torch.manual_seed(0)
-    assert chi2.sf(two_token_statistic(cls(drafter, (3, 2)), law, 10_000), 15) < 1e-6
+    assert chi2.sf(two_token_statistic(cls(drafter, (3, 2)), probs, 10_000), 15) < 1e-6
 
 
-def test_a_merged_token_must_be_offered_as_often_as_it_was_drawn():
-    law, drafter = tables()
+def test_a_merged_token_must_be_tested_as_often_as_it_was_drawn():
+    probs, drafter = tables()
     torch.manual_seed(0)
-    assert chi2.sf(two_token_statistic(KSeqUnmerged(drafter, 3, 2), law, 10_000), 15) < 1e-6
+    assert chi2.sf(two_token_statistic(KSeqUnmerged(drafter, 3, 2), probs, 10_000), 15) < 1e-6
 
 
 def test_support_exhausted_means_accepted():
-    law, drafter = tables()
-    out = RSDC(drafter, (4, 4)).generate(table_model(law), torch.ones(50, 1).long(), max_new_tokens=3, do_sample=True, top_k=0)
+    probs, drafter = tables()
+    out = RSDC(drafter, (4, 4)).generate(table_model(probs), torch.ones(50, 1).long(), max_new_tokens=3, do_sample=True, top_k=0)
     assert out.stats.emitted == [[3]] * 50
 
 
 def test_one_sibling_accepts_as_exactly_enumerated():
-    law, drafter = tables()
+    probs, drafter = tables()
     torch.manual_seed(0)
     other = random_table_of(drafter)
     for decoder, k, again in (
@@ -299,9 +273,9 @@ def test_one_sibling_accepts_as_exactly_enumerated():
         (IIDChains(drafter, 2, 1, "recursive"), 2, True),
         (RSDS(drafter, 3, 1), 3, False),
     ):
-        out = decoder.generate(table_model(law), torch.ones(4000, 1).long(), max_new_tokens=2, do_sample=True, top_k=0)
+        out = decoder.generate(table_model(probs), torch.ones(4000, 1).long(), max_new_tokens=2, do_sample=True, top_k=0)
         rate = sum(row[0] == 2 for row in out.stats.emitted) / 4000
-        exact = exact_rejection(law[1].double(), other[1].double(), k, again)[1]
+        exact = exact_rejection(probs[1].double(), other[1].double(), k, again)[1]
         assert rate == pytest.approx(exact, abs=4 * (exact * (1 - exact) / 4000) ** 0.5)
 
 
@@ -313,22 +287,22 @@ def random_table_of(model):
 # reductions
 
 
-def accepted_counts(decoder, law, rows=4000):
-    out = decoder.generate(table_model(law), torch.ones(rows, 1).long(), max_new_tokens=4, do_sample=True, top_k=0)
+def accepted_counts(decoder, probs, rows=4000):
+    out = decoder.generate(table_model(probs), torch.ones(rows, 1).long(), max_new_tokens=4, do_sample=True, top_k=0)
     return torch.bincount(torch.tensor([row[0] - 1 for row in out.stats.emitted]), minlength=4)
 
 
 def test_trees_of_width_one_are_chains():
-    law, drafter = tables()
-    overlap, here, exact = torch.minimum(law, random_table_of(drafter)), torch.eye(4)[1], []
+    probs, drafter = tables()
+    overlap, here, exact = torch.minimum(probs, random_table_of(drafter)), torch.eye(4)[1], []
     for _ in range(3):
         exact.append(float(here.sum() - (here @ overlap).sum()))
         here = here @ overlap
     exact = torch.tensor([*exact, float(here.sum())])
     torch.manual_seed(0)
     for decoder in (DraftModel(drafter, 3), RSDC(drafter, (1, 1, 1)), RSDS(drafter, 1, 3), IIDChains(drafter, 1, 3)):
-        assert p_value(accepted_counts(decoder, law), exact) > LIMIT
-    assert p_value(accepted_counts(RSDC(drafter, (2, 1, 1)), law), exact) < 1e-9  # negative control
+        assert p_value(accepted_counts(decoder, probs), exact) > LIMIT
+    assert p_value(accepted_counts(RSDC(drafter, (2, 1, 1)), probs), exact) < 1e-9  # negative control
 
 
 @pytest.mark.parametrize("make", [lambda d: RSDC(d, ()), lambda d: RSDS(d, 2, 0), lambda d: IIDChains(d, 2, 0)])
@@ -375,8 +349,8 @@ def drafts(cls, llama, *shape, rows=3, **kwargs):
 def test_constant_branching_has_its_shape(llama):
     first = drafts(WatchedC, llama, (3, 2))[0]
     assert first.tree.parents.tolist() == [-1, 0, 0, 0, 1, 1, 2, 2, 3, 3]
-    assert first.laws.shape == (3, 10, 97)
-    assert bool((first.laws[:, 4:] == 0).all())
+    assert first.probs.shape == (3, 10, 97)
+    assert bool((first.probs[:, 4:] == 0).all())
     for row in range(3):
         for children in first.tree.children_of(row):
             tokens = first.tokens[row, children].tolist()
@@ -393,7 +367,7 @@ def test_a_beam_has_its_width_at_every_level(llama):
             assert len(texts) == 12
 
 
-def test_a_small_support_leaves_places_empty(llama):
+def test_a_small_support_leaves_nodes_out(llama):
     for draft in drafts(WatchedS, llama, 5, 2, top_k=2)[:1]:
         assert [len(draft.tree.children_of(row)[0]) for row in range(3)] == [2, 2, 2]
         assert sum(draft.lengths) == 3 * (2 + 4)
@@ -406,30 +380,30 @@ def test_the_last_rounds_are_shallower(llama):
         assert int(draft.tree.depth.max()) == 2
 
 
-def test_an_end_has_no_children(llama):
+def test_an_eos_token_has_no_children(llama):
     end = list(range(2, 97, 2))  # half of the vocabulary ends the text
     found = 0
     for cls, shape in ((WatchedC, (3, 2)), (WatchedS, (4, 2)), (WatchedI, (4, 2))):
         for draft in drafts(cls, llama, *([shape] if cls is WatchedC else shape), eos_token_id=end, pad_token_id=0):
             for row, tokens in enumerate(draft.tokens.tolist()):
-                for node, below in enumerate(draft.guesses(row)):
+                for node, below in enumerate(draft.drafted(row)):
                     if node and tokens[node] in end:
                         found += 1
                         assert below == []
     assert found
 
 
-def test_merged_chains_are_offered_with_multiplicity(llama):
+def test_merged_chains_are_tested_with_multiplicity(llama):
     repeated = 0
     for draft in drafts(WatchedI, llama, 4, 3, temperature=0.3):
         for row in range(len(draft.tokens)):
-            guesses, seen = draft.guesses(row), draft.tree.children_of(row)
-            for node, below in enumerate(guesses):
+            candidates, seen = draft.drafted(row), draft.tree.children_of(row)
+            for node, below in enumerate(candidates):
                 assert set(below) == set(seen[node])
                 tokens = draft.tokens[row, sorted(set(below))].tolist()
                 assert len(set(tokens)) == len(tokens)
                 repeated += len(below) - len(set(below))
-            assert len(guesses[0]) == (4 if draft.tokens.shape[1] > 1 else 0)  # the last round has no room for a guess
+            assert len(candidates[0]) == (4 if draft.tokens.shape[1] > 1 else 0)  # the last round has no remaining length for a draft
     assert repeated
 
 
@@ -455,8 +429,8 @@ def test_no_tree_and_no_seed_changes_the_greedy_text(llama, seed, tree):
 def test_greedy_uses_no_randomness_and_the_best_siblings(llama):
     state = torch.get_rng_state()
     first = drafts(WatchedC, llama, (3,), rows=1, do_sample=False)[0]
-    assert torch.get_rng_state().equal(state) or first.laws is None
-    assert first.laws is None
+    assert torch.get_rng_state().equal(state) or first.probs is None
+    assert first.probs is None
     again = drafts(WatchedC, llama, (3,), rows=1, do_sample=False)[0]
     assert first.tokens.equal(again.tokens)
 
@@ -480,37 +454,3 @@ def test_greedy_uses_no_randomness_and_the_best_siblings(llama):
 def test_bad_fields(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
-
-
-# measuring
-
-
-def test_rivals_have_equal_budgets():
-    for budget in SHAPES:
-        for name, decoder in rivals(None, budget).items():
-            if isinstance(decoder, RSDC):
-                nodes = sum(int(torch.tensor(decoder.b[:n]).prod()) for n in range(1, len(decoder.b) + 1))
-            elif isinstance(decoder, RSDS):
-                nodes = decoder.W * decoder.L
-            else:
-                nodes = decoder.gamma if isinstance(decoder, DraftModel) else decoder.K * decoder.L
-            assert nodes == budget, name
-
-
-def test_block_efficiency_by_hand():
-    # of 8 tokens and drafts of 2, rounds that start at 0 ... 5 count
-    mean, error = block_efficiency([[[3, 3, 2], [1, 3, 3]]], 8, 2)
-    assert mean == pytest.approx(13 / 5)
-    rest = [6 - 2 * mean, 7 - 3 * mean]
-    assert error == pytest.approx((sum(r * r for r in rest) * 2) ** 0.5 / 5)
-
-
-def test_measured_block_efficiency_is_the_exact_one():
-    "For a chain on a table whose rows are equal the number of tokens is known."
-    p, q = torch.tensor([0.4, 0.3, 0.2, 0.1]).expand(4, -1), torch.tensor([0.1, 0.5, 0.3, 0.1]).expand(4, -1)
-    inputs = {"input_ids": torch.ones(400, 1).long(), "attention_mask": torch.ones(400, 1).long()}
-    found = measure(DraftModel(table_model(q), 2), table_model(p), inputs, 1.0, 30, seeds=(0, 1))
-    assert found["BE"] == pytest.approx(1 + 0.7 + 0.49, abs=5 * found["error"])
-    assert found["error"] < 0.02
-    assert found["levels"] == 2
-    assert found["guesses"] < 2.0

@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from decodelab.speculative.token_recycling import (
     TEMPLATES,
     TokenRecycling,
+    learn_template,
     rank_paths,
     read_table,
     template_levels,
@@ -233,3 +234,35 @@ def test_hits(llama):
     assert decoder.hits[0] == len(out.stats.emitted[0])
     accepted = sum(out.stats.accepted_lengths[0])
     assert accepted <= sum(decoder.hits[1:]) <= accepted + int(decoder.tree.depth.max())  # the last walk may be cut
+
+
+# a tree for a machine
+
+
+@settings(max_examples=100)
+@given(
+    falls=st.lists(st.integers(0, 3), min_size=80, max_size=80), slope=st.floats(0, 0.5), known=st.sampled_from([(1, 81), (1, 2, 9, 40)])
+)
+def test_the_learnt_template_is_the_fastest(falls, slope, known):
+    decoder, hits = TokenRecycling(), [60]
+    for node, fall in enumerate(falls, start=1):  # a node is accepted only with its parent
+        hits.append(max(0, hits[int(decoder.tree.parents[node])] - 5 * fall))
+    decoder.hits = hits
+    curve = {n: 1 + slope * (n - 1) for n in known}
+    found = learn_template(decoder, curve)
+    assert rank_paths(found) == sorted(found, key=len)  # closed under prefixes
+
+    def cost(n):
+        last = known[-1]
+        return 1 + slope * (n - 1) if n <= last else curve[last] * n / last
+
+    best = sorted(hits[1:], reverse=True)
+    speeds = [(1 + sum(best[:n]) / 60) / cost(n + 1) for n in range(1, 81)]
+    assert speeds[len(found) - 1] == pytest.approx(max(speeds))
+    accepted = dict(zip(decoder.paths, hits[1:]))
+    assert sorted((accepted[p] for p in found), reverse=True) == best[: len(found)]
+
+
+def test_no_template_without_use():
+    with pytest.raises(ValueError, match="the decoder has not verified anything yet"):
+        learn_template(TokenRecycling(), {1: 1.0})

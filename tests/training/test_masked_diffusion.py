@@ -247,7 +247,7 @@ def test_windows_keep_their_first_token_and_prefixes_stay_visible(monkeypatch):
     monkeypatch.setattr(
         "decodelab.training.denoising_data.mask_answers", lambda answers, g: (answers, answers / 1)
     )  # all that may be hidden is
-    lengths, masked = set(), []
+    lengths, counts = set(), []
     for b in range(20):
         batch = TextBatches(np.arange(300, dtype=np.uint16), 20, 200, block=12, prefix_share=0.5, short_share=0.5)[b]
         ids, masked, length = batch["ids"], batch["masked"], int(batch["valid"][0].sum())
@@ -255,10 +255,10 @@ def test_windows_keep_their_first_token_and_prefixes_stay_visible(monkeypatch):
         assert bool((ids[:, 1:] - ids[:, :-1] == 1).all())
         assert not bool(masked[:, 0].any() or masked[:, length:].any())
         if length == 12:
-            masked += masked.sum(1).tolist()
+            counts += masked.sum(1).tolist()
     assert len(lengths) > 3
     # 11 positions may be hidden in half of the windows, 1 ... 11 evenly in the others
-    share = np.bincount(masked, minlength=12) / len(masked)
+    share = np.bincount(counts, minlength=12) / len(counts)
     assert share[11] == pytest.approx(0.5 + 0.5 / 11, abs=0.05)
     assert share[1:11] == pytest.approx(np.full(10, 0.5 / 11), abs=0.03)
 

@@ -82,7 +82,7 @@ def experiment(
 ) -> dict[str, Any]:
     "All tables of this page."
     from decodelab.lab.lab import Lab
-    from decodelab.diffusion.learn2pd import InHindsight
+    from decodelab.lab.oracle import InHindsight
 
     lab = Lab("diffusion/measure")
     lab.seed_everything()
