@@ -134,9 +134,6 @@ def replays(
     return {
         "sources": sweep(sources, prompts, texts),
         "settings": sweep({name: ADED(largest, **fields) for name, fields in SETTINGS.items()}, prompts, texts),
-        "adapted over frozen": per_forward(
-            *([replay(ADED(largest, eta=eta), p, t) for p, t in zip(prompts, texts)] for eta in (0.04, 0.0))
-        ),
         "nodes": nodes,
         "best first over search": sweep(same, prompts, texts)["best first"]["over the first"],
         "second over first": per_forward(second, first),
