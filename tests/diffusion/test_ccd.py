@@ -511,7 +511,7 @@ def test_confidence_of_a_sampled_step_is_that_of_the_tempered_distribution():
     tempered = torch.tensor([[[0.6, 0.4], [0.9, 0.1]]])
     plain = torch.tensor([[[0.9, 0.1], [0.6, 0.4]]])
     for conf in ("entropy", "max_prob"):
-        step = step_of(plain, memory=History(0), do_sample=True)
+        step = step_of(plain, memory=History(0), do_sample=True, score_from="sampled")
         step.warped = tempered.log()  # what temperature and filters leave of the scores
         CCD(conf=conf).propose(step)
         assert step.memory.conf.argmax().item() == 1
