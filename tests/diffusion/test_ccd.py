@@ -507,12 +507,12 @@ def test_with_a_temperature_unchanged_means_the_best_token_not_the_drawn_one():
     assert 0 < int(step.tokens.sum()) < 400
 
 
-def test_confidence_of_a_sampled_pass_is_that_of_the_tempered_distribution():
+def test_confidence_of_a_sampled_step_is_that_of_the_tempered_distribution():
     tempered = torch.tensor([[[0.6, 0.4], [0.9, 0.1]]])
     plain = torch.tensor([[[0.9, 0.1], [0.6, 0.4]]])
-    step = step_of(plain, memory=History(0))
-    step.basis, step.plan.do_sample = tempered.log(), True
     for conf in ("entropy", "max_prob"):
+        step = step_of(plain, memory=History(0), do_sample=True, score_from="sampled")
+        step.warped = tempered.log()  # what temperature and filters leave of the scores
         CCD(conf=conf).propose(step)
         assert step.memory.conf.argmax().item() == 1
 
