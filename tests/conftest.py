@@ -59,3 +59,9 @@ def toy():
     with torch.no_grad():
         model.lm_head.weight.normal_(0, 0.35)
     return model
+
+
+@pytest.fixture(scope="module")
+def no_gradients():
+    with torch.no_grad():
+        yield

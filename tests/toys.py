@@ -6,12 +6,15 @@ from scipy.stats import chi2 as chi2_distribution
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers import decoders as token_decoders
 from transformers import (
+    GenerationMixin,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -21,10 +24,12 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.modeling_outputs import MaskedLMOutput
 
 from decodelab.core.contract import decoders
 from decodelab.diffusion.canvas import Block
 from decodelab.diffusion.step import Plan, Step
+from decodelab.lab.watch import watch
 
 VOCAB = 97  # <pad>, <eos> and the 95 printable ASCII characters
 
@@ -192,3 +197,56 @@ def made_step(scores, masked=None, tokens=None, canvas=None, index=0, count=None
     block = Block(0, length, torch.arange(n), masked, count, index)
     plan = Plan(steps or length, length, torch.tensor(eos_ids, dtype=torch.long), **plan)
     return Step(canvas, block, masked, scores, scores, plan, tokens=torch.empty(0) if tokens is None else tokens)
+
+
+def decode_batch(decoder, model, prompts, new=32, **kwargs):
+    return decoder.generate(model, **prompts, max_new_tokens=new, **({"do_sample": False} | kwargs))
+
+
+def same_steps(a, b):
+    return a.sequences.equal(b.sequences) and a.stats.emitted == b.stats.emitted
+
+
+ENDS = list(range(3, VOCAB, 3))  # a third of the vocabulary ends a text: EOS tokens are proposed all the time
+
+
+def canvases(decoder, model, prompt, new=16, eos_token_id=ENDS, **kwargs):
+    "What was written to each position of each row, EOS tokens and what follows them included, [rows][positions]."
+    inputs = prompt if isinstance(prompt, dict) else {"input_ids": prompt}
+    settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": eos_token_id} | kwargs
+    lines = watch(decoder, model, **inputs, **settings).lines()
+    written = lines[lines["committed"]].sort_values(["row", "place"])
+    return [rows["token"].tolist() for _, rows in written.groupby("row")], lines
+
+
+class Wandering(PreTrainedModel, GenerationMixin):
+    "Each position has a distribution of its own, disturbed by noise that depends on what the row shows; nothing is ever tied."
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, noise=1.0, sharpness=2.0, eos=None, seed=0, size=9):
+        config = {
+            "vocab_size": size,
+            "num_hidden_layers": 0,
+            "mask_token_id": PAD,
+            "eos_token_id": eos,
+            "pad_token_id": 1,
+            "is_causal": False,
+        }
+        super().__init__(PreTrainedConfig(**config, max_position_embeddings=512))
+        generator = torch.Generator().manual_seed(seed)
+        self.base = sharpness * torch.randn(64, size, generator=generator)
+        self.noise, self.embed = noise, torch.nn.Embedding(size, 1).requires_grad_(False)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None, return_dict=True):
+        exists = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        logits = torch.zeros(*input_ids.shape, self.base.shape[1])
+        for i, (row, there) in enumerate(zip(input_ids.tolist(), exists.tolist())):
+            real = [token for token, on in zip(row, there) if on]
+            own = torch.Generator().manual_seed(hash(tuple(real)) % 2**31)
+            dist = self.base[: len(real)] + self.noise * torch.randn(len(real), self.base.shape[1], generator=own)
+            logits[i, torch.tensor(there).bool()] = dist
+        return MaskedLMOutput(logits=logits)

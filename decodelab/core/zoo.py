@@ -20,7 +20,7 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['checkout_root', 'zoo_folders', 'zoo_path', 'safetensors_header', 'ZooModel', 'zoo_models', 'check_model_folder',
-           'resolve_dtype', 'locate', 'load', 'model_card']
+           'resolve_dtype', 'locate', 'load', 'load_part', 'model_card']
 
 # %% ../../nbs/core/zoo.ipynb #6cb2e431
 def checkout_root() -> Path | None:
@@ -306,6 +306,23 @@ def load(
     model, info = loaded
     _check_fit(str(name), model, info)
     return model.to(where).eval(), tokenizer
+
+# %% ../../nbs/core/zoo.ipynb #part0002
+def load_part(
+    place: str | Path,  # name in the zoo, or a folder with `config.json` and `model.safetensors`
+    cls: Any,  # class of the module; it is made from its configuration
+    config_cls: Any,  # class of the configuration
+    device: Any = "cpu",  # where the weights go
+) -> Any:
+    "A small trained module, ready to use; a damaged file is named."
+    from safetensors.torch import load_file
+
+    folder = Path(place) if Path(place).is_dir() else zoo_path(str(place))
+    weights = folder / "model.safetensors"
+    safetensors_header(weights)
+    part = cls(config_cls.from_pretrained(folder))
+    part.load_state_dict(load_file(weights))
+    return part.to(device).eval()
 
 # %% ../../nbs/core/zoo.ipynb #316ead2f
 def _front_matter(name: str, licence: str) -> str:

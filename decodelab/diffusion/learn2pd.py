@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..core.contract import Call, register
-from ..core.zoo import safetensors_header, zoo_folders, zoo_path
+from ..core.zoo import load_part, zoo_folders
 from .base import LLaDA, Unmasker
 from .step import Step
 
@@ -87,12 +86,7 @@ def load_filter(
     device: Any = "cpu",  # where the weights go
 ) -> ConfidenceFilter:
     "A trained filter."
-    folder = Path(place) if Path(place).is_dir() else zoo_path(str(place))
-    weights = folder / "model.safetensors"
-    safetensors_header(weights)  # a damaged file is named
-    made = ConfidenceFilter(FilterConfig.from_pretrained(folder))
-    made.load_state_dict(load_file(weights))
-    return made.to(device).eval()
+    return load_part(place, ConfidenceFilter, FilterConfig, device)
 
 
 @torch.no_grad()

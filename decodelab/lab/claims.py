@@ -84,10 +84,12 @@ class Claim:
             raise ValueError("a claim needs a text: say in one sentence what the paper claims")
         if self.verdict not in VERDICTS or self.kind not in ("paper", "check"):
             raise ValueError(f"verdict must be one of {', '.join(VERDICTS)} and kind paper or check, got {self.verdict!r}, {self.kind!r}")
-        if self.verdict != "held" and not self.why.strip():
+        if self.verdict in ("refuted", "inconclusive") and not self.why.startswith(("Measured: ", "Conjecture: ")):
             raise ValueError(
                 f"claim {self.text!r} is {self.verdict}: say why in one sentence, beginning with 'Measured: ' or 'Conjecture: '"
             )
+        if self.verdict == "not testable" and not self.why.strip():
+            raise ValueError(f"claim {self.text!r} is not testable: say why in one sentence, why=...")
         self.value, self.expected = to_plain(self.value), to_plain(self.expected)
 
     @property
@@ -287,7 +289,7 @@ class Found:
             for facts in [c for c in run["claims"] if c.get("kind") == "paper"][: self.n]:
                 claim = Claim(**facts)
                 numbers = f" ({claim.measured}; expected {_short(claim.expected)})" if claim.measured else ""
-                found.append(f"{claim.mark}, `{run['provenance']['profile']}`: {claim.text}{numbers}. {claim.why}".rstrip())
+                found.append(f"{claim.mark}, `{run['provenance']['profile']}`: {claim.text.rstrip('.')}{numbers}. {claim.why}".rstrip())
         return found or [f"No stored run of {self.notebook} here: run its experiments page in a checkout."]
 
     def _repr_markdown_(self) -> str:

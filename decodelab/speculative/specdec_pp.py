@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -20,7 +19,7 @@ from ..core.contract import Call
 from ..core.registry import register
 from ..core.tree import Tree
 from ..core.warp import draw, greedy, probabilities
-from ..core.zoo import safetensors_header, zoo_folders, zoo_path
+from ..core.zoo import load_part, zoo_folders
 from .base import Draft
 from .drafters import ModelDrafter, example_drafter, processed_scores
 
@@ -85,12 +84,7 @@ def load_head(
     device: Any = "cpu",  # where the weights go
 ) -> AcceptanceHead:
     "A trained acceptance head."
-    folder = Path(place) if Path(place).is_dir() else zoo_path(str(place))
-    weights = folder / "model.safetensors"
-    safetensors_header(weights)  # a damaged file is named
-    head = AcceptanceHead(AcceptanceHeadConfig.from_pretrained(folder))
-    head.load_state_dict(load_file(weights))
-    return head.to(device).eval()
+    return load_part(place, AcceptanceHead, AcceptanceHeadConfig, device)
 
 # %% ../../nbs/speculative/specdec_pp.ipynb #0d593ba7
 @dataclass

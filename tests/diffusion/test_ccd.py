@@ -1,4 +1,4 @@
-"""Coherent contextual decoding: against a transcription of the card in plain Python, its reductions, bounds, and the trap."""
+"""Coherent contextual decoding: against a transcription in plain Python, its reductions, bounds, and the trap."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from scipy.stats import chisquare
-from toys import PAD, left_pad, made_step, random_prompts, small_model
+from toys import PAD, Wandering, left_pad, made_step, random_prompts, small_model
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
@@ -17,39 +17,6 @@ from decodelab.diffusion.ideal import Distribution, IdealDenoiser
 from decodelab.diffusion.step import confidence_score
 
 MASK, VOCAB = 0, 9
-
-
-class Wandering(PreTrainedModel, GenerationMixin):
-    "Each place has a distribution of its own, disturbed by noise that depends on what the row shows; nothing is ever tied."
-
-    config_class = PreTrainedConfig
-
-    def __init__(self, noise=1.0, sharpness=2.0, eos=None, seed=0):
-        config = {
-            "vocab_size": VOCAB,
-            "num_hidden_layers": 0,
-            "mask_token_id": MASK,
-            "eos_token_id": eos,
-            "pad_token_id": 1,
-            "is_causal": False,
-        }
-        super().__init__(PreTrainedConfig(**config, max_position_embeddings=512))
-        generator = torch.Generator().manual_seed(seed)
-        self.base = sharpness * torch.randn(64, VOCAB, generator=generator)
-        self.noise, self.embed = noise, torch.nn.Embedding(VOCAB, 1).requires_grad_(False)
-
-    def get_input_embeddings(self):
-        return self.embed
-
-    def forward(self, input_ids, attention_mask=None, return_dict=True):
-        exists = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        logits = torch.zeros(*input_ids.shape, VOCAB)
-        for i, (row, there) in enumerate(zip(input_ids.tolist(), exists.tolist())):
-            real = [token for token, on in zip(row, there) if on]
-            own = torch.Generator().manual_seed(hash(tuple(real)) % 2**31)
-            dist = self.base[: len(real)] + self.noise * torch.randn(len(real), VOCAB, generator=own)
-            logits[i, torch.tensor(there).bool()] = dist
-        return MaskedLMOutput(logits=logits)
 
 
 @dataclass
@@ -87,7 +54,7 @@ def stories(spy):
     return list(found.values())
 
 
-# the card, word by word
+# the definition, word by word
 
 
 def h(p):
@@ -102,7 +69,7 @@ def best_first(positions, score):
     return sorted(positions, key=lambda i: (-score[i], i))
 
 
-def by_the_card(decoder, passes):
+def by_definition(decoder, passes):
     "Sections A and B: (filled positions, token of each) for every step of one row and block."
     history = []
     for facts in passes:
@@ -129,7 +96,7 @@ def by_the_card(decoder, passes):
             history = [*history, {i: p[i] for i in top if i not in tokens}][-decoder.d :]
 
 
-def by_the_code(decoder, passes):
+def by_the_released_code(decoder, passes):
     "Section C."
     width, remembered, previous = 1, [], {}
     for facts in passes:
@@ -189,8 +156,8 @@ FIXED += [
 
 @pytest.mark.parametrize("noise", [0.3, 1.0])
 @pytest.mark.parametrize("fields", FIXED, ids=str)
-def test_fixed_budget_is_the_card_word_by_word(fields, noise, prompts):
-    counts = compare(CCD(**fields), Wandering(noise), prompts, 18, by_the_card)
+def test_fixed_budget_is_the_definition_word_by_word(fields, noise, prompts):
+    counts = compare(CCD(**fields), Wandering(noise), prompts, 18, by_definition)
     assert max(counts) == {6: 3, 3: 6, 4: 5}.get(fields.get("steps"), 1)
 
 
@@ -199,9 +166,9 @@ ADAPTIVE = [{}, {"d": 1}, {"V": 6, "d": 2}, {"steps": 6}, {"steps": 6, "V": 2}, 
 
 @pytest.mark.parametrize("noise", [0.2, 0.5])
 @pytest.mark.parametrize("fields", ADAPTIVE, ids=str)
-def test_adaptive_budget_is_the_card_word_by_word(fields, noise, prompts):
+def test_adaptive_budget_is_the_definition_word_by_word(fields, noise, prompts):
     decoder = CCD(adaptive=True, **fields)
-    counts = compare(decoder, Wandering(noise), prompts, 18, by_the_card)
+    counts = compare(decoder, Wandering(noise), prompts, 18, by_definition)
     assert max(counts) > 1
     assert max(counts) <= max(decoder.V, 3 if "steps" in fields else 1)
 
@@ -209,7 +176,7 @@ def test_adaptive_budget_is_the_card_word_by_word(fields, noise, prompts):
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("fields", [{}, {"steps": 16}, {"conf": "max_prob"}, {"expand_ratio": 1.5}, {"block_length": 24}], ids=str)
 def test_the_official_codes_behaviour_is_transcribed(fields, adaptive, prompts):
-    counts = compare(CCD(variant="agreement", adaptive=adaptive, **fields), Wandering(0.3), prompts, 48, by_the_code)
+    counts = compare(CCD(variant="agreement", adaptive=adaptive, **fields), Wandering(0.3), prompts, 48, by_the_released_code)
     budget = 3 if "steps" in fields else 1
     assert max(counts) > budget if adaptive else max(counts) == budget
 
@@ -217,11 +184,11 @@ def test_the_official_codes_behaviour_is_transcribed(fields, adaptive, prompts):
 def test_rows_that_end_early_leave_the_history_in_order(prompts):
     model = Wandering(0.5, eos=4)
     model.base[:, 4] += 1.0
-    counts = compare(CCD(adaptive=True), model, prompts, 18, by_the_card)
+    counts = compare(CCD(adaptive=True), model, prompts, 18, by_definition)
     rows = [len(e) for e in CCD(adaptive=True).generate(model, **prompts, max_new_tokens=18, do_sample=False).stats.emitted]
     assert len(set(rows)) > 1
     assert len(counts) == sum(rows)
-    compare(CCD(variant="agreement", adaptive=True), model, prompts, 18, by_the_code)
+    compare(CCD(variant="agreement", adaptive=True), model, prompts, 18, by_the_released_code)
 
 
 def test_scores_of_a_distribution():

@@ -9,16 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import EOS, PAD, VOCAB, left_pad, made_step, random_prompts, small_model
+from toys import ENDS, EOS, PAD, canvases, left_pad, made_step, random_prompts, small_model
 
 from decodelab.core.contract import decoders
 from decodelab.diffusion import eoser_ass
 from decodelab.diffusion.base import LLaDA
 from decodelab.diffusion.eoser_ass import ASS, EOSER, ascending_blocks, ascending_steps, eos_rejected
 from decodelab.lab.watch import watch
-
-ENDS = list(range(3, VOCAB, 3))  # a third of the vocabulary ends a text: ends are proposed all the time
-
 
 WHOLE = {"early_stop": False}
 
@@ -39,15 +36,6 @@ def prompts():
 def decode(decoder, model, prompt, new=16, **kwargs):
     inputs = prompt if isinstance(prompt, dict) else {"input_ids": prompt}
     return decoder.generate(model, **inputs, **({"max_new_tokens": new, "do_sample": False, "eos_token_id": ENDS} | kwargs))
-
-
-def canvases(decoder, model, prompt, new=16, **kwargs):
-    "What was written to each place of each row, ends and what follows them included, [rows][positions]."
-    inputs = prompt if isinstance(prompt, dict) else {"input_ids": prompt}
-    settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": ENDS} | kwargs
-    lines = watch(decoder, model, **inputs, **settings).lines()
-    written = lines[lines["committed"]].sort_values(["row", "place"])
-    return [rows["token"].tolist() for _, rows in written.groupby("row")], lines
 
 
 def committed(lines, row=0):

@@ -89,7 +89,7 @@ def answers(filter, confidences, block_length=B):
 
 
 def transcribed(model, prompt, N, filter=None, tau=1.0, eotp=None, ends=(EOS,), steps=None, block_length=B, cache="none"):
-    "The block loop of the card, one row: (answer, passes, columns fed); a dual cache sees positions behind the block at its first step only."
+    "The block loop by its definition, one row: (answer, passes, columns fed); a dual cache sees positions behind the block at its first step only."
     mask, P = model.config.mask_token_id, len(prompt)
     x, passes, columns = list(prompt) + [mask] * N, 0, 0
     blocks = -(-N // block_length)
@@ -126,7 +126,7 @@ def transcribed(model, prompt, N, filter=None, tau=1.0, eotp=None, ends=(EOS,), 
 
 
 def hindsight(model, prompt, final, block_length=B):
-    "The oracle of the card, one row: (answer, passes)."
+    "The oracle by its definition, one row: (answer, passes)."
     mask, P = model.config.mask_token_id, len(prompt)
     x, passes = list(prompt) + [mask] * len(final), 0
     for start in range(P, P + len(final), block_length):

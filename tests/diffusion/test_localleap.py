@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import EOS, left_pad, random_prompts, small_model
+from toys import EOS, decode_batch, left_pad, random_prompts, same_steps, small_model
 from transformers import LogitsProcessorList, TopPLogitsWarper
 
 from decodelab.core.contract import decoders
@@ -22,12 +22,7 @@ from decodelab.lab.tasks.ideal_lists import list_distribution
 from decodelab.lab.watch import watch
 
 NOTHING = -float("inf")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +34,6 @@ def model():
 @pytest.fixture(scope="module")
 def prompts():
     return left_pad(random_prompts(6, seed=3))
-
-
-def decode(decoder, model, prompts, new=32, **kwargs):
-    return decoder.generate(model, **prompts, max_new_tokens=new, **({"do_sample": False} | kwargs))
-
-
-def same(a, b):
-    return a.sequences.equal(b.sequences) and a.stats.emitted == b.stats.emitted
 
 
 # the rule, word by word
@@ -200,16 +187,16 @@ def test_a_whole_text_is_that_of_the_transcription(model, block, w, kappa, tau):
 @pytest.mark.parametrize("block", [32, 8])
 def test_radius_zero_and_equal_thresholds_are_threshold_decoding(model, prompts, block):
     for gamma in (0.5, 0.9):
-        reference = decode(FastDLLM(block, threshold=gamma), model, prompts)
-        assert same(decode(LocalLeap(block, threshold=gamma, relaxed_threshold=0.3, radius=0), model, prompts), reference)
-        assert same(decode(LocalLeap(block, threshold=gamma, relaxed_threshold=gamma), model, prompts), reference)
-        assert not same(decode(LocalLeap(block, threshold=gamma, relaxed_threshold=0.3), model, prompts), reference)
+        reference = decode_batch(FastDLLM(block, threshold=gamma), model, prompts)
+        assert same_steps(decode_batch(LocalLeap(block, threshold=gamma, relaxed_threshold=0.3, radius=0), model, prompts), reference)
+        assert same_steps(decode_batch(LocalLeap(block, threshold=gamma, relaxed_threshold=gamma), model, prompts), reference)
+        assert not same_steps(decode_batch(LocalLeap(block, threshold=gamma, relaxed_threshold=0.3), model, prompts), reference)
 
 
 @pytest.mark.parametrize("block", [32, 8])
 def test_a_threshold_above_one_is_one_masked_position_a_pass(model, prompts, block):
-    out = decode(LocalLeap(block, threshold=1.01, relaxed_threshold=0.1), model, prompts)
-    assert same(out, decode(LLaDA(block), model, prompts))
+    out = decode_batch(LocalLeap(block, threshold=1.01, relaxed_threshold=0.1), model, prompts)
+    assert same_steps(out, decode_batch(LLaDA(block), model, prompts))
     assert out.stats.emitted == [[1] * 32] * 6
 
 
@@ -237,7 +224,7 @@ def test_every_pass_fills_a_masked_position_and_no_token_changes(model, seed, bl
 def test_a_row_is_what_it_would_be_alone(model):
     singles = random_prompts(5, seed=8)
     decoder = LocalLeap(16, threshold=0.8, relaxed_threshold=0.5)
-    together = decode(decoder, model, left_pad(singles))
+    together = decode_batch(decoder, model, left_pad(singles))
     for row, prompt in enumerate(singles):
         alone = decoder.generate(model, prompt, max_new_tokens=32, do_sample=False)
         assert together.continuations[row].equal(alone.continuations[0])
@@ -248,7 +235,10 @@ def test_a_row_is_what_it_would_be_alone(model):
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_it_works_on_cached_passes(model, prompts, cache):
     pair = {"threshold": 0.8, "cache": cache}
-    assert same(decode(LocalLeap(8, relaxed_threshold=0.5, radius=0, **pair), model, prompts), decode(FastDLLM(8, **pair), model, prompts))
+    assert same_steps(
+        decode_batch(LocalLeap(8, relaxed_threshold=0.5, radius=0, **pair), model, prompts),
+        decode_batch(FastDLLM(8, **pair), model, prompts),
+    )
     log = watch(LocalLeap(8, relaxed_threshold=0.5, **pair), model, **prompts, max_new_tokens=32, do_sample=False)
     for c, chosen in zip(log.confidence.tolist(), log.chosen):
         assert chosen.nonzero()[:, 0].tolist() == plain_rule([None if x == NOTHING else x for x in c], 0.8, 0.5, 4)
@@ -288,9 +278,9 @@ def rolled(model):
 
 def test_shifted_logits_are_put_right(model, prompts):
     decoder = LocalLeap(8, threshold=0.8, relaxed_threshold=0.5, shift_logits=True)
-    plain = decode(LocalLeap(8, threshold=0.8, relaxed_threshold=0.5), model, prompts)
-    assert same(decode(decoder, rolled(model), prompts), plain)
-    assert not same(decode(decoder, model, prompts), plain)
+    plain = decode_batch(LocalLeap(8, threshold=0.8, relaxed_threshold=0.5), model, prompts)
+    assert same_steps(decode_batch(decoder, rolled(model), prompts), plain)
+    assert not same_steps(decode_batch(decoder, model, prompts), plain)
 
 
 def test_the_dream_variant_takes_confidence_after_top_p(model, prompts):
@@ -316,7 +306,7 @@ def test_early_stop_writes_the_same_text_in_fewer_passes(model, prompts):
     runs = {}
     for early in (True, False):
         decoder = LocalLeap(8, relaxed_threshold=0.5, early_stop=early)
-        runs[early] = decode(decoder, model, prompts, eos_token_id=ends, pad_token_id=0)
+        runs[early] = decode_batch(decoder, model, prompts, eos_token_id=ends, pad_token_id=0)
     for a, b, few, many in zip(runs[True].continuations, runs[False].continuations, *(runs[e].stats.emitted for e in (True, False))):
         assert a.equal(b)
         assert len(few) <= len(many)
@@ -324,8 +314,8 @@ def test_early_stop_writes_the_same_text_in_fewer_passes(model, prompts):
 
 
 def test_early_stop_changes_nothing_where_there_is_no_end(model, prompts):
-    runs = [decode(LocalLeap(8, early_stop=early), model, prompts) for early in (True, False)]
-    assert same(*runs)
+    runs = [decode_batch(LocalLeap(8, early_stop=early), model, prompts) for early in (True, False)]
+    assert same_steps(*runs)
     assert EOS not in runs[0].sequences
 
 

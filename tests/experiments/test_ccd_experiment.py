@@ -8,9 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import PAD, small_model
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import MaskedLMOutput
+from toys import PAD, Wandering, small_model
 
 from decodelab.diffusion.ccd import entropy
 from decodelab.experiments.diffusion import ccd
@@ -20,39 +18,6 @@ from decodelab.lab.provenance import to_plain
 from decodelab.lab.tasks.text import ListTask
 
 MASK, VOCAB = 0, 9
-
-
-class Wandering(PreTrainedModel, GenerationMixin):
-    "Each place has a distribution of its own, disturbed by noise that depends on what the row shows; nothing is ever tied."
-
-    config_class = PreTrainedConfig
-
-    def __init__(self, noise=1.0, sharpness=2.0, eos=None, seed=0):
-        config = {
-            "vocab_size": VOCAB,
-            "num_hidden_layers": 0,
-            "mask_token_id": MASK,
-            "eos_token_id": eos,
-            "pad_token_id": 1,
-            "is_causal": False,
-        }
-        super().__init__(PreTrainedConfig(**config, max_position_embeddings=512))
-        generator = torch.Generator().manual_seed(seed)
-        self.base = sharpness * torch.randn(64, VOCAB, generator=generator)
-        self.noise, self.embed = noise, torch.nn.Embedding(VOCAB, 1).requires_grad_(False)
-
-    def get_input_embeddings(self):
-        return self.embed
-
-    def forward(self, input_ids, attention_mask=None, return_dict=True):
-        exists = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        logits = torch.zeros(*input_ids.shape, VOCAB)
-        for i, (row, there) in enumerate(zip(input_ids.tolist(), exists.tolist())):
-            real = [token for token, on in zip(row, there) if on]
-            own = torch.Generator().manual_seed(hash(tuple(real)) % 2**31)
-            dist = self.base[: len(real)] + self.noise * torch.randn(len(real), VOCAB, generator=own)
-            logits[i, torch.tensor(there).bool()] = dist
-        return MaskedLMOutput(logits=logits)
 
 
 def h(p):

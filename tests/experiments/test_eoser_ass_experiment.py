@@ -6,7 +6,7 @@ import math
 import pandas as pd
 import pytest
 import torch
-from toys import PAD, VOCAB, random_prompts, small_model
+from toys import PAD, canvases, random_prompts, small_model
 
 from decodelab.diffusion.base import LLaDA
 from decodelab.diffusion.eoser_ass import EOSER, ascending_steps
@@ -15,10 +15,6 @@ from decodelab.experiments.diffusion.eoser_ass import EOS as TOY_EOS
 from decodelab.experiments.diffusion.eoser_ass import Descending, arms, early_eos, long_or_short, per_step, toy_kind, toy_model
 from decodelab.lab.lab import Lab
 from decodelab.lab.provenance import to_plain
-from decodelab.lab.watch import watch
-
-ENDS = list(range(3, VOCAB, 3))  # a third of the vocabulary ends a text: ends are proposed all the time
-
 
 WHOLE = {"early_stop": False}
 
@@ -34,15 +30,6 @@ def model():
 @pytest.fixture(scope="module")
 def prompts():
     return random_prompts(4, lengths=(3, 9), seed=5)
-
-
-def canvases(decoder, model, prompt, new=16, **kwargs):
-    "What was written to each place of each row, ends and what follows them included, [rows][positions]."
-    inputs = prompt if isinstance(prompt, dict) else {"input_ids": prompt}
-    settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": ENDS} | kwargs
-    lines = watch(decoder, model, **inputs, **settings).lines()
-    written = lines[lines["committed"]].sort_values(["row", "place"])
-    return [rows["token"].tolist() for _, rows in written.groupby("row")], lines
 
 
 def committed(lines, row=0):

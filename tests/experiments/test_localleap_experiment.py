@@ -21,18 +21,13 @@ from decodelab.lab.tasks.text import ListTask
 from decodelab.lab.watch import watch
 
 NOTHING = -float("inf")
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 LEVELS = [0.05, 0.5, 0.625, 0.75, 0.8125, 0.875, 0.9375, 1.0]
 
 
 confidences = st.lists(st.one_of(st.none(), st.sampled_from(LEVELS)), min_size=1, max_size=14).filter(any)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def test_a_claim_that_held():
 @pytest.mark.parametrize("verdict", ["refuted", "inconclusive", "not testable"])
 def test_a_reason_is_needed(verdict):
     with pytest.raises(ValueError, match=f"claim 'it works' is {verdict}: say why in one sentence"):
-        Claim("it works", verdict, why=" ")
+        Claim("it works", verdict, why=" " if verdict == "not testable" else "because")
     assert Claim("it works", verdict, why="Measured: because").verdict == verdict
 
 
@@ -115,15 +115,15 @@ def test_running_a_cell_again_replaces_its_claim():
 
 def test_tables_are_escaped():
     claims = Claims("a/b")
-    claims.claim("p(x|y) <script>", holds=False, value={"a": 1.23456, "b": [1, 2]}, expected=2.0, paper="Table 2", why="x\ny")
+    claims.claim("p(x|y) <script>", holds=False, value={"a": 1.23456, "b": [1, 2]}, expected=2.0, paper="Table 2", why="Measured: x\ny")
     claims.check("c", holds=True)
     markdown, page = claims._repr_markdown_(), claims._repr_html_()
-    assert "| ✘ refuted | p(x\\|y) <script> | a 1.23, b 1, 2 | 2 | Table 2 | x y |" in markdown
+    assert "| ✘ refuted | p(x\\|y) <script> | a 1.23, b 1, 2 | 2 | Table 2 | Measured: x y |" in markdown
     assert "**Our checks**\n\n| verdict | check |\n" in markdown  # columns in which nothing stands are left out
     assert "<script>" not in page
     assert page.count("<table") == 2
     assert "<script>" not in claims.claims[0]._repr_html_()
-    assert claims.claims[0]._repr_html_().endswith("measured a 1.23, b 1, 2; x\ny")
+    assert claims.claims[0]._repr_html_().endswith("measured a 1.23, b 1, 2; Measured: x\ny")
 
 
 # files

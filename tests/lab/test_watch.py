@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from toys import left_pad, random_prompts, small_model
+from toys import decode_batch, left_pad, random_prompts, same_steps, small_model
 
 from decodelab.diffusion.base import LLaDA
 from decodelab.diffusion.fast_dllm import Dream, EntropyBound, FastDLLM
@@ -12,12 +12,7 @@ from decodelab.diffusion.localleap import LocalLeap
 from decodelab.lab.watch import watch
 
 NOTHING = -float("inf")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +26,13 @@ def prompts():
     return left_pad(random_prompts(6, seed=3))
 
 
-def decode(decoder, model, prompts, new=32, **kwargs):
-    return decoder.generate(model, **prompts, max_new_tokens=new, **({"do_sample": False} | kwargs))
-
-
-def same(a, b):
-    return a.sequences.equal(b.sequences) and a.stats.emitted == b.stats.emitted
-
-
 @pytest.mark.parametrize(
     "decoder", [LLaDA(8), LLaDA(8, steps=16), FastDLLM(8), EntropyBound(12), LocalLeap(), Dream(8, alg="entropy", steps=16)]
 )
 def test_watching_changes_nothing(model, prompts, decoder):
     before = dict(vars(decoder))
     log = watch(decoder, model, **prompts, max_new_tokens=32, do_sample=False)
-    assert same(log.out, decode(decoder, model, prompts))
+    assert same_steps(log.out, decode_batch(decoder, model, prompts))
     assert vars(decoder) == before
     assert torch.bincount(log.row).tolist() == [len(e) for e in log.out.stats.emitted]
     for row in range(6):
