@@ -215,7 +215,7 @@ def canvases(decoder, model, prompt, new=16, eos_token_id=ENDS, **kwargs):
     inputs = prompt if isinstance(prompt, dict) else {"input_ids": prompt}
     settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": eos_token_id} | kwargs
     lines = watch(decoder, model, **inputs, **settings).lines()
-    written = lines[lines["committed"]].sort_values(["row", "place"])
+    written = lines[lines["committed"]].sort_values(["row", "position"])
     return [rows["token"].tolist() for _, rows in written.groupby("row")], lines
 
 

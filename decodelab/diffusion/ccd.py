@@ -125,7 +125,7 @@ class CCD(Unmasker):
     rank: str = field(default="entropy", kw_only=True)  # score of the averaged distribution, one of `SCORES`
     adaptive: bool = field(default=False, kw_only=True)  # CCD-DS: as many positions a step as are consistent and settled
     eps: float | None = field(default=None, kw_only=True)  # settled: H(pbar) at most this (nats); None: best token as one step ago
-    token_from: str = field(default="average", kw_only=True)  # the token that is written: of the "average", or of the present "pass"
+    token_from: str = field(default="average", kw_only=True)  # the token that is written: of the "average", or of the present "step"
     variant: str = field(default="average", kw_only=True)  # "average" (the paper) or "agreement" (the official code)
     score_from: str = field(default="sampled", kw_only=True)  # averaged after ("sampled") or before ("raw") temperature, top-k, ...
     warm_up: int = field(default=5, kw_only=True)  # steps before agreement counts (not negative); only for "agreement"
@@ -133,7 +133,7 @@ class CCD(Unmasker):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("conf", SCORES), ("rank", SCORES), ("token_from", ("average", "pass")), ("variant", ("average", "agreement"))):
+        for name, known in (("conf", SCORES), ("rank", SCORES), ("token_from", ("average", "step")), ("variant", ("average", "agreement"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(known)}")
         if self.V < 1 or self.d < 0:

@@ -87,7 +87,7 @@ def frontier(
     score: Score = task_score,  # score of an exercise and an output, in [0, 1]
     **settings: Any,  # further settings of `generate`
 ) -> pd.DataFrame:
-    "Decode every example with every method, in turns; one line each: score, passes, tokens, positions, seconds, text."
+    "Decode every example with every method, in turns; one line each: score, steps, tokens, positions, seconds, text."
     import pandas as pd
 
     order, lines = random.Random(seed), []
@@ -108,10 +108,10 @@ def frontier(
         for name in methods:
             out = outputs[name]
             for i, text, emitted in zip(which, out.text(tokenizer), out.stats.emitted):
-                facts = {"score": score(examples[i], text), "passes": len(emitted), "tokens": sum(emitted), "positions": max_new_tokens}
+                facts = {"score": score(examples[i], text), "steps": len(emitted), "tokens": sum(emitted), "positions": max_new_tokens}
                 spent = float(np.median(seconds[name])) / len(which)
-                place = {"method": name, "task": examples[i].task, "example": i, "batch": number}
-                lines.append(place | facts | {"seconds": spent, "text": text})
+                where = {"method": name, "task": examples[i].task, "example": i, "batch": number}
+                lines.append(where | facts | {"seconds": spent, "text": text})
     return pd.DataFrame(lines)
 
 # %% ../../nbs/lab/frontier.ipynb #72e63934
@@ -127,9 +127,9 @@ def _line(ours: pd.DataFrame, base: pd.DataFrame) -> dict[str, float]:
         "se": ours["score"].std(ddof=0) / n**0.5,
         "difference": gap.mean(),
         "difference_se": gap.std(ddof=0) / n**0.5,
-        "passes": ours["passes"].mean(),
-        "step_ratio": base["passes"].sum() / ours["passes"].sum(),
-        "tokens_per_forward": ours["tokens"].sum() / ours["passes"].sum(),
+        "steps": ours["steps"].mean(),
+        "step_ratio": base["steps"].sum() / ours["steps"].sum(),
+        "tokens_per_forward": ours["tokens"].sum() / ours["steps"].sum(),
         "time_ratio": a.sum() / b.sum(),
         "low": interval.low if interval else float("nan"),
         "high": interval.high if interval else float("nan"),
@@ -141,7 +141,7 @@ def table(
     baseline: str = BASELINE,  # method that the others are compared with
     by: str | None = None,  # a column to split by, such as "task"
 ) -> pd.DataFrame:
-    "One line a method: accuracy, difference to the baseline, passes, tokens a forward, time ratio, with errors."
+    "One line a method: accuracy, difference to the baseline, denoising steps, tokens a forward, time ratio, with errors."
     import pandas as pd
 
     if baseline not in set(frame["method"]):

@@ -30,7 +30,7 @@ class StepLog:
     out: DecodeOutput  # what was decoded
     row: torch.Tensor  # row of the batch, [k]
     index: torch.Tensor  # number of the denoising step in its row, from 0, [k]
-    start: torch.Tensor  # first place of the block, counted from the end of the prompt, [k]
+    start: torch.Tensor  # first position of the block, counted from the end of the prompt, [k]
     tokens: torch.Tensor  # proposals, [k, B]
     confidence: torch.Tensor  # their probability, -inf where there is no masked position, [k, B]
     chosen: torch.Tensor  # what was committed, [k, B], bool
@@ -40,19 +40,19 @@ class StepLog:
         texts = self.out.continuations
         positions = int(self.start.max()) + self.tokens.shape[1]
         ends = torch.tensor([len(t) for t in texts], device=self.row.device)
-        self.place = self.start[:, None] + torch.arange(self.tokens.shape[1], device=self.row.device)  # [k, B]
+        self.position = self.start[:, None] + torch.arange(self.tokens.shape[1], device=self.row.device)  # [k, B]
         filled = torch.full((len(texts), positions), -1, device=self.row.device)
         who, where = self.chosen.nonzero().unbind(-1)
-        filled[self.row[who], self.place[who, where]] = self.tokens[who, where]
-        self.final = filled[self.row[:, None], self.place]  # token that the place held in the end, -1 where none, [k, B]
+        filled[self.row[who], self.position[who, where]] = self.tokens[who, where]
+        self.final = filled[self.row[:, None], self.position]  # token that the position held in the end, -1 where none, [k, B]
         # masked positions of the text: what stands behind its end, or was never filled, is left out
-        self.masked = (self.confidence > -torch.inf) & (self.final >= 0) & (self.place < ends[self.row][:, None])
+        self.masked = (self.confidence > -torch.inf) & (self.final >= 0) & (self.position < ends[self.row][:, None])
         self.consistent = self.masked & (self.tokens == self.final)  # the proposal is the final token already, [k, B]
 
     def lines(self) -> pd.DataFrame:
-        "One line for each masked position of each denoising step, also behind the end of the text: row, pass, place, token, confidence, end, committed."
+        "One line for each masked position of each denoising step, also behind the end of the text: row, step, position, token, confidence, end, committed."
         k, j = (self.confidence > -torch.inf).nonzero().unbind(-1)
-        facts = {"row": self.row[k], "pass": self.index[k], "place": self.place[k, j], "token": self.tokens[k, j]}
+        facts = {"row": self.row[k], "step": self.index[k], "position": self.position[k, j], "token": self.tokens[k, j]}
         facts |= {"confidence": self.confidence[k, j], "end": self.end[k, j], "committed": self.chosen[k, j]}
         return pd.DataFrame({name: values.cpu().numpy() for name, values in facts.items()})
 

@@ -86,7 +86,7 @@ def by_definition(decoder, passes):
             new = [i for i in consistent if h(mean[i]) <= decoder.eps]
         else:
             new = [i for i in consistent if history and p[i].index(max(p[i])) == history[-1][i].index(max(history[-1][i]))]
-        written = {i: p[i] if decoder.token_from == "pass" else mean[i] for i in new}
+        written = {i: p[i] if decoder.token_from == "step" else mean[i] for i in new}
         tokens = {i: written[i].index(max(written[i])) for i in new}
         trust = {i: max(written[i]) for i in new}
         for i in best_first([i for i in masked if i not in new], conf)[: max(0, b - len(new))]:
@@ -145,7 +145,7 @@ FIXED = [{}, {"V": 1}, {"V": 2, "d": 1}, {"V": 6, "d": 2}, {"d": 0}, {"V": 30, "
 
 
 FIXED += [
-    {"token_from": "pass"},
+    {"token_from": "step"},
     {"conf": "max_prob", "d": 2},
     {"steps": 6},
     {"steps": 3, "V": 5},
@@ -508,7 +508,7 @@ def test_on_exact_marginals_the_average_may_write_what_has_become_impossible():
     dist = Distribution(torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 2, 2], [0, 0, 0, 2, 3]]), torch.tensor([0.48, 0.27, 0.25]))
     assert 3 * 0.48 > 3 * 0.27 + 0.27 / 0.52
     model = IdealDenoiser(dist)
-    for fields, text in (({}, [0, 0, 0, 2, 1]), ({"token_from": "pass"}, [0, 0, 0, 2, 2]), ({"d": 1}, [0, 0, 0, 2, 2])):
+    for fields, text in (({}, [0, 0, 0, 2, 1]), ({"token_from": "step"}, [0, 0, 0, 2, 2]), ({"d": 1}, [0, 0, 0, 2, 2])):
         out = CCD(**fields).generate(model, model.start, max_new_tokens=5, do_sample=False)
         assert out.sequences[0, 1:].tolist() == text
 

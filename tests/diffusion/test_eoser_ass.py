@@ -40,7 +40,7 @@ def decode(decoder, model, prompt, new=16, **kwargs):
 
 def committed(lines, row=0):
     "how many positions each step of a row filled."
-    return lines[lines["row"] == row].groupby("pass")["committed"].sum().tolist()
+    return lines[lines["row"] == row].groupby("step")["committed"].sum().tolist()
 
 
 # plans
@@ -102,14 +102,14 @@ def test_passes_fill_what_the_plan_says(length, model, prompts):
             _, lines = canvases(decoder, model, prompts[0], length)
             assert committed(lines) == sizes
             edges = [0, *torch.tensor(ascending_blocks(length, n)).cumsum(0).tolist()]
-            seen = lines.groupby("pass")["place"].agg(["min", "max"])
+            seen = lines.groupby("step")["position"].agg(["min", "max"])
             first = len(sizes) - n + 1
             for s, (low, high) in enumerate(seen.values.tolist()):  # a step looks at its own block only
                 block = max(0, s - first + 1)
                 assert edges[block] <= low
                 assert high == edges[block + 1] - 1 or s > 0
                 assert high < edges[block + 1]
-            assert lines["place"].max() == length - 1
+            assert lines["position"].max() == length - 1
 
 
 def test_blocks_that_do_not_fit_the_new_tokens(model, prompts):
@@ -217,7 +217,7 @@ def test_proposals_stay_what_the_model_says(model, prompts):
     for decoder in (LLaDA(**WHOLE), EOSER(gamma_min=0, **WHOLE), ASS(**WHOLE), ASS(eoser=True, gamma_min=0, **WHOLE)):
         _, lines = canvases(decoder, model, prompts[1])
         assert lines["end"].equals(lines["token"].isin(ENDS))
-        start = lines[lines["pass"] == 0]
+        start = lines[lines["step"] == 0]
         assert start["end"].any()
         first.append(start[["token", "confidence"]].values.tolist())
     assert all(f == first[0] for f in first)
@@ -228,7 +228,7 @@ def test_ends_wait_and_are_committed_in_the_end(model, prompts):
         tokens, lines = canvases(EOSER(gamma_min=0, gamma_max=0, **WHOLE), model, prompt)
         assert len(tokens[0]) == 16
         assert PAD not in tokens[0]
-        for _, now in lines.groupby("pass"):
+        for _, now in lines.groupby("step"):
             if not now["end"].all():
                 assert not now[now["committed"]]["end"].any()
     assert any(token in ENDS for token in tokens[0])
@@ -353,19 +353,19 @@ def test_early_stopping_writes_the_same_text_with_fewer_passes(decoder, model, p
 def test_every_state_follows_from_the_pass_of_each_place(decoder, model, prompts):
     out = decode(decoder, model, prompts[2])
     tokens, lines = canvases(decoder, model, prompts[2])
-    when = torch.tensor(lines[lines["committed"]].sort_values("place")["pass"].tolist())  # one number a place
+    when = torch.tensor(lines[lines["committed"]].sort_values("position")["step"].tolist())  # one number a position
     told = [w for step in out.trace for w in step.info["step"]]
     assert told == when[: len(told)].tolist()
     passes = len(out.stats.emitted[0])
     assert len(when) == 16
     assert sorted(set(when.tolist())) == list(range(passes))
     for s in range(passes):
-        masked = lines[lines["pass"] == s]["place"].tolist()  # the recorded state: which positions of the block are masked
+        masked = lines[lines["step"] == s]["position"].tolist()  # the recorded state: which positions of the block are masked
         block = [p for p in range(16) if p in masked or when[p] < s]
         assert masked == [p for p in block if when[p] >= s]
-        filled = lines[(lines["pass"] == s) & lines["committed"]]
-        assert filled["place"].tolist() == (when == s).nonzero()[:, 0].tolist()
-        assert filled["token"].tolist() == [tokens[0][p] for p in filled["place"]]
+        filled = lines[(lines["step"] == s) & lines["committed"]]
+        assert filled["position"].tolist() == (when == s).nonzero()[:, 0].tolist()
+        assert filled["token"].tolist() == [tokens[0][p] for p in filled["position"]]
 
 
 def test_watching_changes_nothing(model, prompts):
@@ -377,7 +377,7 @@ def test_watching_changes_nothing(model, prompts):
     assert out.sequences.equal(before.sequences)
     assert out.stats.emitted == before.stats.emitted
     assert len(lines) == sum(16 - s for s in range(len(out.stats.emitted[0])))
-    assert set(lines.columns) == {"row", "pass", "place", "token", "confidence", "end", "committed"}
+    assert set(lines.columns) == {"row", "step", "position", "token", "confidence", "end", "committed"}
 
 
 # what the decoders are and refuse
@@ -431,6 +431,6 @@ def test_a_plan_of_its_own():
 def test_one_end_among_several(model, prompts):
     "All ids that end a text are rejected, not only the first."
     _, lines = canvases(EOSER(gamma_min=0, gamma_max=0, **WHOLE), model, prompts[0], eos_token_id=[EOS, *ENDS])
-    first = lines[lines["pass"] == 0]
+    first = lines[lines["step"] == 0]
     assert first["end"].sum() > 0
     assert not first[first["committed"]]["end"].any()

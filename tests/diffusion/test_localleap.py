@@ -216,7 +216,7 @@ def test_every_pass_fills_a_masked_position_and_no_token_changes(model, seed, bl
     assert bool((log.chosen.sum(-1) >= 1).all())
     for first in range(0, 20, block):
         assert int((log.start == first).sum()) <= min(block, 20 - first)
-    written = log.place[log.chosen].tolist()
+    written = log.position[log.chosen].tolist()
     assert sorted(written) == list(range(20))
     assert log.tokens[log.chosen][np.argsort(written)].tolist() == log.out.continuations[0].tolist()
 

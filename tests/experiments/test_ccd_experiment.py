@@ -114,6 +114,6 @@ def test_the_experiment_on_a_small_scale(monkeypatch, tokenizer):
     found = to_plain(ccd.experiment(examples=6))
     assert json.loads(json.dumps(found)) == found
     assert list(found["arms"]) == list(few)
-    assert found["arms"]["baseline"]["passes"] == found["arms"]["CCD"]["passes"] == 32
+    assert found["arms"]["baseline"]["steps"] == found["arms"]["CCD"]["steps"] == 32
     assert found["plateaus"]["baseline"]["steps"] == 64
     assert set(found["drift"]) == {"entropy", "disagreement", "disagreement, equal entropy"}

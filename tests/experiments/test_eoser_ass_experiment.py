@@ -34,7 +34,7 @@ def prompts():
 
 def committed(lines, row=0):
     "how many positions each step of a row filled."
-    return lines[lines["row"] == row].groupby("pass")["committed"].sum().tolist()
+    return lines[lines["row"] == row].groupby("step")["committed"].sum().tolist()
 
 
 def test_the_control_fills_in_falling_sizes(model, prompts):
@@ -47,7 +47,7 @@ def test_the_control_fills_in_falling_sizes(model, prompts):
 
 
 def test_passes_and_early_eos_by_hand():
-    columns = ["row", "pass", "place", "confidence", "end", "committed"]
+    columns = ["row", "step", "position", "confidence", "end", "committed"]
     rows = [
         (0, 0, 0, 0.2, False, False),
         (0, 0, 1, 0.4, False, True),
@@ -110,9 +110,9 @@ def test_the_experiment_on_a_small_scale(monkeypatch, tokenizer):
     found = to_plain(eoser_ass.experiment(examples=4, length=32))
     assert json.loads(json.dumps(found)) == found
     assert list(found["arms"]) == list(arms(32))
-    assert found["arms"]["full, 16"]["passes"] == 16
-    assert found["arms"]["ASS, 5"]["passes"] == 5
-    assert found["pairs"]["ASS - full"]["passes"] == {"difference": 0.0, "error": 0.0, "n": 4}
-    assert len(found["watched"]["curve"]["pass"]) == 16
+    assert found["arms"]["full, 16"]["steps"] == 16
+    assert found["arms"]["ASS, 5"]["steps"] == 5
+    assert found["pairs"]["ASS - full"]["steps"] == {"difference": 0.0, "error": 0.0, "n": 4}
+    assert len(found["watched"]["curve"]["step"]) == 16
     assert list(found["gamma"]) == ["0.4", "1.0"]
     assert list(found["longer"]) == [n for n in arms(64) if n.endswith(", 6")]

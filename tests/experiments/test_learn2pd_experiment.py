@@ -39,6 +39,6 @@ def test_equal_steps_are_compared_on_the_interpolated_curve():
     import pandas as pd
 
     facts = {"a": (2, 0.5), "b": (4, 0.9), "ours": (3, 0.8)}  # at 3 steps their curve is at 0.7
-    lines = [{"method": m, "example": i, "passes": n, "agreement": y} for m, (n, y) in facts.items() for i in range(3)]
+    lines = [{"method": m, "example": i, "steps": n, "agreement": y} for m, (n, y) in facts.items() for i in range(3)]
     line = page.matched(pd.DataFrame(lines), ["ours"], ["b", "a"], draws=20)["ours"]
     assert line["difference"] == pytest.approx(0.1) and line["interval"] == pytest.approx((0.1, 0.1))

@@ -65,7 +65,7 @@ def story(log):
     for i in range(len(log.row)):
         for j in range(log.tokens.shape[1]):
             if float(log.confidence[i, j]) > NOTHING:
-                seen.setdefault((int(log.row[i]), int(log.place[i, j])), []).append((int(log.index[i]), int(log.tokens[i, j])))
+                seen.setdefault((int(log.row[i]), int(log.position[i, j])), []).append((int(log.index[i]), int(log.tokens[i, j])))
     return seen, [t.tolist() for t in log.out.continuations]
 
 
@@ -195,5 +195,5 @@ def test_the_experiment_on_a_small_scale(monkeypatch):
     assert set(found["kinds"]) == {"the rest"}
     assert found["exercises"] == 4
     assert found["pairs"]["localleap / 1 per step"]["steps"] == pytest.approx(
-        found["arms"]["localleap"]["passes"] / found["arms"]["1 per step"]["passes"]
+        found["arms"]["localleap"]["steps"] / found["arms"]["1 per step"]["steps"]
     )

@@ -199,7 +199,7 @@ def test_exercises_fit_their_canvases_and_their_entries_are_single_tokens(words_
 def frame_of(scores, passes, kind="threshold", task="a", positions=16):
     "A frame from scores and passes by setting."
     lines = [
-        {"kind": kind, "setting": s, "task": task, "example": i, "score": v, "passes": n, "positions": positions}
+        {"kind": kind, "setting": s, "task": task, "example": i, "score": v, "steps": n, "positions": positions}
         for s in scores
         for i, (v, n) in enumerate(zip(scores[s], passes[s]))
     ]
@@ -235,7 +235,7 @@ def test_paired_differences_by_hand():
 def test_packing_and_unpacking_keep_every_figure():
     frame = pd.concat([two_tasks(), two_tasks().assign(kind="random", setting=2.0).head(2)], ignore_index=True)
     back = unpack(json.loads(json.dumps(pack(frame))))
-    columns = ["kind", "setting", "task", "example", "score", "passes", "positions"]
+    columns = ["kind", "setting", "task", "example", "score", "steps", "positions"]
     sort = columns[:4]
     pd.testing.assert_frame_equal(
         back[columns].sort_values(sort).reset_index(drop=True), frame[columns].sort_values(sort).reset_index(drop=True), check_dtype=False
@@ -245,7 +245,7 @@ def test_packing_and_unpacking_keep_every_figure():
 def test_halves_survive_packing():
     assert pack(frame_of({0.5: [0.5, 1]}, {0.5: [1, 1]}))["threshold 0.5"]["a"] == {
         "score": [0.5, 1],
-        "passes": 1,
+        "steps": 1,
         "positions": 16,
     }
 
@@ -257,7 +257,7 @@ def test_compare_decodes_every_exercise_with_every_rule_on_its_canvas(model, wor
     counts = frame.groupby(["kind", "setting", "task"]).size()
     assert set(counts) == {2} and len(counts) == 2 * 8
     assert frame.groupby("task")["positions"].unique().map(list).to_dict() == {"arithmetic": [32], "list_copy": [16]}
-    assert (frame["positions"] / frame["passes"] == frame["setting"]).all()
+    assert (frame["positions"] / frame["steps"] == frame["setting"]).all()
     assert set(frame["kind"]) == {"confidence", "random"}
     assert (frame["score"] == 0).all()  # the model is random
 

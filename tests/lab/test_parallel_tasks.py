@@ -646,7 +646,7 @@ def test_oracle_is_the_best_of_all_assignments(table):
     ]
     score, passes = max(every)
     assert found.score == pytest.approx(score / len(samples))
-    assert found.passes == pytest.approx(-passes / len(samples))
+    assert found.forwards == pytest.approx(-passes / len(samples))
     assert found.score == pytest.approx(np.mean([s[found.setting[i], i] for i in samples]))
 
 
@@ -657,12 +657,12 @@ def test_no_fixed_setting_beats_the_oracle(table):
     best = m.oracle(s, n)
     for score, passes in zip(s.mean(1), n.mean(1)):
         assert score <= best.score + 1e-12
-        assert passes >= best.passes - 1e-12 or score < best.score - 1e-12
+        assert passes >= best.forwards - 1e-12 or score < best.score - 1e-12
 
 
 def test_a_fixed_setting_may_take_fewer_passes_than_the_oracle_and_score_less():
     s, n = [[0], [1]], [[1], [9]]
-    assert (m.oracle(s, n).score, m.oracle(s, n).passes) == (1, 9)
+    assert (m.oracle(s, n).score, m.oracle(s, n).forwards) == (1, 9)
 
 
 # order
@@ -874,7 +874,7 @@ def test_inclusion_and_combined_scores():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: m.tokens_per_step(32, []), "passes must be finite numbers with 1 dimension"),
+        (lambda: m.tokens_per_step(32, []), "forwards must be finite numbers with 1 dimension"),
         (lambda: m.tokens_per_step(32, [0]), "give one pair a sample"),
         (lambda: m.tokens_per_step([1, 2], [1]), "give one pair a sample"),
         (lambda: m.tokens_per_step([-1], [1]), "give one pair a sample"),
@@ -882,13 +882,13 @@ def test_inclusion_and_combined_scores():
         (lambda: m.SpeedCurve([1, 2], [1]), "a positive TPS and a score; got 2 speeds and 1 scores"),
         (lambda: m.SpeedCurve([0], [1]), "a positive TPS and a score"),
         (lambda: m.SpeedCurve([], []), "at least one of them"),
-        (lambda: m.measured_curve([[1, 0]], 32, [[1], [2]]), "every score needs its passes"),
+        (lambda: m.measured_curve([[1, 0]], 32, [[1], [2]]), "every score needs its forward passes"),
         (lambda: m.average_curve([]), "curves of the same settings"),
         (lambda: m.average_curve([m.SpeedCurve([1], [1]), m.SpeedCurve([1], [1], True)]), "curves of the same settings"),
         (lambda: m.parallelizability({1: -1}), "scores not negative"),
         (lambda: m.parallelizability({}), "at least one of them"),
         (lambda: m.order_preference({1: 1}), "two block lengths or more"),
-        (lambda: m.oracle([[1]], [[1], [2]]), "every score needs its passes"),
+        (lambda: m.oracle([[1]], [[1], [2]]), "every score needs its forward passes"),
         (lambda: m.first_visible([1, 0]), "[steps, length]"),
         (lambda: m.first_visible([[]]), "[steps, length]"),
         (lambda: m.order_agreement([]), "steps must be finite numbers with 1 dimension"),

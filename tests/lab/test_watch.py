@@ -40,7 +40,7 @@ def test_watching_changes_nothing(model, prompts, decoder):
         assert log.index[mine].tolist() == list(range(int(mine.sum())))
         assert log.chosen[mine].sum(-1).tolist() == log.out.stats.emitted[row]
         text = log.out.continuations[row].tolist()
-        for tokens, final, positions, masked in zip(log.tokens[mine], log.final[mine], log.place[mine], log.masked[mine]):
+        for tokens, final, positions, masked in zip(log.tokens[mine], log.final[mine], log.position[mine], log.masked[mine]):
             assert [text[p] for p in positions[masked].tolist()] == final[masked].tolist()
             assert (tokens == final)[masked].tolist() == [t == text[p] for t, p in zip(tokens[masked].tolist(), positions[masked].tolist())]
 
@@ -67,5 +67,5 @@ def test_positions_behind_the_end_are_left_out(model, prompts):
     log = watch(LocalLeap(8, early_stop=False), model, **prompts, max_new_tokens=32, do_sample=False, eos_token_id=ends, pad_token_id=0)
     lengths = torch.tensor([len(t) for t in log.out.continuations])
     assert int(lengths.min()) < 16
-    assert int((log.place - lengths[log.row][:, None])[log.masked].max()) == -1
+    assert int((log.position - lengths[log.row][:, None])[log.masked].max()) == -1
     assert bool((log.confidence[~log.masked] > NOTHING).any())  # they were decoded

@@ -112,18 +112,18 @@ def per_step(
 ) -> pd.DataFrame:
     "For each step: EOS tokens and other tokens written in a row, and the mean confidence of all proposals, of EOS and of others."
     rows, written = lines["row"].nunique(), lines[lines["committed"]]
-    steps = sorted(lines["pass"].unique())
-    columns = {n: written[written["end"] == is_eos].groupby("pass").size() / rows for n, is_eos in (("eos", True), ("others", False))}
+    steps = sorted(lines["step"].unique())
+    columns = {n: written[written["end"] == is_eos].groupby("step").size() / rows for n, is_eos in (("eos", True), ("others", False))}
     found = pd.DataFrame(columns).reindex(steps).fillna(0.0)
     parts = {"confidence": lines, "eos_confidence": lines[lines["end"]], "other_confidence": lines[~lines["end"]]}
-    return found.assign(**{name: part.groupby("pass")["confidence"].mean() for name, part in parts.items()})
+    return found.assign(**{name: part.groupby("step")["confidence"].mean() for name, part in parts.items()})
 
 
 def early_eos(
     lines: pd.DataFrame,  # `lines` of a watched call
 ) -> list[float]:
     "Of what each row writes in the first half of the steps, the share that are EOS tokens."
-    early = lines[lines["committed"] & (lines["pass"] < (lines["pass"].max() + 1) // 2)]
+    early = lines[lines["committed"] & (lines["step"] < (lines["step"].max() + 1) // 2)]
     return early.groupby("row")["end"].mean().tolist()
 
 # %% ../../../nbs/experiments/diffusion/eoser_ass.ipynb #f0f56597
@@ -131,7 +131,7 @@ def paired(
     frame: pd.DataFrame,  # what `frontier` returned
     method: str,  # a method of it
     baseline: str,  # another one
-    column: str = "score",  # what is compared: "score", "tokens", "passes"
+    column: str = "score",  # what is compared: "score", "tokens", "steps"
 ) -> dict[str, float]:
     "Mean difference over the same exercises, with its standard error."
     ours, base = (frame[frame["method"] == m].set_index("example").sort_index()[column] for m in (method, baseline))
@@ -184,7 +184,7 @@ def experiment(
         "exercises": len(every),
         "arms": table(frame, f"full, {half}").assign(tokens=frame.groupby("method")["tokens"].mean()).to_dict("index"),
         "tasks": {str(t): table(part, f"full, {half}")["accuracy"].to_dict() for t, part in frame.groupby("task", sort=False)},
-        "pairs": {name: {c: paired(frame, a, b, c) for c in ("score", "tokens", "passes")} for name, (a, b) in pairs.items()},
+        "pairs": {name: {c: paired(frame, a, b, c) for c in ("score", "tokens", "steps")} for name, (a, b) in pairs.items()},
         "watched": watched_facts(seen),
         "gamma": table(frontier(model, tokenizer, factors, few, length, **settings), "1.0").to_dict("index"),
         "longer": table(frontier(model, tokenizer, longer, few, 2 * length, **settings), f"full, {S + 1}").to_dict("index"),

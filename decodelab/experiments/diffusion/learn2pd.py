@@ -83,13 +83,13 @@ def summary(
     frame: pd.DataFrame,  # what `decoded` returned
 ) -> dict[str, dict[str, Any]]:
     "One line a method: accuracy and its paired difference to the static rule, agreement, steps; intervals as (low, high)."
-    wide = {c: frame.pivot(index="example", columns="method", values=c) for c in ("score", "agreement", "passes")}
+    wide = {c: frame.pivot(index="example", columns="method", values=c) for c in ("score", "agreement", "steps")}
     times, lines = table(frame)["time_ratio"], {}
     for name in frame["method"].unique():
         gap = bootstrap_interval(wide["score"][name] - wide["score"][BASELINE])
-        ratio = bootstrap_ratio(wide["passes"][BASELINE], wide["passes"][name])
+        ratio = bootstrap_ratio(wide["steps"][BASELINE], wide["steps"][name])
         line = {"accuracy": wide["score"][name].mean(), "difference": gap.value, "difference_interval": (gap.low, gap.high)}
-        line |= {"agreement": wide["agreement"][name].mean(), "steps": wide["passes"][name].mean()}
+        line |= {"agreement": wide["agreement"][name].mean(), "steps": wide["steps"][name].mean()}
         lines[name] = line | {"step_ratio": ratio.value, "step_ratio_interval": (ratio.low, ratio.high), "time_ratio": times[name]}
     return lines
 
@@ -102,7 +102,7 @@ def matched(
     seed: int = 0,  # seed of the draws
 ) -> dict[str, dict[str, Any]]:
     "Agreement of each of our methods minus that of their interpolated curve at equal mean steps, with its interval."
-    steps, agree = (frame.pivot(index="example", columns="method", values=c) for c in ("passes", "agreement"))
+    steps, agree = (frame.pivot(index="example", columns="method", values=c) for c in ("steps", "agreement"))
     rng, n = np.random.default_rng(seed), len(steps)
 
     def gaps(rows: np.ndarray) -> list[float]:

@@ -48,8 +48,8 @@ def delays(
     log: StepLog,  # a watched call
 ) -> dict[str, np.ndarray]:
     "For each position that was written: row, position, step that wrote it, step from which its proposal was final, and the delay."
-    width = int(log.place.max()) + 1
-    flat = (log.row[:, None] * width + log.place)[log.masked]
+    width = int(log.position.max()) + 1
+    flat = (log.row[:, None] * width + log.position)[log.masked]
     index, right = log.index[:, None].expand_as(log.masked)[log.masked], log.consistent[log.masked]
     none = torch.full((int(log.row.max() + 1) * width,), -1, device=flat.device)
     written = none.scatter_reduce(0, flat, torch.where(log.chosen[log.masked], index, -1), "amax")
@@ -196,7 +196,7 @@ def paired(
 ) -> dict[str, Any]:
     "Ratio of denoising steps with its 95 % interval, and difference of accuracy with its standard error, over the same exercises."
     ours, base = (frame[frame["method"] == m].set_index("example").sort_index() for m in (method, baseline))
-    ratio, gap = bootstrap_ratio(ours["passes"], base["passes"], statistic=np.sum), ours["score"] - base["score"]
+    ratio, gap = bootstrap_ratio(ours["steps"], base["steps"], statistic=np.sum), ours["score"] - base["score"]
     steps = {"steps": ratio.value, "low": ratio.low, "high": ratio.high}
     return steps | {"difference": float(gap.mean()), "error": float(gap.std(ddof=1) / len(gap) ** 0.5), "n": len(gap)}
 

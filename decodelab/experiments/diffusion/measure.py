@@ -1,4 +1,4 @@
-"""Every policy of the family on the same exercises in turns: accuracy, passes, tokens per forward, time; caches against length; what our own loop costs.
+"""Every policy of the family on the same exercises in turns: accuracy, denoising steps, tokens per forward, time; caches against length; what our own loop costs.
 
 Docs: https://decodelab.github.io/decodelab/experiments/diffusion/measure.html.md"""
 
@@ -27,7 +27,7 @@ def cache_growth(
     model: Any,  # masked language model
     lengths: Sequence[int] = (64, 128, 256, 512, 1024),  # positions of the canvas
     prompt: int = 32,  # tokens of the prompt
-    passes: int = 16,  # passes that are timed, one masked position each
+    steps: int = 16,  # denoising steps that are timed, one masked position each
     repeats: int = 3,  # timed rounds
     caches: Sequence[str] = CACHES,  # caches
 ) -> pd.DataFrame:
@@ -40,10 +40,10 @@ def cache_growth(
         def run(length: int) -> int:
             canvas = Canvas(Denoiser(model), ids, length, cache=cache)
             canvas.open(prompt, prompt + 32, torch.zeros(1, dtype=torch.long, device=model.device))
-            for i in range(passes):
+            for i in range(steps):
                 best = canvas.logits().max(-1)
                 canvas.ids[:, prompt + i] = best.indices[:, i]
-            return passes
+            return steps
 
         return run
 

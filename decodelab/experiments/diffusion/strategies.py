@@ -130,7 +130,7 @@ def compare(
     return frame.assign(kind=kind, setting=setting)[["kind", "setting", "task", "example", *FIGURES, "text"]]
 
 
-FIGURES = ("score", "passes", "positions")
+FIGURES = ("score", "steps", "positions")
 
 
 def pack(
@@ -178,7 +178,7 @@ def curve(
     curves = []
     for _, task in part.groupby("task", sort=False):
         scores, passes, positions = (
-            task.pivot(index="setting", columns="example", values=v).to_numpy() for v in ("score", "passes", "positions")
+            task.pivot(index="setting", columns="example", values=v).to_numpy() for v in ("score", "steps", "positions")
         )
         curves.append(measured_curve(scores, positions, passes, kind in ADAPTIVE))
     return average_curve(curves)

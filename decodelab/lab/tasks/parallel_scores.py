@@ -32,14 +32,14 @@ def _numbers(values: Any, what: str, ndim: int) -> np.ndarray:
 
 def tokens_per_step(
     tokens: float | Sequence[float],  # generated positions, one number for all samples or [samples]; not negative
-    passes: Sequence[float],  # forward passes of every sample, [samples]; positive
+    forwards: Sequence[float],  # forward passes of every sample, [samples]; positive
 ) -> float:
     "Mean over samples of generated positions per forward pass (TPS)."
-    steps = _numbers(passes, "passes", 1)
+    steps = _numbers(forwards, "forwards", 1)
     counts = _numbers(np.broadcast_to(tokens, steps.shape) if np.ndim(tokens) == 0 else tokens, "tokens", 1)
     if counts.shape != steps.shape or (steps <= 0).any() or (counts < 0).any():
         raise ValueError(
-            f"every sample needs its tokens (not negative) and passes (positive); got shapes {counts.shape} and {steps.shape}: give one pair a sample"
+            f"every sample needs its tokens (not negative) and forward passes (positive); got shapes {counts.shape} and {steps.shape}: give one pair a sample"
         )
     return float((counts / steps).mean())
 
@@ -77,13 +77,13 @@ class SpeedCurve:
 def measured_curve(
     scores: Any,  # score of every sample at every setting, [settings, samples]
     tokens: Any,  # generated positions: a number, or [settings, samples]
-    passes: Any,  # forward passes, [settings, samples]; positive
+    forwards: Any,  # forward passes, [settings, samples]; positive
     interpolate: bool = False,  # as in `SpeedCurve`
 ) -> SpeedCurve:
     "The curve of one task: mean score and mean tokens per step of each setting."
-    values, steps = _numbers(scores, "scores", 2), _numbers(passes, "passes", 2)
+    values, steps = _numbers(scores, "scores", 2), _numbers(forwards, "forwards", 2)
     if values.shape != steps.shape:
-        raise ValueError(f"every score needs its passes, [settings, samples]; got shapes {values.shape} and {steps.shape}")
+        raise ValueError(f"every score needs its forward passes, [settings, samples]; got shapes {values.shape} and {steps.shape}")
     counts = np.broadcast_to(tokens, steps.shape)
     return SpeedCurve([tokens_per_step(n, s) for n, s in zip(counts, steps)], values.mean(1).tolist(), interpolate)
 
@@ -127,17 +127,17 @@ class OracleChoice:
 
     setting: np.ndarray  # index of the chosen setting, [samples]
     score: float  # mean score of the choices
-    passes: float  # their mean number of forward passes
+    forwards: float  # their mean number of forward passes
 
 
 def oracle(
     scores: Any,  # score of every sample at every setting, [settings, samples]
-    passes: Any,  # forward passes, [settings, samples]
+    forwards: Any,  # forward passes, [settings, samples]
 ) -> OracleChoice:
     "For each sample the setting with the best score and, of these, the fewest denoising steps (the first of equals)."
-    s, n = _numbers(scores, "scores", 2), _numbers(passes, "passes", 2)
+    s, n = _numbers(scores, "scores", 2), _numbers(forwards, "forwards", 2)
     if s.shape != n.shape:
-        raise ValueError(f"every score needs its passes, [settings, samples]; got shapes {s.shape} and {n.shape}")
+        raise ValueError(f"every score needs its forward passes, [settings, samples]; got shapes {s.shape} and {n.shape}")
     setting = np.where(s == s.max(0), n, np.inf).argmin(0)
     sample = np.arange(s.shape[1])
     return OracleChoice(setting, float(s[setting, sample].mean()), float(n[setting, sample].mean()))
