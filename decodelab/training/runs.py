@@ -302,6 +302,7 @@ class TrainingRun(TrainerCallback):
             trainer.add_callback(interrupt)
             trainer.add_callback(self)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # scores behind it are not those of an autocast
         if interrupt.asked:
             raise KeyboardInterrupt
 

@@ -490,7 +490,15 @@ def test_an_end_accepted_in_mid_draft_is_rejected(toy, llama, case, monkeypatch)
             done = new[n - 1] in self.eos or count + n >= self.budget
         return n, done
 
+    step = base._Walk.step
+
+    def walks_on(self, tokens, nodes):
+        ends, self.call.eos = self.call.eos, ()
+        step(self, tokens, nodes)
+        self.call.eos = ends
+
     monkeypatch.setattr(call._Ends, "cut", looks_at_the_last_token_only)
+    monkeypatch.setattr(base._Walk, "step", walks_on)
     end = truth[1]
     out = Scripted(truth=[truth], accept=3).generate(
         llama, prompt, max_new_tokens=20, do_sample=False, repetition_penalty=1.3, eos_token_id=end
