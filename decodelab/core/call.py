@@ -164,6 +164,7 @@ class Call:
         self.stats = DecodeStats()
         self.trace = Trace() if trace else None
         self.state: Any = None  # what the method keeps during the call
+        self.size: Any = None  # what chooses the sizes of drafts, where they are fitted
         self._ends = _Ends(stopping_criteria, generation_config, input_ids)
         self.budget, self.eos, self.criteria = self._ends.budget, self._ends.eos, self._ends.asked
         check_context(context_length(model), input_ids.shape[1], self.budget)

@@ -32,6 +32,7 @@ class DecodeStats:
     seconds: float = 0.0  # wall-clock time inside the decoder, from its call to its result
     forward_seconds: float = 0.0  # of these, inside target forwards (on a GPU: time to launch them)
     draft_seconds: float = 0.0  # of these, inside forwards of a draft model
+    auto: dict[str, Any] = field(default_factory=dict)  # what a draft size of "auto" chose, and why
 
     @property
     def drafted(self) -> int:

@@ -17,6 +17,7 @@ from math import log, sqrt
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from ..core.capability import embedding_size
@@ -24,10 +25,11 @@ from ..core.call import Call
 from ..core.registry import register
 from ..core.tree import Tree, trie
 from .base import LEARNING, Draft, SpeculativeDecoder
+from .draft_size import check_size
 from .trigram_table import Pair, Row, TrigramTable
 
 # %% auto #0
-__all__ = ['Node', 'search', 'most_visited', 'fit_budget', 'best_first', 'ADED']
+__all__ = ['POOL', 'Node', 'search', 'most_visited', 'fit_budget', 'best_first', 'ADED']
 
 # %% ../../nbs/speculative/aded.ipynb #5091068b
 @lru_cache(maxsize=32)
@@ -189,8 +191,12 @@ def best_first(
     return paths
 
 # %% ../../nbs/speculative/aded.ipynb #f729f7f3
+POOL = 32  # nodes that "auto" chooses from
+
+
 def _check(decoder: ADED) -> None:
-    least = {"kp": 1, "window": 3, "iterations": 1, "depth": 2, "ktop": 2, "nodes": 1}
+    check_size("nodes", decoder.nodes)
+    least = {"kp": 1, "window": 3, "iterations": 1, "depth": 2, "ktop": 2}
     for name, low in least.items():
         if getattr(decoder, name) < low:
             raise ValueError(f"{name} must be at least {low}, got {getattr(decoder, name)}")
@@ -224,10 +230,10 @@ class ADED(SpeculativeDecoder):
     iterations: int = 150  # lines of play of a search (at least 1)
     depth: int = 4  # states of a line, and longest draft in tokens (at least 2)
     ktop: int = 24  # most visited search nodes that become candidates, the root counted (at least 2)
-    nodes: int = 64  # draft tokens that one forward pass verifies (at least 1)
+    nodes: int | Literal["auto"] = 64  # draft tokens that one forward pass verifies (at least 1); "auto": as many as pay, see `draft_size`
     budget: Literal["trie", "official"] = "trie"  # how `nodes` is counted, see `fit_budget`
     score: Literal["intended", "official"] = "intended"  # what a line of play is worth, see `search`
-    maker: Literal["mcts", "best_first"] = "mcts"  # who finds the candidates: the paper's search, or `best_first`
+    maker: Literal["mcts", "best_first"] = "mcts"  # who finds the candidates: the paper's search, or `best_first`, as always with "auto"
     branching: int | None = None  # heaviest successors of a pair that are considered; all when None
     start_from: Literal["hot", "cold"] = "hot"  # inherit what earlier calls have taught, or start each call from the corpus
     seed: int = 0  # seed of the roll-outs
@@ -237,8 +243,18 @@ class ADED(SpeculativeDecoder):
         self._start = TrigramTable() if self.corpus is None else self.corpus.prune(self.kp)
         self.reset()
 
+    @property
+    def auto(self) -> bool:
+        return self.nodes == "auto"
+
+    @property
+    def priors(self) -> list[float]:
+        # by depth, then by what the table knows of the pair, then by the token's share of it
+        return [(0.3, 0.5, 0.7)[known] * (share + 0.5) / 8 for _ in range(self.depth) for known in range(3) for share in range(8)]
+
     def reset(self) -> None:
         "Forget what was learnt; the corpus stays."
+        self._acceptance = None
         self.table = TrigramTable(self._start, self.branching)  # of the last call's vocabulary
         self._vocabulary = 0  # no call yet
         self._tables: dict[int, TrigramTable] = {}  # vocabulary -> its table
@@ -272,10 +288,24 @@ class ADED(SpeculativeDecoder):
                 texts.append(call.sequences[row, max(call.state.first[row], end - self.window) : end].tolist())
                 self.learn(texts[-1], table)
             trees = [self.draft_tree(text, call.remaining(row) - 1, table) for row, text in zip(call.rows, texts)]
+            kinds = [self._kinds(text, *tree, table) for text, tree in zip(texts, trees)] if self.auto else []
         widest = max(len(tokens) for tokens, _ in trees)
         tokens = [t + [0] * (widest - len(t)) for t, _ in trees]
         parents = [p + [-1] * (widest - len(p)) for _, p in trees]
-        return Draft(torch.tensor(tokens, device=roots.device), Tree(parents if len(parents) > 1 else parents[0]))
+        numbers = np.array([k + [0] * (widest - len(k)) for k in kinds]) if kinds else None
+        return Draft(torch.tensor(tokens, device=roots.device), Tree(parents if len(parents) > 1 else parents[0]), kinds=numbers)
+
+    def _kinds(self, text: Sequence[int], tokens: list[int], parents: list[int], table: TrigramTable) -> list[int]:
+        # of each node: its depth, how much the table knows of the pair before it, and its share of that
+        kinds, depth, before = [0], [0], [text[-2] if len(text) > 1 else -1]
+        for token, up in zip(tokens[1:], parents[1:]):
+            depth.append(depth[up] + 1)
+            before.append(tokens[up])
+            row: Any = table.row((before[up], tokens[up]))  # the token was found there
+            weight, total = row.weights[row.tokens.index(token)], row.cumulative[-1]
+            known = 0 if total < 0.1 else 1 if total < 0.3 else 2
+            kinds.append(((depth[-1] - 1) * 3 + known) * 8 + min(7, int(8 * weight / total)))
+        return kinds
 
     def learn(
         self,
@@ -297,10 +327,14 @@ class ADED(SpeculativeDecoder):
         table = self.table if table is None else table
         if len(text) > 1 and longest > 0:
             pair = (text[-2], text[-1])
-            if self.maker == "best_first":
-                paths = best_first(table, pair, self.nodes, self.depth)
+            if self.maker == "best_first" or self.auto:
+                paths = best_first(table, pair, self._most, self.depth)
             else:
                 root = search(table, pair, self.iterations, self.depth, self.c1, self.c2, self.score, self.seed)
                 paths = most_visited(table, pair, root, self.ktop) if root else []
-        paths = fit_budget(paths, self.nodes, self.budget)
-        return trie(text[-1], [path[:longest] for path in paths], self.nodes + 1)[:2]
+        paths = fit_budget(paths, self._most, self.budget)
+        return trie(text[-1], [path[:longest] for path in paths], self._most + 1)[:2]
+
+    @property
+    def _most(self) -> int:
+        return POOL if isinstance(self.nodes, str) else self.nodes

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from ..core.contract import Call, Decoder
@@ -19,6 +21,7 @@ from ..core.session import Session
 from ..core.tree import Tree
 from ..core.warp import greedy, probabilities
 from .acceptance import Rule, SampleAndMatch, TypicalAcceptance
+from .draft_size import Acceptance, DraftSize, learn, trim, verify_curve
 
 # %% auto #0
 __all__ = ['LEARNING', 'Draft', 'walk', 'SpeculativeDecoder', 'draw_draft']
@@ -37,6 +40,7 @@ class Draft:
         None  # [row][node]: its children in the order they are tested, repeats allowed; those of the tree when None
     )
     facts: list[dict[str, Any]] | None = None  # what the trace shows besides, one dictionary a row
+    kinds: np.ndarray | None = None  # kind of each node, by which its acceptance is counted, [rows, nodes], or [1, nodes] for all rows
 
     def drafted(
         self,
@@ -246,17 +250,52 @@ class SpeculativeDecoder(Decoder):
     ) -> None:
         "Called after each verification."
 
+    # sizes of drafts
+
+    naps: ClassVar[bool] = True  # whether to stop drafting for a while when it does not pay
+    _acceptance = None  # counts of earlier calls
+
+    @property
+    def auto(self) -> bool:
+        "Whether the sizes of drafts are fitted to machine, model and batch, see `draft_size`."
+        return False
+
+    @property
+    def priors(self) -> list[float]:
+        "Of each kind of draft token, what to believe of its acceptance before any was seen."
+        return [0.5]
+
+    def draft_that_pays(self, call: Call, roots: torch.Tensor) -> Draft:
+        "`draft`, cut down to the draft tokens that pay."
+        return trim(call.size, self.draft(call, roots))
+
+    def _open_size(self, call: Call) -> DraftSize | None:
+        if not self.auto:
+            return None
+        # what earlier calls found changes nothing when sampling, so that a seed gives the same text again
+        known = self._acceptance
+        acceptance = Acceptance(self.priors) if known is None or call.do_sample else known.shrunk()
+        return DraftSize(verify_curve(call.model), acceptance, self.naps)
+
     def decode(self, call: Call) -> None:
         with call.session() as session:
+            call.size = self._open_size(call)
             self._loop(call, session)
+            if call.size is not None:
+                call.stats.auto, self._acceptance = call.size.facts(), call.size.acceptance
 
     def _loop(self, call: Call, session: Session) -> None:
         self.start(call, self._prefill(call, session))  # 1.
         roots = call.prompt[:, -1]
         call.stats.draft_lengths = [[] for _ in call.rows]
         while call.running:  # 2.
-            before = call.rows
-            draft = self.draft(call, roots)  # a.
+            before, size, started, forwards = call.rows, call.size, time.perf_counter(), call.stats.forward_seconds
+            if size is None:
+                draft = self.draft(call, roots)  # a.
+            elif size.rests():
+                draft = Draft(roots[:, None], Tree.chain(0))
+            else:
+                draft = self.draft_that_pays(call, roots)
             logits = session.feed_tree(draft.tokens, draft.tree)  # b.
             paths, emitted = walk(call, draft, logits, self.lossy or self.rule)  # c.
             session.commit(paths)  # d.
@@ -264,6 +303,11 @@ class SpeculativeDecoder(Decoder):
             for row, n in zip(before, draft.lengths):
                 call.stats.draft_lengths[row].append(n)
             self.observe(call, draft, logits, paths)  # e.
+            if size is not None:
+                learn(size, emitted)
+                spent = time.perf_counter() - started - (call.stats.forward_seconds - forwards)
+                # a seed gives the same text again: the clock decides nothing when sampling
+                size.note(len(before), draft.tokens.shape[1] - 1, sum(map(len, emitted)), None if call.do_sample else spent)
             roots = torch.tensor([tokens[-1] for tokens in emitted], device=call.prompt.device)  # f.
             if rows is not None and len(rows):
                 session.keep_rows(rows)

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 
 from ..core.call import Call, check_context
@@ -23,6 +24,7 @@ from ..core.tree import Tree, shape
 from ..core.warp import draw, greedy, probabilities
 from .acceptance import RecursiveRejection, Rule
 from .base import LEARNING, Draft, SpeculativeDecoder
+from .draft_size import CONFIDENCES, LONGEST, Chain, chain_length, check_size, verify_curve
 
 # %% auto #0
 __all__ = ['check_drafter', 'end_ids', 'DraftModelSession', 'processed_scores', 'ModelDrafter', 'example_drafter', 'DraftModel',
@@ -78,6 +80,7 @@ class DraftModelSession:
         self.before = call.stats.draft_forwards, call.stats.draft_seconds
         rows = len(call.prompt)
         self.behind = torch.full((rows,), -1, dtype=torch.long, device=call.prompt.device)  # an accepted token that was not read yet
+        self.missed: list[torch.Tensor] = []  # tokens of rounds without a draft, which were not read either, [rows] each
         self.tokens = self.parents = self.behind[:, None]  # the tree so far, [rows, nodes]; parents [nodes] while all rows agree
         if call.prompt.shape[1] > 1:
             self._paid(lambda: self.session.prefill(call.prompt[:, :-1], **forward_kwargs))
@@ -105,6 +108,8 @@ class DraftModelSession:
         roots: torch.Tensor,  # last certain token of each running row, [rows]
     ) -> torch.Tensor:
         "Read the roots, and what was accepted unread before; logits behind the roots, [rows, vocab]."
+        if self.missed:
+            self._catch_up()
         late = self.behind >= 0
         self._late: list[bool] = late.tolist()
         self._shift = int(any(self._late))  # nodes of the session's tree that stand before the root
@@ -116,6 +121,22 @@ class DraftModelSession:
                 roots.new_tensor([-1, 0]) if all(self._late) else torch.stack([roots.new_full((len(roots),), -1), late.long() - 1], 1)
             )
         return self._feed(self.tokens)[:, -1]
+
+    def _catch_up(self) -> None:
+        # read the tokens of rounds without a draft, behind what was accepted unread
+        late, n = self.behind >= 0, len(self.missed)
+        tokens = torch.stack([self.behind.clamp_min(0), *self.missed], 1)
+        rows = [[-1, 0 if held else -1, *range(1, n)] for held in late.tolist()]
+        self._paid(lambda: self.session.feed_tree(tokens, Tree(rows), **self.more))
+        self.session.commit([[*([0] if held else []), *range(1, n + 1)] for held in late.tolist()])
+        self.missed, self.behind = [], torch.full_like(self.behind, -1)
+
+    def skip(
+        self,
+        roots: torch.Tensor,  # last certain tokens, which the target read without a draft, [rows]
+    ) -> None:
+        "Note a round without a draft."
+        self.missed.append(roots)
 
     def grow(
         self,
@@ -156,7 +177,7 @@ class DraftModelSession:
     ) -> None:
         "Go on with some rows."
         self.session.keep_rows(rows)
-        self.behind = self.behind[rows]
+        self.behind, self.missed = self.behind[rows], [tokens[rows] for tokens in self.missed]
 
     def close(self) -> None:
         "Let go of the cache, and leave the drafter as it was."
@@ -199,11 +220,20 @@ class ModelDrafter(SpeculativeDecoder):
         check_drafter(self.drafter, call.model)
         check_context(context_length(self.drafter), call.prompt.shape[1], call.budget, "the drafter's")
 
+    def draft_that_pays(self, call: Call, roots: torch.Tensor) -> Draft:
+        return self.draft(call, roots)  # asks `call.size` on the way
+
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
         call.state = DraftModelSession(self.drafter, call, **self.forward_arguments)
+        if call.size is not None:
+            rows = len(call.rows)
+            call.size.read = float(verify_curve(self.drafter).seconds(rows) / call.size.curve.seconds(rows))
 
     def observe(self, call: Call, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
-        call.state.keep(draft, paths)
+        if call.size is not None and call.size.whole is None:
+            call.state.skip(draft.tokens[:, 0])
+        else:
+            call.state.keep(draft, paths)
 
 # %% ../../nbs/speculative/drafters.ipynb #377189af
 def example_drafter(
@@ -236,25 +266,40 @@ def example_drafter(
 class DraftModel(ModelDrafter):
     "A smaller model drafts a chain of gamma tokens (Leviathan et al. 2023; Chen et al. 2023)."
 
-    gamma: int = 5  # draft tokens a round (at least 0; 0 is plain decoding)
+    gamma: int | Literal["auto"] = 5  # draft tokens a round (at least 0; 0 is plain decoding); "auto": as many as pay, see `draft_size`
 
     def __post_init__(self) -> None:
-        if self.gamma < 0:
-            raise ValueError(f"gamma must be at least 0, got {self.gamma}")
+        check_size("gamma", self.gamma, 0)
+
+    @property
+    def auto(self) -> bool:
+        return self.gamma == "auto"
+
+    @property
+    def priors(self) -> list[float]:
+        return [(i + 0.5) / CONFIDENCES for i in range(CONFIDENCES)]  # by the drafter's largest probability
 
     def draft(self, call: Call, roots: torch.Tensor) -> Draft:
-        length = min(self.gamma, max(call.remaining(row) for row in call.rows) - 1)
-        tokens, probs = [roots], []
+        length = min(chain_length(self.gamma), max(call.remaining(row) for row in call.rows) - 1)
+        tokens, probs, chain = [roots], [], None if call.size is None else Chain(call.size, len(roots))
         for i in range(length):
             logits = call.state.open(roots) if i == 0 else call.state.grow(tokens[-1][:, None], [i - 1])[:, 0]
             scores = processed_scores(call, logits, torch.stack(tokens[1:], 1) if i else roots[:, None][:, :0])
+            if chain is not None and not chain.submits(scores):  # asked before the token is drawn: its law must not depend on the answer
+                break
             if call.do_sample:
                 probs.append(probabilities(scores))
             tokens.append(draw(probs[-1]) if call.do_sample else greedy(scores)[0])
+            if chain is not None and not chain.goes_on():
+                break
         if length == 0:
             call.state.open(roots)
         probs = [*probs, torch.zeros_like(probs[0])] if probs else []
-        return Draft(torch.stack(tokens, 1), Tree.chain(length), torch.stack(probs, 1) if probs else None)
+        kinds = None if chain is None else chain.kinds(len(tokens) - 1)
+        draft = Draft(torch.stack(tokens, 1), Tree.chain(len(tokens) - 1), torch.stack(probs, 1) if probs else None, kinds=kinds)
+        if call.size is not None:
+            call.size.whole = draft
+        return draft
 
 # %% ../../nbs/speculative/drafters.ipynb #d0625af0
 class _Index:
@@ -271,12 +316,13 @@ class _Index:
                 self.ends.setdefault(tuple(self.text[-w:]), len(self.text))
             self.text.append(token)
 
-    def lookup(self, k: int) -> list[int]:
+    def lookup(self, k: int) -> tuple[list[int], int]:
+        "What followed, and the length of the phrase that was found."
         for w in range(min(self.w_max, len(self.text)), 0, -1):
             end = self.ends.get(tuple(self.text[-w:]))
             if end is not None:
-                return self.text[end : end + k]
-        return []
+                return self.text[end : end + k], w
+        return [], 0
 
 
 @dataclass
@@ -290,8 +336,10 @@ class TextDrafter(SpeculativeDecoder):
         "What a row remembers; has `extend(tokens)`."
         raise NotImplementedError(f"{type(self).__name__} must define memory(vocabulary)")
 
-    def follow(self, memory: Any) -> list[int]:
-        "Draft tokens for what follows."
+    naps: ClassVar[bool] = False  # to look is cheap
+
+    def follow(self, memory: Any) -> tuple[list[int], list[int]]:
+        "Draft tokens for what follows, and their kinds."
         raise NotImplementedError(f"{type(self).__name__} must define follow(memory)")
 
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
@@ -303,19 +351,22 @@ class TextDrafter(SpeculativeDecoder):
                 memory.extend(ids[mask].tolist())
 
     def draft(self, call: Call, roots: torch.Tensor) -> Draft:
-        start, state, texts = call.prompt.shape[1], call.state, []
+        start, state, texts, kinds = call.prompt.shape[1], call.state, list[list[int]](), list[list[int]]()
         with LEARNING:
             for i, row in enumerate(call.rows):
                 state.rows[i].extend(call.sequences[row, start + state.seen[i] : start + call.counts[row]].tolist())
                 state.seen[i] = call.counts[row]
-                texts.append(self.follow(state.rows[i])[: call.remaining(row) - 1])
+                text, kind = self.follow(state.rows[i])
+                texts.append(text[: call.remaining(row) - 1])
+                kinds.append(kind[: call.remaining(row) - 1])
         longest = max(map(len, texts))
+        numbers = np.array([[0, *kind, *[0] * (longest - len(kind))] for kind in kinds])
         tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts], dtype=torch.long, device=roots.device)
         if all(len(text) == longest for text in texts):
             tree = Tree.chain(longest)
         else:
             tree = Tree([[*range(-1, len(text))] + [-1] * (longest - len(text)) for text in texts])
-        return Draft(torch.cat([roots[:, None], tokens.view(len(texts), longest)], 1), tree)
+        return Draft(torch.cat([roots[:, None], tokens.view(len(texts), longest)], 1), tree, kinds=numbers)
 
 
 class _Texts:
@@ -342,17 +393,28 @@ class PromptLookup(TextDrafter):
     "Copies what followed the last tokens where they first occurred (Saxena 2023); a shorter continuation than k is taken, too."
 
     w_max: int = 3  # longest phrase to look for (at least 1)
-    k: int = 10  # tokens to copy (at least 1)
+    k: int | Literal["auto"] = 10  # tokens to copy (at least 1); "auto": as many as pay, see `draft_size`
 
     def __post_init__(self) -> None:
-        if self.w_max < 1 or self.k < 1:
-            raise ValueError(f"w_max and k must be at least 1, got {self.w_max} and {self.k}")
+        check_size("k", self.k, 1)
+        if self.w_max < 1:
+            raise ValueError(f"w_max must be at least 1, got {self.w_max}")
+
+    @property
+    def auto(self) -> bool:
+        return self.k == "auto"
+
+    @property
+    def priors(self) -> list[float]:
+        # by length of the phrase, then by depth
+        return [min(0.9, 0.2 + 0.15 * w + 0.1 * depth) for w in range(self.w_max + 1) for depth in range(LONGEST)]
 
     def memory(self, vocabulary: int) -> _Index:
         return _Index(self.w_max)
 
-    def follow(self, memory: _Index) -> list[int]:
-        return memory.lookup(self.k)
+    def follow(self, memory: _Index) -> tuple[list[int], list[int]]:
+        text, w = memory.lookup(chain_length(self.k))
+        return text, [w * LONGEST + min(depth, LONGEST - 1) for depth in range(len(text))]
 
 # %% ../../nbs/speculative/drafters.ipynb #0d1f2f3f
 class _Table:
@@ -385,15 +447,24 @@ class NGram(TextDrafter):
     "Drafts the latest successor of the last n tokens, or of fewer, again and again (the n-gram drafter of Leviathan et al. 2023)."
 
     n: int = 2  # tokens that a successor depends on (at least 1)
-    gamma: int = 5  # draft tokens a round (at least 1)
+    gamma: int | Literal["auto"] = 5  # draft tokens a round (at least 1); "auto": as many as pay, see `draft_size`
     start_from: Literal["hot", "cold"] = "hot"  # inherit what earlier calls have taught, or start each call from nothing
     capacity: int = 200_000  # n-grams that are remembered (at least 1); those seen longest ago are forgotten first
 
     def __post_init__(self) -> None:
-        for name in ("n", "gamma", "capacity"):
+        check_size("gamma", self.gamma, 1)
+        for name in ("n", "capacity"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         self.reset()
+
+    @property
+    def auto(self) -> bool:
+        return self.gamma == "auto"
+
+    @property
+    def priors(self) -> list[float]:
+        return [0.4] * ((self.n + 1) * LONGEST)  # by tokens that the successor depends on, then by depth
 
     def reset(self) -> None:
         "Forget what earlier calls have taught."
@@ -407,12 +478,13 @@ class NGram(TextDrafter):
     def memory(self, vocabulary: int) -> _Table:
         return _Table(self.learnt.setdefault(vocabulary, {}), self.n, self.capacity)
 
-    def follow(self, memory: _Table) -> list[int]:
-        text = list(memory.last)
-        for _ in range(self.gamma):
-            found = (memory.successors.get(tuple(text[-w:])) for w in range(min(self.n, len(text)), 0, -1))
-            token = next((t for t in found if t is not None), None)
+    def follow(self, memory: _Table) -> tuple[list[int], list[int]]:
+        text, kinds = list(memory.last), []
+        for depth in range(chain_length(self.gamma)):
+            found = ((memory.successors.get(tuple(text[-w:])), w) for w in range(min(self.n, len(text)), 0, -1))
+            token, w = next(((t, w) for t, w in found if t is not None), (None, 0))
             if token is None:
                 break
             text.append(token)
-        return text[len(memory.last) :]
+            kinds.append(w * LONGEST + depth)
+        return text[len(memory.last) :], kinds

@@ -114,7 +114,9 @@ class TokenRecycling(SpeculativeDecoder):
     "Drafts a fixed tree from a table of each token's last seen top-k successors (Luo et al. 2024)."
 
     k: int = 8  # successors kept for each token (1 to 10)
-    template: str | Sequence[str] = "2.2.2"  # the tree: a name in TEMPLATES, or rank paths; ranks beyond k are left out
+    template: str | Sequence[str] = (
+        "2.2.2"  # the tree: a name in TEMPLATES, or rank paths; ranks beyond k are left out; "auto": those that pay
+    )
     start_from: Literal["hot", "cold"] = "hot"  # inherit the table of earlier calls, or start each call from zeros
     update_prompt: bool = False  # also learn from the target's answers on the prompt
     update: Literal["all", "accepted"] = "all"  # learn from every node, or only from accepted ones
@@ -123,12 +125,25 @@ class TokenRecycling(SpeculativeDecoder):
     def __post_init__(self) -> None:
         if not 1 <= self.k <= 10:
             raise ValueError(f"k must lie in 1..10, got {self.k}")
-        self.paths = [p for p in rank_paths(self.template) if max(map(int, p)) < self.k]
+        self.paths = [p for p in rank_paths("2.2.2" if self.auto else self.template) if max(map(int, p)) < self.k]
         self.tree = template_tree(self.paths)
+        self._kinds = np.arange(len(self.tree))[None]
         self.reset()
+
+    @property
+    def auto(self) -> bool:
+        return isinstance(self.template, str) and self.template == "auto"
+
+    @property
+    def priors(self) -> list[float]:
+        return [
+            1.0,
+            *(0.5 ** (1 + int(p[-1])) for p in self.paths),
+        ]  # a kind a node: half for the first rank, half of the rest for the next
 
     def reset(self) -> None:
         "Forget the table and the acceptance counts."
+        self._acceptance = None
         self.table: torch.Tensor | None = None  # successors [vocab, k], of the last call's vocabulary
         self._tables: dict[Any, torch.Tensor] = {}  # (vocabulary, device) -> its table
         self.hits = [0] * len(self.tree)  # how often each node was accepted, root: verifications
@@ -159,13 +174,14 @@ class TokenRecycling(SpeculativeDecoder):
             return table
 
     def draft(self, call: Call, roots: torch.Tensor) -> Draft:
-        return Draft(read_table(call.state.table, roots, call.state.levels), self.tree)
+        return Draft(read_table(call.state.table, roots, call.state.levels), self.tree, kinds=self._kinds)
 
     def observe(self, call: Call, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
+        kinds = self._kinds if draft.kinds is None else draft.kinds
         with LEARNING:
             for path in paths:
                 for node in path:
-                    self.hits[node] += 1
+                    self.hits[kinds[0, node]] += 1
         if self.update == "all":
             self._learn(call.state.table, draft.tokens.flatten(), logits.flatten(0, 1))
         else:

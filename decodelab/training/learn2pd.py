@@ -39,7 +39,7 @@ __all__ = ['EDGES', 'Records', 'Recorder', 'static_texts', 'record', 'split_by_p
 class Records:
     "What a filter learns from: a line for each denoising step of the oracle over a block."
 
-    c: torch.Tensor  # confidences, filled positions included, 0 where a place has been cut off, [n, B]
+    c: torch.Tensor  # confidences, filled positions included, 0 where a position has been cut off, [n, B]
     correct: torch.Tensor  # whether the proposal is already that of y*, [n, B], bool
     masked: torch.Tensor  # masked positions, [n, B], bool
     there: torch.Tensor  # positions that have not been cut off, [n, B], bool
@@ -143,7 +143,7 @@ def split_by_prompt(
     shares: tuple[float, ...] = (0.8, 0.1, 0.1),  # training, validation, test
     seed: int = 0,  # order of the prompts
 ) -> list[Records]:
-    "Disjoint sets of prompts, with all their records: passes over one block resemble each other too much to be on both sides."
+    "Disjoint sets of prompts, with all their records: denoising steps of one block resemble each other too much to be on both sides."
     known = records.prompt.unique()
     order = known[torch.from_numpy(np.random.default_rng(seed).permutation(len(known)))]
     sizes = [round(len(known) * share) for share in shares[:-1]]
@@ -340,7 +340,7 @@ def train_filter(
         run.train(trainer, data=fingerprint(*vars(records).values()))
         figures = run.figures(trainer) | {
             "kept_step": trainer.state.best_global_step,
-            "oracle_passes_a_block": _passes_a_block(records),
+            "oracle_steps_a_block": _steps_a_block(records),
             **_filter_report(filter.cpu().eval(), train, validation, test, tasks),
         }
         filter.save_pretrained(out)
@@ -365,8 +365,8 @@ def _filter_report(filter: ConfidenceFilter, train: Records, validation: Records
     }
 
 
-def _passes_a_block(records: Records) -> float:
-    # a block of a whole canvas has as many records as passes
+def _steps_a_block(records: Records) -> float:
+    # a block of a whole canvas has as many records as denoising steps
     whole = records[~records.cut]
     blocks = whole.prompt * (int(whole.block.max()) + 1) + whole.block
     return len(whole) / len(blocks.unique())
