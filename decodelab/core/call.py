@@ -316,6 +316,9 @@ class Call:
         return self._finish_step()
 
     def _write(self, starts: list[int], texts: list[list[int]]) -> None:
+        if len(texts) == 1:
+            self.sequences[self.rows[0], starts[0] : starts[0] + len(texts[0])] = torch.tensor(texts[0], device=self.sequences.device)
+            return
         # one write for all rows: in a large batch a write for each would cost more than the model
         cells = [(row, start + j, token) for row, start, text in zip(self.rows, starts, texts) for j, token in enumerate(text)]
         if cells:

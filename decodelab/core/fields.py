@@ -54,7 +54,7 @@ def type_words(
     if origin in (Union, UnionType):
         return " or ".join(type_words(part) for part in parts)
     if origin is Literal:
-        return f"one of {', '.join(map(repr, parts))}"
+        return f"{'one of ' if len(parts) > 1 else ''}{', '.join(map(repr, parts))}"
     if origin is not None and issubclass(origin, Mapping):
         return "a table such as {1: 0.5}"
     if origin is not None and issubclass(origin, Iterable):

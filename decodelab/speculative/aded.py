@@ -254,7 +254,7 @@ class ADED(SpeculativeDecoder):
 
     def reset(self) -> None:
         "Forget what was learnt; the corpus stays."
-        self._acceptance = None
+        self._size = None  # type: ignore[misc]
         self.table = TrigramTable(self._start, self.branching)  # of the last call's vocabulary
         self._vocabulary = 0  # no call yet
         self._tables: dict[int, TrigramTable] = {}  # vocabulary -> its table

@@ -19,9 +19,10 @@ import torch
 from ..core.contract import Call, Decoder
 from ..core.session import Session
 from ..core.tree import Tree
+from ..core.verify_curve import verify_curve
 from ..core.warp import greedy, probabilities
 from .acceptance import Rule, SampleAndMatch, TypicalAcceptance
-from .draft_size import Acceptance, DraftSize, learn, trim, verify_curve
+from .draft_size import Acceptance, DraftSize, learn, trim
 
 # %% auto #0
 __all__ = ['LEARNING', 'Draft', 'walk', 'SpeculativeDecoder', 'draw_draft']
@@ -253,7 +254,7 @@ class SpeculativeDecoder(Decoder):
     # sizes of drafts
 
     naps: ClassVar[bool] = True  # whether to stop drafting for a while when it does not pay
-    _acceptance = None  # counts of earlier calls
+    _size: ClassVar[DraftSize | None] = None  # of the last call (set on the object)
 
     @property
     def auto(self) -> bool:
@@ -273,53 +274,80 @@ class SpeculativeDecoder(Decoder):
         if not self.auto:
             return None
         # what earlier calls found changes nothing when sampling, so that a seed gives the same text again
-        known = self._acceptance
-        acceptance = Acceptance(self.priors) if known is None or call.do_sample else known.shrunk()
-        return DraftSize(verify_curve(call.model), acceptance, self.naps)
+        before = None if call.do_sample else self._size
+        return DraftSize(verify_curve(call.model), Acceptance(self.priors), self.naps, before)
+
+    def skip(
+        self,
+        call: Call,  # the call
+        roots: torch.Tensor,  # last certain tokens, which the target is about to read, [rows]
+    ) -> None:
+        "Called in place of `draft` and `observe` in a round without a draft."
 
     def decode(self, call: Call) -> None:
         with call.session() as session:
             call.size = self._open_size(call)
             self._loop(call, session)
             if call.size is not None:
-                call.stats.auto, self._acceptance = call.size.facts(), call.size.acceptance
+                call.stats.auto = call.size.facts()
+                self._size = call.size  # type: ignore[misc]
 
     def _loop(self, call: Call, session: Session) -> None:
-        self.start(call, self._prefill(call, session))  # 1.
+        behind = self._prefill(call, session)  # 1.
         roots = call.prompt[:, -1]
         call.stats.draft_lengths = [[] for _ in call.rows]
         while call.running:  # 2.
-            before, size, started, forwards = call.rows, call.size, time.perf_counter(), call.stats.forward_seconds
-            if size is None:
-                draft = self.draft(call, roots)  # a.
-            elif size.rests():
-                draft = Draft(roots[:, None], Tree.chain(0))
+            before, clock = call.rows, time.perf_counter() - call.stats.forward_seconds
+            plain = behind is not None or (call.size is not None and call.size.rests())
+            draft = self._draft(call, roots, plain)  # a.
+            if behind is not None:
+                logits, behind = behind, None
             else:
-                draft = self.draft_that_pays(call, roots)
-            logits = session.feed_tree(draft.tokens, draft.tree)  # b.
+                logits = session.feed(draft.tokens) if plain else session.feed_tree(draft.tokens, draft.tree)  # b.
             paths, emitted = walk(call, draft, logits, self.lossy or self.rule)  # c.
-            session.commit(paths)  # d.
+            if not plain:
+                session.commit(paths)  # d.
             rows = call.commit(emitted, *self._story(call, draft, paths))
             for row, n in zip(before, draft.lengths):
                 call.stats.draft_lengths[row].append(n)
-            self.observe(call, draft, logits, paths)  # e.
-            if size is not None:
-                learn(size, emitted)
-                spent = time.perf_counter() - started - (call.stats.forward_seconds - forwards)
-                # a seed gives the same text again: the clock decides nothing when sampling
-                size.note(len(before), draft.tokens.shape[1] - 1, sum(map(len, emitted)), None if call.do_sample else spent)
+            if not plain:
+                self.observe(call, draft, logits, paths)  # e.
+            if call.size is not None:
+                self._count(call, draft, emitted, time.perf_counter() - call.stats.forward_seconds - clock)
             roots = torch.tensor([tokens[-1] for tokens in emitted], device=call.prompt.device)  # f.
             if rows is not None and len(rows):
                 session.keep_rows(rows)
                 self.keep_rows(call, rows)
+                if call.size is not None:
+                    call.size.keep_rows(rows.tolist())
                 roots = roots[rows]
 
+    def _draft(self, call: Call, roots: torch.Tensor, plain: bool) -> Draft:
+        if plain:
+            self.skip(call, roots)
+            return Draft(roots[:, None], Tree.chain(0))
+        return self.draft(call, roots) if call.size is None else self.draft_that_pays(call, roots)
+
+    def _count(self, call: Call, draft: Draft, emitted: list[list[int]], seconds: float) -> None:
+        learn(call.size, emitted)
+        # a seed gives the same text again: the clock decides nothing when sampling
+        verified, written = draft.tokens.shape[1] - 1, sum(map(len, emitted))
+        call.size.note(len(emitted), verified, written, None if call.do_sample else seconds)
+
     def _prefill(self, call: Call, session: Session) -> torch.Tensor | None:
+        # logits behind the prompt when the sizes are fitted: then its last token needs no forward of its own, and the first round no draft
+        kept = 0 if self.reads_prompt else 1
+        if call.size is not None:
+            logits = session.prefill(call.prompt, keep=kept)
+            self.start(call, logits[:, :-1] if self.reads_prompt else None)
+            return logits[:, -1:]
         if session.slots == call.prompt.shape[1] - 1:  # a single token, or a passed cache that holds all but the last
             session.resume(call.prompt[:, :-1])
-            return None
-        logits = session.prefill(call.prompt[:, :-1], keep=0 if self.reads_prompt else 1)
-        return logits if self.reads_prompt else None
+            self.start(call, None)
+        else:
+            logits = session.prefill(call.prompt[:, :-1], keep=kept)
+            self.start(call, logits if self.reads_prompt else None)
+        return None
 
     def _story(self, call: Call, draft: Draft, paths: list[list[int]]) -> tuple[Any, Any]:
         if call.trace is None:

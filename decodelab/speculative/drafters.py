@@ -21,10 +21,12 @@ from ..core.registry import register
 from ..core.output import DecodeStats
 from ..core.session import Session, tree_trial
 from ..core.tree import Tree, shape
+from ..core.verify_curve import verify_curve
 from ..core.warp import draw, greedy, probabilities
 from .acceptance import RecursiveRejection, Rule
 from .base import LEARNING, Draft, SpeculativeDecoder
-from .draft_size import CONFIDENCES, LONGEST, Chain, chain_length, check_size, verify_curve
+from .draft_size import LONGEST, chain_length, check_size
+from .drawn_size import CONFIDENCES, Chain
 
 # %% auto #0
 __all__ = ['check_drafter', 'end_ids', 'DraftModelSession', 'processed_scores', 'ModelDrafter', 'example_drafter', 'DraftModel',
@@ -82,10 +84,17 @@ class DraftModelSession:
         self.behind = torch.full((rows,), -1, dtype=torch.long, device=call.prompt.device)  # an accepted token that was not read yet
         self.missed: list[torch.Tensor] = []  # tokens of rounds without a draft, which were not read either, [rows] each
         self.tokens = self.parents = self.behind[:, None]  # the tree so far, [rows, nodes]; parents [nodes] while all rows agree
-        if call.prompt.shape[1] > 1:
-            self._paid(lambda: self.session.prefill(call.prompt[:, :-1], **forward_kwargs))
+        self.begun = False
+
+    def _begin(self) -> None:
+        # a call that never drafts does not pay for reading the prompt twice
+        if self.begun:
+            return
+        self.begun, prompt = True, self.call.prompt
+        if prompt.shape[1] > 1:
+            self._paid(lambda: self.session.prefill(prompt[:, :-1], **self.more))
         else:
-            self.session.resume(call.prompt[:, :0])
+            self.session.resume(prompt[:, :0])
 
     def _paid(self, forward: Any) -> torch.Tensor:
         own, stats = self.session.stats, self.call.stats
@@ -108,6 +117,7 @@ class DraftModelSession:
         roots: torch.Tensor,  # last certain token of each running row, [rows]
     ) -> torch.Tensor:
         "Read the roots, and what was accepted unread before; logits behind the roots, [rows, vocab]."
+        self._begin()
         if self.missed:
             self._catch_up()
         late = self.behind >= 0
@@ -126,9 +136,13 @@ class DraftModelSession:
         # read the tokens of rounds without a draft, behind what was accepted unread
         late, n = self.behind >= 0, len(self.missed)
         tokens = torch.stack([self.behind.clamp_min(0), *self.missed], 1)
-        rows = [[-1, 0 if held else -1, *range(1, n)] for held in late.tolist()]
-        self._paid(lambda: self.session.feed_tree(tokens, Tree(rows), **self.more))
-        self.session.commit([[*([0] if held else []), *range(1, n + 1)] for held in late.tolist()])
+        first = [0 if held else 1 for held in late.tolist()]  # the node that a row begins with
+        if not any(first) or all(first):
+            tokens, tree, first = tokens[:, first[0] :], Tree.chain(n - first[0]), [0] * len(first)
+        else:
+            tree = Tree([[-1, 0 if start == 0 else -1, *range(1, n)] for start in first])
+        self._paid(lambda: self.session.feed_tree(tokens, tree, **self.more))
+        self.session.commit([[*range(start, tokens.shape[1])] for start in first])
         self.missed, self.behind = [], torch.full_like(self.behind, -1)
 
     def skip(
@@ -176,6 +190,7 @@ class DraftModelSession:
         rows: torch.Tensor,  # indices of the rows that go on, [n]
     ) -> None:
         "Go on with some rows."
+        self._begin()
         self.session.keep_rows(rows)
         self.behind, self.missed = self.behind[rows], [tokens[rows] for tokens in self.missed]
 
@@ -227,13 +242,13 @@ class ModelDrafter(SpeculativeDecoder):
         call.state = DraftModelSession(self.drafter, call, **self.forward_arguments)
         if call.size is not None:
             rows = len(call.rows)
-            call.size.read = float(verify_curve(self.drafter).seconds(rows) / call.size.curve.seconds(rows))
+            call.size.read = verify_curve(self.drafter).plain(rows) / call.size.curve.plain(rows)
 
     def observe(self, call: Call, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
-        if call.size is not None and call.size.whole is None:
-            call.state.skip(draft.tokens[:, 0])
-        else:
-            call.state.keep(draft, paths)
+        call.state.keep(draft, paths)
+
+    def skip(self, call: Call, roots: torch.Tensor) -> None:
+        call.state.skip(roots)
 
 # %% ../../nbs/speculative/drafters.ipynb #377189af
 def example_drafter(
@@ -285,7 +300,9 @@ class DraftModel(ModelDrafter):
         for i in range(length):
             logits = call.state.open(roots) if i == 0 else call.state.grow(tokens[-1][:, None], [i - 1])[:, 0]
             scores = processed_scores(call, logits, torch.stack(tokens[1:], 1) if i else roots[:, None][:, :0])
-            if chain is not None and not chain.submits(scores):  # asked before the token is drawn: its law must not depend on the answer
+            if chain is not None and not chain.submits(
+                scores
+            ):  # asked before the token is drawn: its distribution must not depend on the answer
                 break
             if call.do_sample:
                 probs.append(probabilities(scores))
@@ -407,7 +424,7 @@ class PromptLookup(TextDrafter):
     @property
     def priors(self) -> list[float]:
         # by length of the phrase, then by depth
-        return [min(0.9, 0.2 + 0.15 * w + 0.1 * depth) for w in range(self.w_max + 1) for depth in range(LONGEST)]
+        return [min(0.5, 0.15 * w + 0.02 * depth) for w in range(self.w_max + 1) for depth in range(LONGEST)]
 
     def memory(self, vocabulary: int) -> _Index:
         return _Index(self.w_max)
@@ -464,7 +481,7 @@ class NGram(TextDrafter):
 
     @property
     def priors(self) -> list[float]:
-        return [0.4] * ((self.n + 1) * LONGEST)  # by tokens that the successor depends on, then by depth
+        return [0.25] * ((self.n + 1) * LONGEST)  # by tokens that the successor depends on, then by depth
 
     def reset(self) -> None:
         "Forget what earlier calls have taught."

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..core.contract import Call
 from ..core.registry import register
 from .drafters import example_drafter
+from .draft_size import check_size
+from .drawn_size import DEPTHS, RANKS, level_priors
 from .sampled_tree import SampledTree
 
 # %% auto #0
@@ -56,20 +58,25 @@ def draw_siblings(
 class RSDC(SampledTree):
     "Drafts a tree of constant branching, siblings drawn without replacement (Jeon et al. 2024, RSD-C)."
 
-    b: Sequence[int] = (2, 1, 1)  # children of each node, level by level (each at least 1); () is plain decoding
+    b: Sequence[int] | Literal["auto"] = (
+        2,
+        1,
+        1,
+    )  # children of each node, level by level (each at least 1); () is plain decoding; "auto": those that pay
 
     def __post_init__(self) -> None:
-        if not all(n >= 1 for n in self.b):
+        if not self.auto and (isinstance(self.b, str) or not all(n >= 1 for n in self.b)):
             raise ValueError(f"b must list whole numbers of at least 1, one a level, such as (2, 1, 1); got {self.b!r}")
 
-    @property
-    def levels(self) -> int:
-        return len(self.b)
+    auto = property(lambda self: isinstance(self.b, str) and self.b == "auto")
+    priors = property(lambda self: level_priors())
+    levels = property(lambda self: DEPTHS if self.auto else len(self.b))
+    widest = property(lambda self: RANKS)
 
     def branch(
         self, q: torch.Tensor, alive: torch.Tensor, level: int, sample: bool, memory: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        k = min(self.b[level], q.shape[-1])
+        k = min(memory["width"] if isinstance(self.b, str) else self.b[level], q.shape[-1])
         tokens = draw_siblings(q, k) if sample else q.topk(k).indices
         up = torch.arange(q.shape[1], device=q.device)[:, None].expand(tokens.shape)
         return tokens.clamp_min(0).flatten(1), torch.where((tokens >= 0) & alive[..., None], up, -1).flatten(1)
@@ -123,15 +130,17 @@ class RSDS(SampledTree):
     "Drafts a tree by stochastic beam search: W sequences drawn without replacement (Jeon et al. 2024, RSD-S)."
 
     W: int = 2  # sequences kept at each level (at least 1; 1 is a chain)
-    L: int = 3  # levels (at least 0; 0 is plain decoding)
+    L: int | Literal["auto"] = 3  # levels (at least 0; 0 is plain decoding); "auto": as many as pay, see `draft_size`
 
     def __post_init__(self) -> None:
-        if self.W < 1 or self.L < 0:
-            raise ValueError(f"W must be at least 1 and L at least 0, got {self.W} and {self.L}")
+        check_size("L", self.L, 0)
+        if self.W < 1:
+            raise ValueError(f"W must be at least 1, got {self.W}")
 
-    @property
-    def levels(self) -> int:
-        return self.L
+    auto = property(lambda self: self.L == "auto")
+    priors = property(lambda self: level_priors())
+    levels = property(lambda self: DEPTHS if self.auto else self.L)
+    widest = property(lambda self: self.W)
 
     def branch(
         self, q: torch.Tensor, alive: torch.Tensor, level: int, sample: bool, memory: dict[str, Any]

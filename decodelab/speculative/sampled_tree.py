@@ -18,6 +18,7 @@ from ..core.tree import Tree, shape
 from ..core.warp import draw, greedy, probabilities
 from .acceptance import KSeq, RecursiveRejection, Rule
 from .base import Draft
+from .drawn_size import Levels
 from .drafters import ModelDrafter, example_drafter, processed_scores
 
 # %% auto #0
@@ -44,6 +45,11 @@ class SampledTree(ModelDrafter):
         "Tokens of the next nodes [rows, m], and the index of their parents among the newest nodes [rows, m]; -1: fills up the row."
         raise NotImplementedError(f"{type(self).__name__} must define branch(q, alive, level, sample, memory)")
 
+    @property
+    def widest(self) -> int:
+        "Children of a node, at most, when the shape is fitted."
+        return 1
+
     def candidates(self, rows: int, memory: dict[str, Any]) -> list[list[list[int]]] | None:
         "[row][node]: children in the order they are tested, where the tree itself does not say it."
         return None
@@ -59,6 +65,7 @@ def grow_tree(
 ) -> Draft:
     "A draft tree below each root: one forward of the drafter a level."
     levels = min(decoder.levels, max(call.remaining(row) for row in call.rows) - 1)
+    fitted = None if call.size is None else Levels(call.size, len(roots))
     tokens, parents, probs = [roots[:, None]], [torch.full_like(roots, -1)[:, None]], []
     paths, alive, first = roots.new_empty(len(roots), 1, 0), torch.ones_like(roots, dtype=torch.bool)[:, None], 0
     memory: dict[str, Any] = {}
@@ -69,14 +76,26 @@ def grow_tree(
         # the drafter's distribution at each node, behind the processors, [rows, n, vocab]
         q = [probabilities(processed_scores(call, logits[:, i], paths[:, i])) for i in range(logits.shape[1])]
         probs.append(torch.stack(q, 1))
+        if fitted is not None:  # asked before the tokens are drawn: their distribution must not depend on the answer
+            memory["width"] = fitted.width(decoder.widest)
+            if not memory["width"]:
+                probs.pop()
+                break
         new, up = decoder.branch(probs[-1], alive, level, call.do_sample, memory)
         parents.append(torch.where(up < 0, -1, up + first))
         first, at = first + tokens[-1].shape[1], up.clamp_min(0)
         paths = torch.cat([paths.gather(1, at[..., None].expand(-1, -1, level)), new[..., None]], -1)
         tokens.append(new)
         alive = (up >= 0) & ~torch.isin(new, call.ends)
+        if fitted is not None:
+            fitted.add(up)
+            if not fitted.goes_on():
+                break
     candidates = decoder.candidates(len(roots), memory)
-    return _finished(torch.cat(tokens, 1), _agreed(torch.cat(parents, 1)), probs if call.do_sample else [], candidates)
+    draft = _finished(torch.cat(tokens, 1), _agreed(torch.cat(parents, 1)), probs if call.do_sample else [], candidates)
+    if fitted is not None:
+        draft.kinds, call.size.whole = fitted.kinds(), draft
+    return draft
 
 # %% ../../nbs/speculative/sampled_tree.ipynb #68c96258
 def _agreed(parents: torch.Tensor) -> torch.Tensor:

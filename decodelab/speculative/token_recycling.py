@@ -136,14 +136,12 @@ class TokenRecycling(SpeculativeDecoder):
 
     @property
     def priors(self) -> list[float]:
-        return [
-            1.0,
-            *(0.5 ** (1 + int(p[-1])) for p in self.paths),
-        ]  # a kind a node: half for the first rank, half of the rest for the next
+        # a kind a node; the root's for nodes below a token that the table does not know
+        return [0.001, *(0.3 * 0.5 ** int(p[-1]) for p in self.paths)]
 
     def reset(self) -> None:
         "Forget the table and the acceptance counts."
-        self._acceptance = None
+        self._size = None  # type: ignore[misc]
         self.table: torch.Tensor | None = None  # successors [vocab, k], of the last call's vocabulary
         self._tables: dict[Any, torch.Tensor] = {}  # (vocabulary, device) -> its table
         self.hits = [0] * len(self.tree)  # how often each node was accepted, root: verifications
@@ -174,14 +172,19 @@ class TokenRecycling(SpeculativeDecoder):
             return table
 
     def draft(self, call: Call, roots: torch.Tensor) -> Draft:
-        return Draft(read_table(call.state.table, roots, call.state.levels), self.tree, kinds=self._kinds)
+        tokens = read_table(call.state.table, roots, call.state.levels)
+        return Draft(tokens, self.tree, kinds=self._known(call.state.table, tokens) if self.auto else None)
+
+    def _known(self, table: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
+        # kinds of the nodes: 0 where the row of the parent's token is still empty
+        known = table[tokens[:, self.tree.parents.clamp_min(0)], 0].cpu().numpy() != 0
+        return np.where(known, self._kinds, 0)
 
     def observe(self, call: Call, draft: Draft, logits: torch.Tensor, paths: list[list[int]]) -> None:
-        kinds = self._kinds if draft.kinds is None else draft.kinds
         with LEARNING:
-            for path in paths:
+            for path in paths if not self.auto else ():  # there the nodes change from round to round
                 for node in path:
-                    self.hits[kinds[0, node]] += 1
+                    self.hits[node] += 1
         if self.update == "all":
             self._learn(call.state.table, draft.tokens.flatten(), logits.flatten(0, 1))
         else:

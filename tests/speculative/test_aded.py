@@ -1142,7 +1142,7 @@ def test_tokens_the_model_does_not_have(llama, toy):
         ({"iterations": 0}, "iterations must be at least 1, got 0"),
         ({"depth": 1}, "depth must be at least 2, got 1"),
         ({"ktop": 1}, "ktop must be at least 2, got 1"),
-        ({"nodes": 0}, "nodes must be at least 1, got 0"),
+        ({"nodes": 0}, "nodes must be at least 1, or .auto., got 0"),
         ({"branching": 0}, "branching must be at least 1, or None for all successors, got 0"),
         ({"eta": -0.1}, "eta and c1 must be at least 0, cap and c2 above 0, got eta -0.1"),
         ({"eta": math.nan}, "got eta nan"),

@@ -351,9 +351,9 @@ def test_drafters_are_checked(llama):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DraftModel(None, gamma=-1), "gamma must be at least 0, got -1"),
-        (lambda: PromptLookup(w_max=0), "w_max and k must be at least 1, got 0 and 10"),
-        (lambda: NGram(gamma=0), "gamma must be at least 1, got 0"),
+        (lambda: DraftModel(None, gamma=-1), "gamma must be at least 0, or .auto., got -1"),
+        (lambda: PromptLookup(w_max=0), "w_max must be at least 1, got 0"),
+        (lambda: NGram(gamma=0), "gamma must be at least 1, or .auto., got 0"),
         (lambda: TypicalAcceptance(epsilon=2), "epsilon and delta must lie in"),
     ],
 )
