@@ -17,7 +17,7 @@ CHECKS := export-check lint workflows types unit wheel docs-check notebooks
 help:  ## this table
 	@printf '\n  decodelab: a literate laboratory of decoding methods\n\n'
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
-	@printf '\n  Variables: PYTHON=python3.12   TORCH_INDEX=<index of torch wheels>   DECODELAB_DATA=<folder>   DECODELAB_PROFILE=tiny|gpu|paper\n             CHROMIUM=<browser that opens the site>\n\n'
+	@printf '\n  Variables: PYTHON=python3.12   TORCH_INDEX=<index of torch wheels>   DECODELAB_DATA=<folder>   DECODELAB_PROFILE=tiny|small|gpu|paper\n             CHROMIUM=<browser that opens the site>\n\n'
 
 # The environment, in two layers: what decodelab needs, and what working on it needs. A layer is renewed when a requirement changed.
 $(BASE): pyproject.toml constraints.txt | same-python

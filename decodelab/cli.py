@@ -34,6 +34,8 @@ app = typer.Typer(
 )
 _export_app = typer.Typer(no_args_is_help=True, help="Write a decoder for others to use.")
 app.add_typer(_export_app, name="export")
+_models_app = typer.Typer(no_args_is_help=True, help="Models: what there is, and what can be fetched.")
+app.add_typer(_models_app, name="models")
 app.command("generate")(generate)
 app.command("demo")(demo)
 app.command("bench")(bench)
@@ -141,6 +143,28 @@ def _train_stopped(run: Path, as_json: bool) -> None:
         for point in kept["curve"]:
             rows.setdefault(point["step"], {}).update(point)
         show_table([{"step": n, "loss": row.get("loss"), "held-out loss": row.get("eval_loss")} for n, row in rows.items()][-8:])
+
+# %% ../nbs/cli.ipynb #bd3c15b4
+@_models_app.command("list")
+def _models_list(as_json: JsonOption = False) -> None:
+    "Models that can be named: those of the zoo, and those that are fetched once."
+    from decodelab.core.fetched import FETCHABLE, cache_folder, fault
+    from decodelab.core.zoo import zoo_models
+
+    rows = [{"model": m.name, "parameters": m.parameters, "MB": round(m.bytes / 1e6), "state": "here"} for m in zoo_models()]
+    for name, model in FETCHABLE.items():
+        wrong = fault(cache_folder() / name)
+        state = f"`decodelab models fetch {name}`" if wrong else "here"
+        rows.append({"model": name, "parameters": None, "MB": model.megabytes, "state": state})
+    emit_json(rows) if as_json else show_table(rows)
+
+
+@_models_app.command("fetch")
+def _models_fetch(name: Annotated[str, typer.Argument(help="Model to fetch, such as smollm2.")]) -> None:
+    "Bring a model into the user's cache, or check that it is whole."
+    from decodelab.core.fetched import fetch
+
+    fetch(name, say)
 
 # %% ../nbs/cli.ipynb #9d731aee
 @app.command("lab")

@@ -18,6 +18,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from .fetched import FETCHABLE, fetched_folder
+
 # %% auto #0
 __all__ = ['checkout_root', 'zoo_folders', 'zoo_path', 'safetensors_header', 'ZooModel', 'zoo_models', 'check_model_folder',
            'resolve_dtype', 'locate', 'load', 'load_part', 'model_card']
@@ -200,6 +202,8 @@ def locate(
 ) -> str | Path:
     "The folder of a model, checked, or the id to ask the hub for; imports neither torch nor transformers."
     found, path = _zoo(), Path(name).expanduser()
+    if name in FETCHABLE and not path.is_dir():
+        return fetched_folder(name)
     if name in found or path.is_dir():
         folder = found.get(name) or path
         check_model_folder(folder)

@@ -134,11 +134,20 @@ class Lab:
         "Model and tokenizer of a role, loaded once."
         if role not in self.names:
             raise ValueError(f"unknown role {role!r}: use one of {', '.join(self.names)}")
+        if not self.has(role):
+            raise ValueError(f"profile {self.profile!r} has no {role} model: name one in settings.ini, or use another profile")
         key = (self.names[role], cls)
         if key not in self._loaded:
             revision = self.settings.get("revision")
             self._loaded[key] = load(self.names[role], device=self.device, dtype=self.dtype, revision=revision, cls=cls)
         return self._loaded[key]
+
+    def has(
+        self,
+        role: str,  # one of `ROLES`
+    ) -> bool:
+        "Whether the profile names a model for a role."
+        return self.names[role] != "none"
 
     def target(self) -> tuple[Any, Any]:
         "The model that decoding methods are tried on, and its tokenizer."
