@@ -1,6 +1,6 @@
 """A literate laboratory of decoding methods for language models.
 
-Top-level names are the registered decoders, `load` (models) and `decoders` (what there is); everything else is imported from its module.
+Top-level names are the registered decoders, `load` (models), `decoders` (what there is) and `advise` (what is fast here); everything else is imported from its module.
 They are found on first use: `from decodelab import TokenRecycling` imports the one module that defines it, and nothing else.
 """
 
@@ -8,7 +8,7 @@ from importlib import import_module as _import_module
 from typing import Any as _Any
 
 __version__ = "0.1.0"
-_OTHERS = {"load": "decodelab.core.zoo", "decoders": "decodelab.core.registry"}
+_OTHERS = {"load": "decodelab.core.zoo", "decoders": "decodelab.core.registry", "advise": "decodelab.advice"}
 
 
 def _where() -> dict[str, str]:

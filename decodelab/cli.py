@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli_generate import generate
-from .cli_measure import bench, demo
+from .cli_measure import advise, bench, demo
 from .reading import decoder_files, function_kinds, recipe_names, typed_settings
 from .shell import JsonOption, LabGroup, SetOption, check_folder, decoder_settings, emit_json, make_decoder, require
 from .shell import say, show_table
@@ -39,6 +39,7 @@ app.add_typer(_models_app, name="models")
 app.command("generate")(generate)
 app.command("demo")(demo)
 app.command("bench")(bench)
+app.command("advise")(advise)
 
 
 def _version(wanted: bool) -> None:
@@ -144,7 +145,7 @@ def _train_stopped(run: Path, as_json: bool) -> None:
             rows.setdefault(point["step"], {}).update(point)
         show_table([{"step": n, "loss": row.get("loss"), "held-out loss": row.get("eval_loss")} for n, row in rows.items()][-8:])
 
-# %% ../nbs/cli.ipynb #bd3c15b4
+# %% ../nbs/cli.ipynb #f95c0589
 @_models_app.command("list")
 def _models_list(as_json: JsonOption = False) -> None:
     "Models that can be named: those of the zoo, and those that are fetched once."

@@ -21,7 +21,7 @@ from .shell import SeedOption, TemperatureOption, ThreadsOption, TokensOption, T
 from .shell import check_place, emit_json, load_for, require, sampling_settings, say, show_table, waiting
 
 # %% auto #0
-__all__ = ['demo', 'bench']
+__all__ = ['demo', 'bench', 'advise']
 
 # %% ../nbs/cli_measure.ipynb #17d5b0f9
 @dataclass
@@ -304,3 +304,40 @@ def _plot(result: Any, path: Path) -> Path:
     matplotlib.use("Agg")
     result.plot().figure.savefig(path, dpi=120, bbox_inches="tight")
     return path
+
+# %% ../nbs/cli_measure.ipynb #acae54e37e7d407bbb7b55eff062a284
+def advise(
+    model: ModelOption = "",
+    draft: DraftOption = "",
+    prompts: PromptsOption = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of a continuation in tokens.")] = 64,
+    chat: Annotated[bool | None, typer.Option(help="Put prompts into the chat template; where there is one, when left out.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="No new round begins after that many.")] = 90,
+    threads: ThreadsOption = 1,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    "Which lossless decoder is fastest here, and the lines to write."
+    found = check_model(model, "target")
+    draft = check_model(draft, "draft") if draft else ""
+    texts = read_prompts(prompts) if prompts else None
+    with waiting("loading torch and the models ..."):
+        from decodelab.advice import PROMPTS
+        from decodelab.advice import advise as measure
+        from decodelab.lab.prompts import tale_prompts
+
+        _, lm, tokenizer = load_for(found, "target", threads, seed)
+        drafter = load_for(draft, "draft")[1] if draft else None
+    if texts is None:
+        texts = list(PROMPTS) if getattr(tokenizer, "chat_template", None) else tale_prompts(8, seed)
+    settings: dict[str, Any] = {
+        "batch": batch,
+        "max_new_tokens": max_new_tokens,
+        "draft": drafter,
+        "chat": chat,
+        "seconds": seconds,
+        "seed": seed,
+    }
+    advice = measure(lm, tokenizer, texts, **settings, tell=say)
+    emit_json(advice.as_dict()) if as_json else typer.echo(str(advice))

@@ -37,6 +37,7 @@ class Method:
     example: Callable[[Any], Any]  # target model -> a decoder ready to use with it
     compared: Mapping[str, Mapping[str, Any]]  # rows of the family's comparison: name -> fields that differ from the example's
     neutral: Mapping[str, Any]  # fields with which the text does not depend on which tokens are called EOS
+    auto: Mapping[str, Any]  # fields with which its sizes fit themselves to machine, model and batch; empty: it has none
 
 
 _METHODS: dict[str, Method] = {}
@@ -56,6 +57,7 @@ def register(
     example: Callable[[Any], Any] | None = None,  # target model -> decoder; the class with its defaults when None
     compared: Mapping[str, Mapping[str, Any]] | None = None,  # rows of the family's comparison; one, the example, when None
     neutral: Mapping[str, Any] | None = None,  # fields with which the text does not depend on which tokens are called EOS
+    auto: Mapping[str, Any] | None = None,  # fields with which its sizes fit themselves to machine, model and batch
 ) -> Callable[[type[Any]], type[Any]]:
     "Class decorator that files a decoder in the registry; a malformed or double entry is an error."
     if family not in FAMILIES:
@@ -67,7 +69,8 @@ def register(
             raise ValueError(f"two decoders want the name {name!r}: {known.decoder.__qualname__} and {cls.__qualname__}")
         make = example or (lambda model: cls())
         page, rows = notebook or f"{family}/{name}", {name: {}} if compared is None else compared
-        cls.method = Method(name, family, paper, url, year, page, lossless, needs_training, samples, cls, make, rows, neutral or {})
+        facts = (name, family, paper, url, year, page, lossless, needs_training, samples)
+        cls.method = Method(*facts, cls, make, rows, neutral or {}, auto or {})
         _METHODS[name] = cls.method
         return cls
 

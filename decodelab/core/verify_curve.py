@@ -68,11 +68,12 @@ class VerifyCurve:
             self._relative[rows, nodes] = self.seconds(rows * np.arange(1, nodes + 1)) / self.plain(rows)
         return self._relative[rows, nodes]
 
+    def shown(self) -> str:
+        "T(n)/T(1) at powers of two, as text."
+        return ", ".join(f"{n}: {self.relative(1, n)[-1]:.2f}" for n in (1, 2, 4, 8, 16, 32, 64))
+
     def __repr__(self) -> str:
-        shown = ", ".join(
-            f"{int(n)}: {s / self.measured[0]:.2f}" for n, s in zip(self.tokens, self.measured) if n in (1, 2, 4, 8, 16, 32, 64)
-        )
-        return f"VerifyCurve(T(1) {1000 * self.measured[0]:.2f} ms; T(n)/T(1) {shown})"
+        return f"VerifyCurve(T(1) {1000 * self.plain(1):.2f} ms; T(n)/T(1) {self.shown()})"
 
 # %% ../../nbs/core/verify_curve.ipynb #902ec21c
 _CURVES: WeakKeyDictionary[Any, dict[Any, VerifyCurve]] = WeakKeyDictionary()

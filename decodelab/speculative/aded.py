@@ -215,6 +215,7 @@ def _check(decoder: ADED) -> None:
     url="https://arxiv.org/abs/2407.12021",
     year=2024,
     lossless=True,
+    auto={"nodes": "auto"},
 )
 @dataclass
 class ADED(SpeculativeDecoder):

@@ -81,10 +81,12 @@ class DraftSize:
         self.profit: float = 0.5 if before is None else max(0.02, before.profit)  # recent mean of gain - rate x cost
         self.nap: int = 8 if before is None else before.nap  # length of the next nap, in rounds
         self.left = 0  # what is left of this one
-        self.gain = 0.0  # of the last choice, in tokens a row
+        self.gain = self.promised = 0.0  # of the last choice: gain - rate x cost, and accepted tokens a row, as expected
+        self.kept: np.ndarray = np.zeros(2) if before is None else before.kept  # accepted draft tokens, and promised ones; older ones fade
         self.read: float | None = None  # a forward pass of the draft model, if there is one, in plain ones of the target
         self.reads = 0  # such forward passes in this round
         self.chosen: list[int] = []  # draft tokens a row of each round
+        self.tokens = self.cost = 0.0  # tokens a row so far, and what they cost in plain forward passes, by the curve
         self.walks: list[list[_Walk]] = []  # of each row, earlier drafts that its text may still follow
         self.whole: Draft | None = None  # all that was drafted in this round; None: it is plain
 
@@ -97,7 +99,7 @@ class DraftSize:
 
     def rests(self) -> bool:
         "Whether the round that begins is plain, without drafting."
-        self.whole, self.gain, self.reads = None, 0.0, 0
+        self.whole, self.gain, self.promised, self.reads = None, 0.0, 0.0, 0
         self.left -= 1
         return self.left >= 0
 
@@ -115,10 +117,16 @@ class DraftSize:
             total = np.cumsum(row)
             gain[1 : len(row) + 1] += total
             gain[len(row) + 1 :] += total[-1] if len(row) else 0.0
-        gain = gain / len(reach) - self.rate * (self.curve.relative(rows, most + 1) - 1)
+        accepted = gain / len(reach)
+        gain = self.trust * accepted - self.rate * (self.curve.relative(rows, most + 1) - 1)
         n = int(np.argmax(gain))
-        self.gain = float(gain[n])
+        self.gain, self.promised = float(gain[n]), float(accepted[n])
         return n
+
+    @property
+    def trust(self) -> float:
+        "Draft tokens that were accepted over those that the reaches promised: whoever picks the best of many estimates picks errors, too."
+        return min(1.0, (self.kept[0] + 2) / (self.kept[1] + 2))
 
     def note(
         self,
@@ -136,6 +144,9 @@ class DraftSize:
         cost = drafting + (float(self.curve.relative(rows, verified + 1)[-1]) if verified else 1.0)
         self.rate = max(1.0, self.rate + (emitted / rows / cost - self.rate) / 16)
         self.chosen.append(verified)
+        if verified:
+            self.kept = 0.97 * self.kept + (emitted / rows - 1, self.promised)
+        self.tokens, self.cost = self.tokens + emitted / rows, self.cost + cost
         if self.left >= 0 or not self.naps:
             return
         self.profit += (self.gain - self.rate * drafting - self.profit) / 4
@@ -151,7 +162,8 @@ class DraftSize:
             "rounds": len(self.chosen),
             "rounds_without_draft": len(self.chosen) - len(drafted),
             "draft_tokens": sum(drafted) / len(drafted) if drafted else 0.0,
-            "rate": self.rate,
+            "tokens": self.tokens,
+            "cost": self.cost,
             "forward_ms": 1000 * float(self.curve.measured[0]),
             "curve": {n: round(float(self.curve.relative(1, n)[-1]), 3) for n in (2, 4, 8, 16, 32, 64)},
         }

@@ -275,6 +275,7 @@ def example_drafter(
     year=2023,
     notebook="speculative/drafters",
     lossless=True,
+    auto={"gamma": "auto"},
     example=lambda model: DraftModel(example_drafter(model)),
 )
 @dataclass
@@ -404,6 +405,7 @@ class _Texts:
     year=2023,
     notebook="speculative/drafters",
     lossless=True,
+    auto={"k": "auto"},
 )
 @dataclass
 class PromptLookup(TextDrafter):
@@ -458,6 +460,7 @@ class _Table:
     year=2023,
     notebook="speculative/drafters",
     lossless=True,
+    auto={"gamma": "auto"},
 )
 @dataclass
 class NGram(TextDrafter):

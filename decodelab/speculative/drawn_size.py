@@ -41,9 +41,10 @@ class Chain:
         top = scores.softmax(-1).amax(-1).cpu().numpy()
         kinds = np.minimum(CONFIDENCES - 1, (CONFIDENCES * top).astype(int))
         reach = self.reach * self.rates[kinds]
-        gain = float(reach.mean() - self.size.rate * (self.cost[self.n + 1] - self.cost[self.n]))
+        gain = float(self.size.trust * reach.mean() - self.size.rate * (self.cost[self.n + 1] - self.cost[self.n]))
         if gain <= 0:
             return False
+        self.size.promised += float(reach.mean())
         self.reach, self.n = reach, self.n + 1
         self.size.gain += gain
         self.numbers.append(kinds)
@@ -89,9 +90,11 @@ class Levels:
         nodes, total = self.reach.shape[1], float(self.reach.sum(1).mean())
         for k in range(min(most, RANKS, 16 // nodes)):
             more = self.n + (k + 1) * nodes
-            gain = total * self.rates[self.level, k] - self.size.rate * (self.cost[more] - self.cost[more - nodes])
+            accepted = total * self.rates[self.level, k]
+            gain = self.size.trust * accepted - self.size.rate * (self.cost[more] - self.cost[more - nodes])
             if gain <= 0:
                 return k
+            self.size.promised += float(accepted)
             self.size.gain += float(gain)
         return min(most, RANKS, 16 // nodes)
 

@@ -52,6 +52,7 @@ def draw_siblings(
     year=2024,
     notebook="speculative/rsd",
     lossless=True,
+    auto={"b": "auto"},
     example=lambda model: RSDC(example_drafter(model)),
 )
 @dataclass
@@ -123,6 +124,7 @@ def keep_best(
     year=2024,
     notebook="speculative/rsd",
     lossless=True,
+    auto={"L": "auto"},
     example=lambda model: RSDS(example_drafter(model)),
 )
 @dataclass

@@ -108,6 +108,7 @@ def write_table(
     url="https://arxiv.org/abs/2408.08696",
     year=2024,
     lossless=True,
+    auto={"template": "auto"},
 )
 @dataclass
 class TokenRecycling(SpeculativeDecoder):
