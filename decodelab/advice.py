@@ -20,13 +20,13 @@ import torch
 
 from .core.capability import context_length, embedding_size
 from .core.contract import Decoder
-from .core.registry import Method, decoders
+from .core.registry import Method, fitted
 from .core.verify_curve import verify_curve
 from .lab.metrics import bootstrap_ratio
 from .prompting import encode_prompts, left_padded
 
 # %% auto #0
-__all__ = ['PROMPTS', 'candidates', 'Option', 'Advice', 'advise']
+__all__ = ['PROMPTS', 'Option', 'Advice', 'advise']
 
 # %% ../nbs/advice.ipynb #7fb2ca78
 PROMPTS = (
@@ -37,22 +37,6 @@ PROMPTS = (
     "Translate into French: Good morning. How are you? I am well, thank you. And how are you?",
     "Tell a short story about a king, his daughter and a fox.",
 )  # when the user gives none
-
-
-def candidates(
-    draft: Any = None,  # a draft model with the target's tokenizer, for those that need one
-) -> dict[str, tuple[Method, dict[str, Any]]]:
-    "Lossless decoders whose sizes fit themselves: name -> registration and the fields to give."
-    found = {}
-    for name, method in decoders().items():
-        if not method.auto or method.needs_training:
-            continue
-        needs_draft = "drafter" in method.decoder.__dataclass_fields__
-        if not needs_draft:
-            found[name] = (method, dict(method.auto))
-        elif draft is not None:
-            found[name] = (method, {"drafter": draft, **method.auto})
-    return found
 
 
 def _held(thing: Any, seen: set[int]) -> int:
@@ -167,7 +151,7 @@ def advise(
     ids = (ids * -(-2 * batch // len(ids)))[: max(2 * batch, len(ids) // batch * batch)]  # whole batches, at least two
     groups = [left_padded(ids[i : i + batch], tokenizer.pad_token_id or 0) for i in range(0, len(ids), batch)]
     tell("measuring the verify curve ...")
-    curve, options = verify_curve(model), candidates(draft)
+    curve, options = verify_curve(model), fitted(draft)
     calls, ours = _calls(model, options, batch)
     spent: dict[str, list[float]] = {name: [] for name in calls}
     stats: dict[str, list[Any]] = {name: [] for name in ours}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # %% auto #0
-__all__ = ['FAMILIES', 'Method', 'register', 'decoders']
+__all__ = ['FAMILIES', 'Method', 'register', 'decoders', 'fitted']
 
 # %% ../../nbs/core/registry.ipynb #2e7d27fc
 FAMILIES = ("sampling", "search", "speculative", "diffusion", "structured", "memory", "training", "theory", "vision")
@@ -92,3 +92,15 @@ def decoders() -> dict[str, Method]:
             if family != "training":  # recipes hold no decoders, and need the training extra
                 importlib.import_module(f"decodelab.{family}.{module.name}")
     return dict(sorted(_METHODS.items()))
+
+# %% ../../nbs/core/registry.ipynb #078d5409
+def fitted(
+    draft: Any = None,  # a draft model with the target's tokenizer, for those that need one
+) -> dict[str, tuple[Method, dict[str, Any]]]:
+    "Lossless decoders whose sizes fit themselves: name -> registration and the fields to give."
+    found = {}
+    for name, method in decoders().items():
+        needs_draft = "drafter" in method.decoder.__dataclass_fields__
+        if method.auto and method.lossless and not method.needs_training and (draft is not None or not needs_draft):
+            found[name] = (method, ({"drafter": draft} if needs_draft else {}) | dict(method.auto))
+    return found

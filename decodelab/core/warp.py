@@ -13,7 +13,7 @@ import torch
 from transformers import LogitsProcessorList
 
 # %% auto #0
-__all__ = ['process', 'probabilities', 'check_finite', 'greedy', 'confidence', 'draw']
+__all__ = ['process', 'probabilities', 'check_finite', 'greedy', 'best_tokens', 'confidence', 'draw']
 
 # %% ../../nbs/core/warp.ipynb #de8c047b
 def process(
@@ -61,6 +61,24 @@ def greedy(
     columns = columns.clamp_max(size - 1)
     near = scores.gather(-1, columns).max(dim=-1, keepdim=True)
     return columns.gather(-1, near.indices)[..., 0], near.values[..., 0]
+
+# %% ../../nbs/core/warp.ipynb #2d96bfbf
+def best_tokens(
+    scores: torch.Tensor,  # scores, [..., vocab]
+    k: int,  # how many (at most the vocabulary)
+) -> torch.Tensor:
+    "The `k` best tokens of each row, best first, [..., k]."
+    size, chunk = scores.shape[-1], 128
+    if scores.device.type != "cpu" or size < 2**14 or k > 32:
+        return scores.topk(k).indices
+    full = size - size % chunk
+    tops = scores[..., :full].unflatten(-1, (-1, chunk)).amax(-1)
+    if full < size:
+        tops = torch.cat([tops, scores[..., full:].amax(-1, keepdim=True)], dim=-1)
+    columns = (tops.topk(k).indices[..., None] * chunk + torch.arange(chunk)).flatten(-2)
+    beyond, columns = columns >= size, columns.clamp_max(size - 1)
+    near = scores.gather(-1, columns).masked_fill_(beyond, -torch.inf)
+    return columns.gather(-1, near.topk(k).indices)
 
 # %% ../../nbs/core/warp.ipynb #c0f1d3a2
 def confidence(

@@ -108,6 +108,7 @@ def spec_bench_prompts(
     tokenizer: Any,  # tokenizer of the target
     per_task: int = 4,  # prompts of each task
     length: int = 256,  # keep the last tokens of a longer prompt
+    chat: bool = False,  # put each into the tokenizer's chat template; the last words are kept
 ) -> tuple[list[torch.Tensor], list[str]]:
     "First turns of Spec-Bench questions as ids [1, length], and the task of each; needs the data set `spec_bench`."
     from decodelab.lab.data import load_data
@@ -116,7 +117,13 @@ def spec_bench_prompts(
     for row in load_data("spec_bench"):
         chosen.setdefault(row["task"], []).append(row["turns"][0])
     picked = [(task, text) for task, texts in chosen.items() for text in texts[:: max(1, len(texts) // per_task)][:per_task]]
-    return [tokenizer(text, return_tensors="pt").input_ids[:, -length:] for _, text in picked], [task for task, _ in picked]
+    if chat:
+        turns = [[{"role": "user", "content": " ".join(text.split()[-length // 2 :])}] for _, text in picked]
+        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+        ids = [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in texts]
+    else:
+        ids = [tokenizer(text, return_tensors="pt").input_ids[:, -length:] for _, text in picked]
+    return ids, [task for task, _ in picked]
 
 # %% ../../nbs/lab/speeds.ipynb #sp000012
 def held_out_texts(

@@ -143,8 +143,9 @@ def walk(
 
 
 def _walk_greedily(state: _Walk) -> None:
-    everything = state.call.processors is None
-    if everything:  # one wait for the device a forward: the choices of all nodes at once
+    # one wait for the device a forward: the choices of all nodes at once, unless that is more work than to look where the walk goes
+    everything = state.call.processors is None and (state.logits.device.type != "cpu" or state.logits.numel() < 2**18)
+    if everything:
         choices, best = greedy(state.logits)
         state.call.watch(best)
         table = choices.tolist()

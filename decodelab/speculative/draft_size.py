@@ -77,7 +77,7 @@ class DraftSize:
     ):
         self.curve, self.naps = curve, naps
         self.acceptance: Acceptance = acceptance if before is None else before.acceptance.shrunk()
-        self.rate = 1.0  # tokens a row gets for the cost of one plain forward pass
+        self.flow = np.array([4.0, 4.0])  # tokens of a row, and what they cost in plain forward passes; older ones fade
         self.profit: float = 0.5 if before is None else max(0.02, before.profit)  # recent mean of gain - rate x cost
         self.nap: int = 8 if before is None else before.nap  # length of the next nap, in rounds
         self.left = 0  # what is left of this one
@@ -124,6 +124,11 @@ class DraftSize:
         return n
 
     @property
+    def rate(self) -> float:
+        "Tokens a row got lately for the cost of one plain forward pass, at least 1."
+        return max(1.0, float(self.flow[0] / self.flow[1]))
+
+    @property
     def trust(self) -> float:
         "Draft tokens that were accepted over those that the reaches promised: whoever picks the best of many estimates picks errors, too."
         return min(1.0, (self.kept[0] + 2) / (self.kept[1] + 2))
@@ -142,7 +147,7 @@ class DraftSize:
             if self.read is not None and self.reads:
                 self.read += (drafting / self.reads - self.read) / 8
         cost = drafting + (float(self.curve.relative(rows, verified + 1)[-1]) if verified else 1.0)
-        self.rate = max(1.0, self.rate + (emitted / rows / cost - self.rate) / 16)
+        self.flow = 0.95 * self.flow + (emitted / rows, cost)
         self.chosen.append(verified)
         if verified:
             self.kept = 0.97 * self.kept + (emitted / rows - 1, self.promised)

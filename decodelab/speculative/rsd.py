@@ -15,7 +15,7 @@ import torch
 
 from ..core.contract import Call
 from ..core.registry import register
-from .drafters import example_drafter
+from .model_drafter import example_drafter
 from .draft_size import check_size
 from .drawn_size import DEPTHS, RANKS, level_priors
 from .sampled_tree import SampledTree

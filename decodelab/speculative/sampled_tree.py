@@ -19,7 +19,7 @@ from ..core.warp import draw, greedy, probabilities
 from .acceptance import KSeq, RecursiveRejection, Rule
 from .base import Draft
 from .drawn_size import Levels
-from .drafters import ModelDrafter, example_drafter, processed_scores
+from .model_drafter import ModelDrafter, example_drafter, processed_scores
 
 # %% auto #0
 __all__ = ['SampledTree', 'grow_tree', 'IIDChains']

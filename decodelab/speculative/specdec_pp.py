@@ -21,7 +21,7 @@ from ..core.tree import Tree
 from ..core.warp import draw, greedy, probabilities
 from ..core.zoo import load_part, zoo_folders
 from .base import Draft
-from .drafters import ModelDrafter, example_drafter, processed_scores
+from .model_drafter import ModelDrafter, example_drafter, processed_scores
 
 # %% auto #0
 __all__ = ['AcceptanceHeadConfig', 'AcceptanceHead', 'load_head', 'AdaptiveChain', 'draft_chain', 'SpecDecPP']

@@ -19,6 +19,7 @@ from ..core.capability import embedding_size
 from ..core.call import Call
 from ..core.registry import register
 from ..core.tree import Tree
+from ..core.warp import best_tokens
 from .base import LEARNING, Draft, SpeculativeDecoder
 
 # %% auto #0
@@ -194,7 +195,7 @@ class TokenRecycling(SpeculativeDecoder):
             self._learn(call.state.table, draft.tokens[rows, nodes], logits[rows, nodes])
 
     def _learn(self, table: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor) -> None:
-        best = logits.topk(self.k).indices
+        best = best_tokens(logits, self.k)
         with LEARNING:
             write_table(table, tokens, best, self.writes == "last")
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from ..core.warp import draw
-from ..speculative.drafters import end_ids
+from ..speculative.model_drafter import end_ids
 from ..speculative.specdec_pp import AcceptanceHead, AcceptanceHeadConfig
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint, write_training
 from .recipes import recipe

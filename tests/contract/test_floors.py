@@ -13,7 +13,7 @@ from decodelab.reading import decoder_classes
 PACKAGE = Path(decodelab.__path__[0])
 FAMILIES = ("sampling", "search", "speculative", "diffusion", "structured", "memory", "vision", "theory")
 FLOORS = {"core": 1, **dict.fromkeys(FAMILIES, 2), "lab": 3, "training": 4, "experiments": 5}  # what lies beside them: 6
-BASES = ("base", "fast_dllm", "drafters", "sampled_tree")  # registered decoders that are no paper's page of its own
+BASES = ("base", "fast_dllm", "drafters", "model_drafter", "sampled_tree")  # registered decoders that are no paper's page of its own
 HEAVY = ("pandas", "pyarrow", "matplotlib", "datasets", "rich", "typer", "rouge_score", "trl", "peft", "wandb")
 LIGHT = {"decodelab.core.fields": 1, "decodelab.reading": 1}  # no torch: used by all floors
 
@@ -72,10 +72,10 @@ def test_importing_a_decoder_brings_no_laboratory(module):
     assert [m for m in brought if m.partition(".")[0] in HEAVY] == []
 
 
-def test_top_level_names_are_the_decoders_and_two_functions():
+def test_top_level_names_are_the_decoders_and_three_functions():
     classes = {cls for _, cls in decoder_classes().values()}
     public = {n for n in dir(decodelab) if not n.startswith("_")}
     parts = {n for n in public if f"decodelab.{n}" in sys.modules}  # submodules that have been imported
-    assert public - parts == classes | {"load", "decoders"}
+    assert public - parts == classes | {"load", "decoders", "advise"}
     with pytest.raises(AttributeError, match="module 'decodelab' has no attribute 'compare'"):
         _ = decodelab.compare

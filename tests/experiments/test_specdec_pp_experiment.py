@@ -19,7 +19,7 @@ from decodelab.experiments.speculative.specdec_pp import (
     speedup,
     zoo_heads,
 )
-from decodelab.speculative.drafters import example_drafter
+from decodelab.speculative.model_drafter import example_drafter
 from decodelab.speculative.specdec_pp import AcceptanceHead, AcceptanceHeadConfig, SpecDecPP
 
 GREEDY = {"do_sample": False}

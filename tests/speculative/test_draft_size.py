@@ -9,11 +9,12 @@ import torch
 from toys import added, exact_probs, fit, left_pad, plain, random_prompts, sample_counts, small_model
 
 from decodelab.core.verify_curve import VerifyCurve, verify_curve
-from decodelab.speculative import base, drafters
+from decodelab.speculative import base, model_drafter
 from decodelab.speculative.aded import ADED
 from decodelab.speculative.base import Draft
 from decodelab.speculative.draft_size import Acceptance, DraftSize, _Walk, chain_length, check_size, reaches, trim
-from decodelab.speculative.drafters import DraftModel, NGram, PromptLookup, example_drafter
+from decodelab.speculative.drafters import DraftModel, NGram, PromptLookup
+from decodelab.speculative.model_drafter import example_drafter
 from decodelab.speculative.rsd import RSDC, RSDS
 from decodelab.speculative.token_recycling import TokenRecycling
 
@@ -38,7 +39,7 @@ def costs(monkeypatch):
     "Sets what a further token of a forward costs, for target and drafter."
 
     def choose(slope):
-        for module in (base, drafters):
+        for module in (base, model_drafter):
             monkeypatch.setattr(module, "verify_curve", lambda model: curve(slope))
 
     return choose
@@ -109,7 +110,7 @@ def test_drafts_count_as_long_as_the_text_follows_them():
 
 def size_with(slope, rate=1.0, kinds=(0.5,)):
     size = DraftSize(curve(slope), Acceptance(kinds))
-    size.rate = rate
+    size.flow = np.array([rate, 1.0])
     return size
 
 
@@ -253,7 +254,7 @@ def test_the_drafter_catches_up_after_rounds_without_a_draft(llama, costs, monke
     "What the drafter says after a rest is what it would say had it read every token in turn."
     costs(2.0)
     seen, drafted = [], []
-    original = drafters.DraftModelSession.open
+    original = model_drafter.DraftModelSession.open
 
     def opened(self, roots):
         drafted.append(len(self.missed))
@@ -262,7 +263,7 @@ def test_the_drafter_catches_up_after_rounds_without_a_draft(llama, costs, monke
         seen.append(float((logits[0] - self.session.model(text).logits[0, -1]).abs().max()))
         return logits
 
-    monkeypatch.setattr(drafters.DraftModelSession, "open", opened)
+    monkeypatch.setattr(model_drafter.DraftModelSession, "open", opened)
     decoder = DraftModel(example_drafter(llama), gamma="auto")
     decoder.generate(llama, random_prompts(1, seed=4)[0], max_new_tokens=200, do_sample=False, eos_token_id=None)
     assert max(seen) < 1e-4

@@ -13,7 +13,8 @@ from decodelab.core.warp import draw
 from decodelab.experiments.speculative.rsd import two_level_trees
 from decodelab.lab.table_model import chi_square, random_table, table_model, two_token_statistic
 from decodelab.speculative.acceptance import RecursiveRejection, exact_rejection, residual
-from decodelab.speculative.drafters import DraftModel, example_drafter
+from decodelab.speculative.drafters import DraftModel
+from decodelab.speculative.model_drafter import example_drafter
 from decodelab.speculative.rsd import RSDC, RSDS, condition_maximum, draw_siblings, gumbel, keep_best, sbs_scores
 from decodelab.speculative.sampled_tree import IIDChains
 

@@ -14,7 +14,8 @@ from scipy.stats import chi2 as chi2_test
 from toys import EOS, left_pad, random_prompts, small_model
 
 from decodelab.core.tree import Tree
-from decodelab.speculative.drafters import DraftModel, example_drafter
+from decodelab.speculative.drafters import DraftModel
+from decodelab.speculative.model_drafter import example_drafter
 from decodelab.speculative.specdec_pp import AcceptanceHead, AcceptanceHeadConfig, SpecDecPP, load_head
 
 GREEDY = {"do_sample": False}

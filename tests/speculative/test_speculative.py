@@ -23,7 +23,8 @@ from decodelab.speculative.acceptance import (
     residual,
 )
 from decodelab.speculative.base import Draft, SpeculativeDecoder
-from decodelab.speculative.drafters import DraftModel, ModelDrafter, NGram, PromptLookup, check_drafter, processed_scores
+from decodelab.speculative.drafters import DraftModel, NGram, PromptLookup
+from decodelab.speculative.model_drafter import ModelDrafter, check_drafter, processed_scores
 
 # acceptance at one node
 
