@@ -93,7 +93,7 @@ def decoders() -> dict[str, Method]:
                 importlib.import_module(f"decodelab.{family}.{module.name}")
     return dict(sorted(_METHODS.items()))
 
-# %% ../../nbs/core/registry.ipynb #078d5409
+# %% ../../nbs/core/registry.ipynb #26c347ee
 def fitted(
     draft: Any = None,  # a draft model with the target's tokenizer, for those that need one
 ) -> dict[str, tuple[Method, dict[str, Any]]]:

@@ -62,7 +62,7 @@ def greedy(
     near = scores.gather(-1, columns).max(dim=-1, keepdim=True)
     return columns.gather(-1, near.indices)[..., 0], near.values[..., 0]
 
-# %% ../../nbs/core/warp.ipynb #2d96bfbf
+# %% ../../nbs/core/warp.ipynb #b045c74d
 def best_tokens(
     scores: torch.Tensor,  # scores, [..., vocab]
     k: int,  # how many (at most the vocabulary)
