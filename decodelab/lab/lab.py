@@ -163,12 +163,12 @@ class Lab:
 
     def n(
         self,
-        **counts: int | None,  # how many in each profile, such as `tiny=32, gpu=500`; `paper` falls back to `gpu`
+        **counts: int | None,  # how many in each profile, such as `tiny=32, gpu=500`; `paper` falls back to `gpu`, `small` to `tiny`
     ) -> int:
         "The count that belongs to the profile."
         count = counts.get(self.profile)
-        if count is None and self.profile == "paper":
-            count = counts.get("gpu")
+        if count is None:
+            count = counts.get({"paper": "gpu", "small": "tiny"}.get(self.profile, ""))
         if count is None:
             raise ValueError(f"no count for profile {self.profile!r}: pass lab.n({self.profile}=...)")
         return count

@@ -83,7 +83,7 @@ def test_unknown_profile(settings, monkeypatch):
 
 
 def test_shipped_settings_hold_every_profile(monkeypatch, tmp_path):
-    assert read_settings().sections() == ["tiny", "gpu", "paper"]
+    assert read_settings().sections() == ["tiny", "small", "gpu", "paper"]
     for profile in read_settings().sections():
         names = Lab(profile=profile).names
         assert names["target"]
@@ -110,6 +110,16 @@ def test_missing_or_wrong_setting(settings):
     settings.write_text(SETTINGS.replace("float32", "float31"))
     with pytest.raises(ValueError, match="unknown dtype 'float31'"):
         _ = Lab(settings=settings).dtype
+
+
+def test_a_profile_may_lack_a_model():
+    lab = Lab(profile="small")
+    assert not lab.has("draft")
+    assert lab.has("target")
+    with pytest.raises(ValueError, match=r"profile 'small' has no draft model: name one in settings\.ini, or use another profile"):
+        lab.draft()
+    assert lab.n(tiny=3, gpu=9) == 3
+    assert lab.n(tiny=3, small=5) == 5
 
 
 def test_models_are_loaded_once(settings, loads):
