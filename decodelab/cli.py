@@ -145,7 +145,7 @@ def _train_stopped(run: Path, as_json: bool) -> None:
             rows.setdefault(point["step"], {}).update(point)
         show_table([{"step": n, "loss": row.get("loss"), "held-out loss": row.get("eval_loss")} for n, row in rows.items()][-8:])
 
-# %% ../nbs/cli.ipynb #55e75532
+# %% ../nbs/cli.ipynb #84cbcece
 @_models_app.command("list")
 def _models_list(as_json: JsonOption = False) -> None:
     "Models that can be named: those of the zoo, and those that are fetched once."
