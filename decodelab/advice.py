@@ -11,14 +11,13 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .core.capability import context_length, embedding_size
 from .core.contract import Decoder
 from .core.registry import Method, fitted
 from .core.verify_curve import verify_curve
@@ -26,7 +25,7 @@ from .lab.metrics import bootstrap_ratio
 from .prompting import encode_prompts, left_padded
 
 # %% auto #0
-__all__ = ['PROMPTS', 'Option', 'Advice', 'advise']
+__all__ = ['PROMPTS', 'TRIAL', 'Option', 'Advice', 'advise']
 
 # %% ../nbs/advice.ipynb #7fb2ca78
 PROMPTS = (
@@ -36,7 +35,18 @@ PROMPTS = (
     "Summarise: The market opens at eight. The baker comes at seven. The fishmonger comes at six. The market closes at noon.",
     "Translate into French: Good morning. How are you? I am well, thank you. And how are you?",
     "Tell a short story about a king, his daughter and a fox.",
+    "What is 17 + 25? Write down every step.",
+    "Make a list of five animals and say where each of them lives.",
+    "Write a letter to a landlord about a window that does not close.",
+    "Explain to a child what a magnet does.",
+    "Turn this into a table: Anna is 31 and lives in Bern. Ben is 28 and lives in Graz. Cleo is 44 and lives in Lyon.",
+    "Write a Python class for a stack with push, pop and peek.",
+    "Which is larger, a third or three tenths? Give a reason.",
+    "Repeat with capital letters: the quick brown fox jumps over the lazy dog while the lazy dog sleeps.",
+    "Describe how to boil an egg, step by step.",
+    "Give three arguments for and three against longer school holidays.",
 )  # when the user gives none
+TRIAL = "Name three colours and three fruits."  # what everybody continues once, unmeasured
 
 
 def _held(thing: Any, seen: set[int]) -> int:
@@ -134,7 +144,7 @@ def _promised(stats: Sequence[Any]) -> float:
 def advise(
     model: Any,  # causal language model
     tokenizer: Any,  # its tokenizer
-    prompts: Sequence[str] = PROMPTS,  # texts like those that will be decoded; at least two batches of them
+    prompts: Sequence[str] = PROMPTS,  # texts like those that will be decoded; at least two batches of different ones
     *,
     batch: int = 1,  # prompts decoded together
     max_new_tokens: int = 64,  # tokens of a continuation
@@ -145,38 +155,48 @@ def advise(
     tell: Callable[[str], None] = lambda _: None,  # is told how far it is
 ) -> Advice:
     "Measure which lossless decoder is fastest for these prompts on this machine."
+    if isinstance(prompts, str) or batch < 1 or len(set(prompts)) < 2 * batch:
+        raise ValueError(
+            f"an interval needs two batches of different prompts: give a list of at least {2 * max(1, batch)} texts, or a smaller batch"
+        )
     chat = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
-    limit = context_length(model)
-    ids = encode_prompts(model, tokenizer, prompts, min(max_new_tokens, (limit or max_new_tokens) // 2), chat)
-    ids = (ids * -(-2 * batch // len(ids)))[: max(2 * batch, len(ids) // batch * batch)]  # whole batches, at least two
-    groups = [left_padded(ids[i : i + batch], tokenizer.pad_token_id or 0) for i in range(0, len(ids), batch)]
+    ids = encode_prompts(model, tokenizer, list(dict.fromkeys(prompts)), max_new_tokens, chat)
+    trial = encode_prompts(model, tokenizer, [TRIAL], max_new_tokens, chat) * batch
+    groups = [left_padded(ids[i : i + batch], tokenizer.pad_token_id or 0) for i in range(0, len(ids) - batch + 1, batch)]
     tell("measuring the verify curve ...")
     curve, options = verify_curve(model), fitted(draft)
     calls, ours = _calls(model, options, batch)
     spent: dict[str, list[float]] = {name: [] for name in calls}
     stats: dict[str, list[Any]] = {name: [] for name in ours}
     order, started, rounds = random.Random(seed), time.perf_counter(), 0
-    for number, group in enumerate([groups[0], *groups]):
-        if rounds >= 2 and time.perf_counter() - started > seconds:
-            break
-        tell(f"round {number} of {len(groups)} ...")
-        for name in order.sample(list(calls), len(calls)):
-            begun = time.perf_counter()
-            out = calls[name](**group, max_new_tokens=max_new_tokens, do_sample=False)
-            took = time.perf_counter() - begun
-            if number:
+    try:
+        for number, group in enumerate([left_padded(trial, tokenizer.pad_token_id or 0), *groups]):
+            if rounds >= 2 and time.perf_counter() - started > seconds:
+                break
+            tell(f"round {number} of {len(groups)} ...")
+            taken = {name: _take(calls[name], group, max_new_tokens) for name in order.sample(list(calls), len(calls))}
+            for name, (took, out) in taken.items() if number else ():
                 spent[name].append(took)
                 if name in ours:
                     stats[name].append(out.stats)
-        rounds += bool(number)
+            rounds += bool(number)
+    except KeyboardInterrupt:  # what was measured is kept
+        if rounds < 2:
+            raise
+        tell(f"ended after {rounds} of {len(groups)} rounds")
     base = np.array(spent["greedy (transformers)"])
     lines = [_option(name, base, np.array(times), stats.get(name), ours.get(name), options.get(name)) for name, times in spent.items()]
     lines.sort(key=lambda o: -o.measured)
     text = f"T(n)/T(1) of a forward pass: {curve.shown()}"
-    advice = Advice(
-        Path(str(getattr(model, "name_or_path", ""))).name or type(model).__name__, batch, rounds * batch, max_new_tokens, text, lines
-    )
-    return Advice(**{**vars(advice), "code": _code(advice, options, draft is not None)})
+    name = Path(str(getattr(model, "name_or_path", ""))).name or type(model).__name__
+    advice = Advice(name, batch, rounds * batch, max_new_tokens, text, lines)
+    return replace(advice, code=_code(advice, options))
+
+
+def _take(call: Callable[..., Any], group: dict[str, Any], max_new_tokens: int) -> tuple[float, Any]:
+    begun = time.perf_counter()
+    out = call(**group, max_new_tokens=max_new_tokens, do_sample=False)
+    return time.perf_counter() - begun, out
 
 
 def _option(name: str, base: np.ndarray, times: np.ndarray, stats: Any, decoder: Any, option: Any) -> Option:
@@ -190,11 +210,19 @@ def _option(name: str, base: np.ndarray, times: np.ndarray, stats: Any, decoder:
     )
 
 
-def _code(advice: Advice, options: Mapping[str, tuple[Method, dict[str, Any]]], draft: bool) -> str:
-    best = advice.best
+def _code(advice: Advice, options: Mapping[str, tuple[Method, dict[str, Any]]]) -> str:
+    best, theirs = advice.best, next((o for o in advice.options if o.name.startswith("prompt lookup (")), None)
     if best is None:
         return "No decoder is shown to be faster than model.generate(...) here: keep it. (More prompts narrow the intervals.)"
     method, fields = options[best.name]
     cls = method.decoder.__name__
     given = ", ".join(("draft_model" if k == "drafter" else f"{k}={v!r}") for k, v in fields.items())
-    return f"from decodelab import {cls}\ndecoder = {cls}({given})  # keep it: it learns from call to call\nout = model.generate(**inputs, custom_generate=decoder)"
+    lines = [
+        f"from decodelab import {cls}",
+        *(["# draft_model: the model that was given as draft"] if "drafter" in fields else []),
+        f"decoder = {cls}({given})  # keep it: it learns from call to call",
+        "out = model.generate(**inputs, do_sample=False, custom_generate=decoder)",
+    ]
+    if theirs is not None and theirs.measured > best.measured:
+        lines.append("# transformers' own prompt lookup was faster here: model.generate(**inputs, prompt_lookup_num_tokens=10)")
+    return "\n".join(lines)

@@ -154,7 +154,7 @@ def _models_list(as_json: JsonOption = False) -> None:
 
     rows = [{"model": m.name, "parameters": m.parameters, "MB": round(m.bytes / 1e6), "state": "here"} for m in zoo_models()]
     for name, model in FETCHABLE.items():
-        wrong = fault(cache_folder() / name)
+        wrong = fault(cache_folder() / name, thorough=True)
         state = f"`decodelab models fetch {name}`" if wrong else "here"
         rows.append({"model": name, "parameters": None, "MB": model.megabytes, "state": state})
     emit_json(rows) if as_json else show_table(rows)
@@ -179,6 +179,7 @@ def _lab(
     from decodelab.lab.claims import results_folder
     from decodelab.lab.data import data_root, data_sets, has_data
     from decodelab.lab.lab import Lab
+    from decodelab.core.fetched import FETCHABLE, cache_folder, fault
     from decodelab.core.zoo import zoo_models
 
     lab, zoo = Lab(), {m.name: m for m in zoo_models()}
@@ -187,9 +188,10 @@ def _lab(
             "role": role,
             "model": name,
             "parameters": zoo[name].parameters if name in zoo else None,
-            "here": name in zoo or Path(name).is_dir(),
+            "here": name in zoo or Path(name).is_dir() or (name in FETCHABLE and not fault(cache_folder() / name)),
         }
         for role, name in lab.names.items()
+        if lab.has(role)
     ]
     data = [{"data set": s.name, "here": has_data(s.name), "hub": " ".join(s.hub[:1]), "licence": s.licence} for s in data_sets()]
     facts = {"profile": lab.profile, "device": lab.device, "dtype": lab.settings["dtype"], "seed": lab.seed}
@@ -197,7 +199,7 @@ def _lab(
     if as_json:
         emit_json({**facts, **folders, "models": models, "data": data})
         return
-    show_table([{"setting": k, "value": str(v or "none")} for k, v in (facts | folders).items()])
+    show_table([{"setting": k, "value": "none" if v is None else str(v)} for k, v in (facts | folders).items()])
     show_table(models)
     show_table(data)
 

@@ -330,7 +330,7 @@ def advise(
         _, lm, tokenizer = load_for(found, "target", threads, seed)
         drafter = load_for(draft, "draft")[1] if draft else None
     if texts is None:
-        texts = list(PROMPTS) if getattr(tokenizer, "chat_template", None) else tale_prompts(8, seed)
+        texts = list(PROMPTS) if getattr(tokenizer, "chat_template", None) else tale_prompts(max(8, 2 * batch), seed)
     settings: dict[str, Any] = {
         "batch": batch,
         "max_new_tokens": max_new_tokens,

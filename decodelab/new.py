@@ -8,11 +8,14 @@ Docs: https://decodelab.github.io/decodelab/new.html.md"""
 from __future__ import annotations
 
 import json
+import keyword
 import re
 from collections.abc import Callable
 from hashlib import sha1
 from pathlib import Path
 from typing import Any
+
+from .reading import decoder_files
 
 # %% auto #0
 __all__ = ['families', 'new_paper']
@@ -58,6 +61,9 @@ def new_paper(
         raise ValueError(f"no template for family {family!r}: use one of {', '.join(families(root))}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"{name!r} is no name of a module: use small letters, digits and underscores, such as typical_sampling")
+    if keyword.iskeyword(name) or name in decoder_files():
+        what = "a word of Python" if keyword.iskeyword(name) else "a decoder that exists"
+        raise ValueError(f"{name!r} is {what}: choose another name")
     templates = root / "tools/templates"
     values = dict(_sections((templates / f"{family}.txt").read_text(encoding="utf-8")))
     words = name.split("_")

@@ -70,13 +70,17 @@ def fault(
     "What is wrong with a fetched model; empty when it is whole."
     try:
         files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        files = {str(name): (int(known["bytes"]), str(known["sha256"])) for name, known in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "it has no readable manifest"
+    lacking = [name for name in ("config.json", "tokenizer.json") if name not in files]
+    if lacking or not any(name.endswith(".safetensors") for name in files):
+        return f"its manifest names no {lacking[0] if lacking else 'weights'}"
     for name, known in files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != known["bytes"]:
+        if not path.is_file() or path.stat().st_size != known[0]:
             return f"{name} is missing or cut short"
-        if thorough and _hash(path) != known["sha256"]:
+        if thorough and _hash(path) != known[1]:
             return f"{name} has changed"
     return ""
 
@@ -166,6 +170,8 @@ def fetch(
     if name not in FETCHABLE:
         raise ValueError(f"unknown model {name!r}: {', '.join(FETCHABLE)} can be fetched; `load` takes zoo names, folders and hub ids")
     model, folder = FETCHABLE[name], cache_folder() / name
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, where the folder of {name} should be: move it away")
     if folder.is_dir():
         wrong = fault(folder, thorough=True)
         if not wrong:

@@ -94,15 +94,16 @@ def verify_curve(
 
 @torch.inference_mode()
 def _measure(model: Any, budget: float, context: int) -> VerifyCurve:
+    device = model.device if model.device.type != "meta" else torch.device("cpu")  # offloaded weights are moved by their hooks
     limit = context_length(model) or 10**6
     context = max(1, min(context, limit // 2))
     sizes = [n for n in SIZES if context + n <= limit] or [1]
     least, started = dict.fromkeys(sizes, float("inf")), time.perf_counter()
     with Session(model, trusted=True, remaining=2 * max(sizes)) as session:
-        session.prefill(trial_tokens(model, context, 0).to(model.device))
+        session.prefill(trial_tokens(model, context, 0).to(device))
         for turn in range(8):
             for n in sizes:
-                least[n] = min(least[n], _seconds(session, model, n))
+                least[n] = min(least[n], _seconds(session, trial_tokens(model, n, n).to(device)))
                 late = time.perf_counter() - started > budget
                 if late and (turn or least[n] > 6 * least[1]):  # no draft of this size will pay
                     break
@@ -112,14 +113,12 @@ def _measure(model: Any, budget: float, context: int) -> VerifyCurve:
     return VerifyCurve(found, [least[n] for n in found])
 
 
-def _seconds(session: Session, model: Any, n: int) -> float:
-    tokens = trial_tokens(model, n, n).to(model.device)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
+def _seconds(session: Session, tokens: torch.Tensor) -> float:
+    wait = torch.cuda.synchronize if tokens.device.type == "cuda" else lambda: None
+    wait()
     started = time.perf_counter()
-    session.feed_tree(tokens, Tree.chain(n - 1))
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
+    session.feed_tree(tokens, Tree.chain(tokens.shape[1] - 1))
+    wait()
     spent = time.perf_counter() - started
     session.commit([[]])
     return spent

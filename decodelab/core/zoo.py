@@ -52,7 +52,7 @@ def _zoo() -> dict[str, Path]:
 
 
 def _known() -> str:
-    return ", ".join(_zoo()) or "none"
+    return ", ".join([*_zoo(), *FETCHABLE])
 
 
 # models of the checkout that the installed package leaves out, to stay small

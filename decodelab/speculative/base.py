@@ -275,7 +275,7 @@ class SpeculativeDecoder(Decoder):
         if not self.auto:
             return None
         # what earlier calls found changes nothing when sampling, so that a seed gives the same text again
-        before = None if call.do_sample else self._size
+        before = None if call.do_sample or getattr(self, "start_from", "hot") == "cold" else self._size
         return DraftSize(verify_curve(call.model), Acceptance(self.priors), self.naps, before)
 
     def skip(

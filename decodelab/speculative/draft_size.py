@@ -75,6 +75,8 @@ class DraftSize:
         naps: bool = True,  # whether to stop drafting for a while when nothing pays
         before: DraftSize | None = None,  # of the call before, whose findings are where this one begins
     ):
+        if before is not None and len(before.acceptance.prior) != len(acceptance.prior):  # a setting was changed: other kinds
+            before = None
         self.curve, self.naps = curve, naps
         self.acceptance: Acceptance = acceptance if before is None else before.acceptance.shrunk()
         self.flow = np.array([4.0, 4.0])  # tokens of a row, and what they cost in plain forward passes; older ones fade

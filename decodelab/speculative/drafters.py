@@ -254,6 +254,7 @@ class NGram(TextDrafter):
 
     def reset(self) -> None:
         "Forget what earlier calls have taught."
+        self._size = None  # type: ignore[misc]
         self.learnt: dict[int, dict[tuple[int, ...], int]] = {}  # vocabulary -> latest successor of each n-gram
 
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:

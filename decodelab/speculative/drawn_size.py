@@ -13,7 +13,7 @@ import torch
 from .draft_size import LONGEST, DraftSize
 
 # %% auto #0
-__all__ = ['CONFIDENCES', 'RANKS', 'DEPTHS', 'Chain', 'Levels', 'level_priors']
+__all__ = ['CONFIDENCES', 'RANKS', 'DEPTHS', 'WIDEST', 'Chain', 'Levels', 'level_priors']
 
 # %% ../../nbs/speculative/drawn_size.ipynb #3b872659
 CONFIDENCES = 10  # kinds of a draft model's tokens, by its largest probability
@@ -66,6 +66,7 @@ class Chain:
 
 # %% ../../nbs/speculative/drawn_size.ipynb #91125d81
 RANKS, DEPTHS = 4, 8  # kinds of a drawn tree's tokens, by rank and level
+WIDEST = 16  # nodes of a level, at most, where the children are chosen
 
 
 class Levels:
@@ -75,20 +76,27 @@ class Levels:
         self,
         size: DraftSize,  # of the call
         rows: int,  # rows of the round
+        beam: int = 0,  # nodes of every level, when they are not chosen; 0: children of each node are
     ):
-        self.size, self.rows, self.n, self.level = size, rows, 0, 0
-        self.cost = size.curve.relative(rows, 1 + DEPTHS * 16)
+        self.size, self.rows, self.n, self.level, self.beam = size, rows, 0, 0, beam
+        self.cost = size.curve.relative(rows, 2 + (1 + DEPTHS) * max(WIDEST, beam))
         self.rates = size.acceptance.rate().reshape(DEPTHS, RANKS)
         self.reach, self.numbers = np.ones((rows, 1)), [np.zeros((rows, 1), dtype=int)]
 
-    def width(
-        self,
-        most: int = RANKS,  # children of a node, at most
-    ) -> int:
-        "How many children each of the newest nodes gets; 0: none pays."
+    def width(self) -> int:
+        "How many children each of the newest nodes gets (the whole level, with a beam); 0: none pays."
         self.size.reads += 1
         nodes, total = self.reach.shape[1], float(self.reach.sum(1).mean())
-        for k in range(min(most, RANKS, 16 // nodes)):
+        if self.beam:
+            ranks = np.minimum(np.arange(self.beam) // nodes, RANKS - 1)
+            accepted = total * float(self.rates[self.level, ranks].sum()) / nodes
+            gain = self.size.trust * accepted - self.size.rate * (self.cost[self.n + self.beam] - self.cost[self.n])
+            if gain <= 0:
+                return 0
+            self.size.promised, self.size.gain = self.size.promised + accepted, self.size.gain + float(gain)
+            return self.beam
+        most = min(RANKS, WIDEST // nodes)
+        for k in range(most):
             more = self.n + (k + 1) * nodes
             accepted = total * self.rates[self.level, k]
             gain = self.size.trust * accepted - self.size.rate * (self.cost[more] - self.cost[more - nodes])
@@ -96,7 +104,7 @@ class Levels:
                 return k
             self.size.promised += float(accepted)
             self.size.gain += float(gain)
-        return min(most, RANKS, 16 // nodes)
+        return most
 
     def add(
         self,
@@ -113,7 +121,7 @@ class Levels:
         "Whether it pays to read the newest nodes and draw below them."
         if self.level >= DEPTHS:
             return False
-        nodes = self.reach.shape[1]
+        nodes = self.beam or self.reach.shape[1]
         cost = (self.size.read or 0.0) + self.cost[self.n + nodes] - self.cost[self.n]
         return float(self.reach.sum(1).mean()) * self.rates[self.level, 0] > self.size.rate * cost
 

@@ -17,7 +17,7 @@ from ..core.contract import Call
 from ..core.registry import register
 from .model_drafter import example_drafter
 from .draft_size import check_size
-from .drawn_size import DEPTHS, RANKS, level_priors
+from .drawn_size import DEPTHS, level_priors
 from .sampled_tree import SampledTree
 
 # %% auto #0
@@ -72,7 +72,6 @@ class RSDC(SampledTree):
     auto = property(lambda self: isinstance(self.b, str) and self.b == "auto")
     priors = property(lambda self: level_priors())
     levels = property(lambda self: DEPTHS if self.auto else len(self.b))
-    widest = property(lambda self: RANKS)
 
     def branch(
         self, q: torch.Tensor, alive: torch.Tensor, level: int, sample: bool, memory: dict[str, Any]
@@ -142,7 +141,7 @@ class RSDS(SampledTree):
     auto = property(lambda self: self.L == "auto")
     priors = property(lambda self: level_priors())
     levels = property(lambda self: DEPTHS if self.auto else self.L)
-    widest = property(lambda self: self.W)
+    beam = property(lambda self: self.W)
 
     def branch(
         self, q: torch.Tensor, alive: torch.Tensor, level: int, sample: bool, memory: dict[str, Any]

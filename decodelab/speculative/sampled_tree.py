@@ -46,9 +46,9 @@ class SampledTree(ModelDrafter):
         raise NotImplementedError(f"{type(self).__name__} must define branch(q, alive, level, sample, memory)")
 
     @property
-    def widest(self) -> int:
-        "Children of a node, at most, when the shape is fitted."
-        return 1
+    def beam(self) -> int:
+        "Nodes of every level, when only the depth is fitted; 0: the children of a node are fitted, too."
+        return 0
 
     def candidates(self, rows: int, memory: dict[str, Any]) -> list[list[list[int]]] | None:
         "[row][node]: children in the order they are tested, where the tree itself does not say it."
@@ -65,7 +65,7 @@ def grow_tree(
 ) -> Draft:
     "A draft tree below each root: one forward of the drafter a level."
     levels = min(decoder.levels, max(call.remaining(row) for row in call.rows) - 1)
-    fitted = None if call.size is None else Levels(call.size, len(roots))
+    fitted = None if call.size is None else Levels(call.size, len(roots), decoder.beam)
     tokens, parents, probs = [roots[:, None]], [torch.full_like(roots, -1)[:, None]], []
     paths, alive, first = roots.new_empty(len(roots), 1, 0), torch.ones_like(roots, dtype=torch.bool)[:, None], 0
     memory: dict[str, Any] = {}
@@ -77,7 +77,7 @@ def grow_tree(
         q = [probabilities(processed_scores(call, logits[:, i], paths[:, i])) for i in range(logits.shape[1])]
         probs.append(torch.stack(q, 1))
         if fitted is not None:  # asked before the tokens are drawn: their distribution must not depend on the answer
-            memory["width"] = fitted.width(decoder.widest)
+            memory["width"] = fitted.width()
             if not memory["width"]:
                 probs.pop()
                 break

@@ -26,7 +26,8 @@ def sources(monkeypatch):
     def make(name):
         def write(model, folder):
             asked.append(name)
-            (folder / "config.json").write_text("{}")
+            for file in ("config.json", "tokenizer.json"):
+                (folder / file).write_text("{}")
             (folder / "model.safetensors").write_bytes(os.urandom(64))
             return f"{name} of a test"
 
@@ -67,7 +68,7 @@ def test_nothing_is_left_when_no_source_has_it(cache, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest", "list", "number", "empty"])
 def test_a_damaged_model_is_refused_and_made_anew(damage, cache, sources):
     folder = fetch("smollm2", lambda _: None)
     weights = folder / "model.safetensors"
@@ -78,7 +79,8 @@ def test_a_damaged_model_is_refused_and_made_anew(damage, cache, sources):
     elif damage == "gone":
         weights.unlink()
     else:
-        (folder / "fetched.json").write_text("{")
+        broken = {"manifest": "{", "list": '{"files": ["a"]}', "number": '{"files": {"config.json": 3}}', "empty": '{"files": {}}'}
+        (folder / "fetched.json").write_text(broken[damage])
     with pytest.raises(FileNotFoundError, match="run `decodelab models fetch smollm2`"):
         load("smollm2")
     told = []
@@ -86,6 +88,14 @@ def test_a_damaged_model_is_refused_and_made_anew(damage, cache, sources):
     assert told[0].startswith("smollm2 is damaged")
     assert fault(folder, thorough=True) == ""
     assert sources == ["hub", "hub"]
+
+
+def test_a_file_in_place_of_the_folder_is_named(cache, sources):
+    cache.mkdir()
+    (cache / "smollm2").write_text("")
+    with pytest.raises(FileExistsError, match="is a file, where the folder of smollm2 should be"):
+        fetch("smollm2", lambda _: None)
+    assert sources == []
 
 
 def test_an_interrupt_leaves_no_half_model(cache, monkeypatch):

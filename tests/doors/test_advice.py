@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from toys import character_tokenizer, small_model
 
+from decodelab import advice as advice_module
 from decodelab import advise
 from decodelab.advice import Advice, Option, _code, _held
 from decodelab.core.registry import decoders, fitted
@@ -56,8 +57,8 @@ def test_advice_is_a_table_and_three_lines(model):
 
 
 def test_a_batch_and_few_prompts(model):
-    advice = advise(model, character_tokenizer(), TEXTS[:1], batch=2, max_new_tokens=8)
-    assert (advice.batch, advice.prompts) == (2, 4)  # the prompts are repeated to make two whole batches
+    advice = advise(model, character_tokenizer(), [*TEXTS, "a mill", "a fifth, left over"], batch=2, max_new_tokens=8)
+    assert (advice.batch, advice.prompts) == (2, 4)
     assert "prompt lookup (transformers)" not in {o.name for o in advice.options}
 
 
@@ -69,10 +70,10 @@ def test_only_what_is_shown_to_be_faster_is_advised():
     plain = Option("greedy (transformers)", 1.0, 1.0, 1.0, None, None, None, "")
     slow = Advice("m", 1, 6, 64, "", [line("ngram", 0.95), plain])
     assert slow.best is None
-    assert "No decoder is shown to be faster" in _code(slow, fitted(), False)
+    assert "No decoder is shown to be faster" in _code(slow, fitted())
     fast = Advice("m", 1, 6, 64, "", [line("ngram", 1.05), plain])
     assert fast.best.name == "ngram"
-    code = _code(fast, fitted(), False)
+    code = _code(fast, fitted())
     assert code.splitlines()[:2] == [
         "from decodelab import NGram",
         "decoder = NGram(gamma='auto')  # keep it: it learns from call to call",
@@ -91,6 +92,53 @@ def test_memory_counts_what_a_decoder_holds():
     assert 64_000 <= _held(decoder, set()) - before < 70_000
     assert _held(torch.nn.Linear(100, 100), set()) == 0
     assert np.isfinite(before)
+
+
+@pytest.mark.parametrize(("prompts", "batch"), [([], 1), (["one"], 1), (["one", "one"], 1), ("a text", 1), (TEXTS, 2), (TEXTS, 0)])
+def test_too_few_prompts_are_refused(prompts, batch, model):
+    with pytest.raises(ValueError, match="needs two batches of different prompts: give a list of at least [24] texts"):
+        advise(model, character_tokenizer(), prompts, batch=batch, max_new_tokens=4)
+
+
+def test_nothing_is_timed_that_a_decoder_has_met(model, monkeypatch):
+    seen = []
+    take = advice_module._take
+
+    def noted(call, group, n):
+        seen.append(group["input_ids"].tolist())
+        return take(call, group, n)
+
+    monkeypatch.setattr(advice_module, "_take", noted)
+    advise(model, character_tokenizer(), TEXTS, max_new_tokens=4)
+    each = 2 + len(fitted())
+    rounds = [seen[i] for i in range(0, len(seen), each)]
+    assert len(rounds) == 4
+    assert len({str(ids) for ids in rounds}) == 4
+
+
+def test_an_interrupt_keeps_what_was_measured(model, monkeypatch):
+    take, calls = advice_module._take, []
+
+    def interrupted(call, group, n):
+        calls.append(1)
+        if len(calls) > stop:
+            raise KeyboardInterrupt
+        return take(call, group, n)
+
+    monkeypatch.setattr(advice_module, "_take", interrupted)
+    each = 2 + len(fitted())
+    stop = 3 * each + 2
+    assert advise(model, character_tokenizer(), TEXTS, max_new_tokens=4).prompts == 2
+    calls.clear()
+    stop = each + 1
+    with pytest.raises(KeyboardInterrupt):
+        advise(model, character_tokenizer(), TEXTS, max_new_tokens=4)
+
+
+def test_a_faster_lookup_of_transformers_is_told():
+    theirs = Option("prompt lookup (transformers)", 2.0, 1.5, 2.5, None, None, None, "")
+    advice = Advice("m", 1, 6, 64, "", [theirs, line("ngram", 1.05)])
+    assert "transformers' own prompt lookup was faster" in _code(advice, fitted())
 
 
 def test_a_prompt_that_is_empty_is_named(model):

@@ -268,3 +268,33 @@ def test_the_drafter_catches_up_after_rounds_without_a_draft(llama, costs, monke
     decoder.generate(llama, random_prompts(1, seed=4)[0], max_new_tokens=200, do_sample=False, eos_token_id=None)
     assert max(seen) < 1e-4
     assert max(drafted) >= 8  # it did rest
+
+
+@pytest.mark.parametrize("W", [5, 17, 80])
+def test_wide_beams(W, llama, costs):
+    costs(0.0)
+    ids = random_prompts(1, seed=8)[0]
+    decoder = RSDS(example_drafter(llama), W=W, L="auto")
+    out = decoder.generate(llama, ids, max_new_tokens=20, do_sample=False)
+    assert added(out) == [plain(llama, ids, 20)]
+    assert {n % W for n in out.stats.draft_lengths[0][:-3]} == {0}
+    assert out.stats.drafted > 0
+
+
+def test_a_changed_field_begins_anew(llama, costs):
+    costs(0.05)
+    ids, decoder = random_prompts(1, seed=8)[0], PromptLookup(k="auto")
+    decoder.generate(llama, ids, max_new_tokens=20, do_sample=False)
+    decoder.w_max = 5
+    assert added(decoder.generate(llama, ids, max_new_tokens=20, do_sample=False)) == [plain(llama, ids, 20)]
+
+
+@pytest.mark.parametrize("start_from", ["hot", "cold"])
+def test_a_cold_decoder_keeps_no_counts(start_from, llama, costs, monkeypatch):
+    costs(0.01)
+    begun = []
+    monkeypatch.setattr(base, "DraftSize", lambda *arguments: begun.append(arguments[-1]) or DraftSize(*arguments))
+    for decoder in (NGram(gamma="auto", start_from=start_from), TokenRecycling(template="auto", start_from=start_from)):
+        for _ in range(2):
+            decoder.generate(llama, random_prompts(1, seed=8)[0], max_new_tokens=10, do_sample=False)
+    assert [before is None for before in begun] == [True, start_from == "cold"] * 2

@@ -86,6 +86,7 @@ def experiment(
     per_task: int = 2,  # prompts of each task at batch 1
     batches: Sequence[int] = (1, 4, 8),  # rows of a batch
     max_new_tokens: int = 64,  # tokens of a continuation
+    length: int = 256,  # tokens of a prompt, about; longer ones lose their beginning
 ) -> dict[str, Any]:
     "All tables of this page; needs the data set `spec_bench`."
     lab = Lab("speculative/draft_size")
@@ -95,7 +96,7 @@ def experiment(
     pad = tokenizer.pad_token_id or 0
     chat = bool(getattr(tokenizer, "chat_template", None))
     prompts: dict[str, list[torch.Tensor]] = {}
-    for ids, task in zip(*spec_bench_prompts(tokenizer, max(per_task, *batches), 1024, chat)):
+    for ids, task in zip(*spec_bench_prompts(tokenizer, max(per_task, *batches), length, chat)):
         prompts.setdefault(task, []).append(ids.to(model.device))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     read = bandwidth()
