@@ -575,7 +575,7 @@ def test_code_and_paper_agree_whenever_the_champion_was_remembered(prompts):
         ({"conf": "margin"}, "unknown conf 'margin': use one of entropy, max_prob"),
         ({"rank": "x"}, "unknown rank 'x'"),
         ({"variant": "x"}, "unknown variant 'x': use one of average, agreement"),
-        ({"token_from": "x"}, "unknown token_from 'x': use one of average, pass"),
+        ({"token_from": "x"}, "unknown token_from 'x': use one of average, step"),
         ({"score_from": "x"}, "unknown score_from 'x'"),
         ({"V": 0}, "V must be positive and d not negative, got 0 and 3"),
         ({"d": -1}, "V must be positive and d not negative, got 4 and -1"),

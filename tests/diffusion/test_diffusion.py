@@ -510,7 +510,7 @@ SCORES = {
 
 
 @pytest.mark.parametrize("order", list(SCORES))
-@pytest.mark.parametrize(("n", "block", "steps"), [(12, 12, 12), (12, 4, 4), (12, 6, 2), (12, 4, 3), (8, 8, 1)])
+@pytest.mark.parametrize(("n", "block", "passes"), [(12, 12, 12), (12, 4, 4), (12, 6, 2), (12, 4, 3), (8, 8, 1)])
 def test_llada_against_a_transcription(order, n, block, passes, llama, prompt):
     decoder = LLaDA(block_length=block, steps=passes * (n // block), remasking=order)
     assert new_ids(decode(decoder, llama, prompt, n))[0] == plain_llada(llama, prompt, n, block, passes, SCORES[order])
