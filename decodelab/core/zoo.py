@@ -52,7 +52,7 @@ def _zoo() -> dict[str, Path]:
 
 
 def _known() -> str:
-    return ", ".join([*_zoo(), *FETCHABLE])
+    return ", ".join(_zoo()) or "none"
 
 
 # models of the checkout that the installed package leaves out, to stay small
@@ -221,7 +221,7 @@ def _not_found(name: str, error: Exception) -> FileNotFoundError:
         os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE") or "connect" in f"{error} {error.__cause__}".lower()
     )
     reach = "the hub cannot be reached (offline)" if offline else f"the hub answered: {str(error).splitlines()[0]}"
-    text = f"unknown model {name!r}: no zoo model (known: {_known()}), no folder, and not loaded from the Hugging Face hub: {reach}"
+    text = f"unknown model {name!r}: no zoo model (known: {_known()}), none of those to fetch ({', '.join(FETCHABLE)}), no folder, and not loaded from the Hugging Face hub: {reach}"
     return FileNotFoundError(f"{text}. Give a zoo name, the path of a folder, or a hub id with safetensors weights")
 
 # %% ../../nbs/core/zoo.ipynb #7f717875
