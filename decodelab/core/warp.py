@@ -13,7 +13,7 @@ import torch
 from transformers import LogitsProcessorList
 
 # %% auto #0
-__all__ = ['process', 'probabilities', 'check_finite', 'greedy', 'best_tokens', 'confidence', 'draw']
+__all__ = ['CHUNK', 'process', 'probabilities', 'check_finite', 'greedy', 'best_tokens', 'confidence', 'draw']
 
 # %% ../../nbs/core/warp.ipynb #de8c047b
 def process(
@@ -45,6 +45,16 @@ def check_finite(
         )
 
 # %% ../../nbs/core/warp.ipynb #44beaa91
+CHUNK = 128  # columns that are looked at together
+
+
+def _chunk_maxima(scores: torch.Tensor) -> torch.Tensor:
+    # the largest score of each chunk, the last of which may be shorter, [..., chunks]
+    full = scores.shape[-1] - scores.shape[-1] % CHUNK
+    tops = scores[..., :full].unflatten(-1, (-1, CHUNK)).amax(-1)
+    return torch.cat([tops, scores[..., full:].amax(-1, keepdim=True)], dim=-1) if full < scores.shape[-1] else tops
+
+
 def greedy(
     scores: torch.Tensor,  # processed scores, [..., vocab]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,12 +62,8 @@ def greedy(
     if scores.device.type != "cpu" or scores.numel() < 2**15:
         best = scores.max(dim=-1)
         return best.indices, best.values
-    size, chunk = scores.shape[-1], 128
-    full = size - size % chunk
-    tops = scores[..., :full].unflatten(-1, (-1, chunk)).amax(-1)
-    if full < size:
-        tops = torch.cat([tops, scores[..., full:].amax(-1, keepdim=True)], dim=-1)
-    columns = tops.max(dim=-1, keepdim=True).indices * chunk + torch.arange(chunk)
+    size, tops = scores.shape[-1], _chunk_maxima(scores)
+    columns = tops.max(dim=-1, keepdim=True).indices * CHUNK + torch.arange(CHUNK)
     columns = columns.clamp_max(size - 1)
     near = scores.gather(-1, columns).max(dim=-1, keepdim=True)
     return columns.gather(-1, near.indices)[..., 0], near.values[..., 0]
@@ -68,14 +74,10 @@ def best_tokens(
     k: int,  # how many (at most the vocabulary)
 ) -> torch.Tensor:
     "The `k` best tokens of each row, best first, [..., k]."
-    size, chunk = scores.shape[-1], 128
+    size = scores.shape[-1]
     if scores.device.type != "cpu" or size < 2**14 or k > 32:
         return scores.topk(k).indices
-    full = size - size % chunk
-    tops = scores[..., :full].unflatten(-1, (-1, chunk)).amax(-1)
-    if full < size:
-        tops = torch.cat([tops, scores[..., full:].amax(-1, keepdim=True)], dim=-1)
-    columns = (tops.topk(k).indices[..., None] * chunk + torch.arange(chunk)).flatten(-2)
+    columns = (_chunk_maxima(scores).topk(k).indices[..., None] * CHUNK + torch.arange(CHUNK)).flatten(-2)
     beyond, columns = columns >= size, columns.clamp_max(size - 1)
     near = scores.gather(-1, columns).masked_fill_(beyond, -torch.inf)
     return columns.gather(-1, near.topk(k).indices)
