@@ -24,6 +24,10 @@ class Recipe:
     name: str  # as on the command line
     settings: Any  # a dataclass object with the recipe's defaults
     train: Callable[..., dict[str, Any]]  # (settings, folder, ...) -> figures of the finished run
+    paper: str = ""  # title of the paper, where the recipe is its method
+    url: str = ""  # of the paper
+    year: int = 0  # of the paper
+    notebook: str = ""  # its method page, such as `training/hyperfitting`
 
 
 _RECIPES: dict[str, Recipe] = {}
@@ -32,6 +36,10 @@ _RECIPES: dict[str, Recipe] = {}
 def recipe(
     name: str,  # as on the command line
     settings: Any,  # a dataclass object with the recipe's defaults
+    paper: str = "",  # title of the paper, where the recipe is its method
+    url: str = "",  # of the paper
+    year: int = 0,  # of the paper
+    notebook: str = "",  # its method page, such as `training/hyperfitting`
 ) -> Callable[[Callable[..., dict[str, Any]]], Callable[..., dict[str, Any]]]:
     "Decorator of a function `train(settings, folder, ...)` that returns the figures of the finished run."
 
@@ -39,7 +47,7 @@ def recipe(
         known = _RECIPES.get(name)
         if known is not None and known.train.__qualname__ != train.__qualname__:
             raise ValueError(f"two recipes want the name {name!r}: {known.train.__qualname__} and {train.__qualname__}")
-        _RECIPES[name] = Recipe(name, settings, train)
+        _RECIPES[name] = Recipe(name, settings, train, paper, url, year, notebook)
         return train
 
     return file

@@ -30,7 +30,7 @@ from ..lab.provenance import provenance, to_plain, write_json
 from .checkpoints import checkpoint_fault, checkpoints, newest_whole_checkpoint, step_of
 
 # %% auto #0
-__all__ = ['FREE', 'check_recipe', 'wandb_report', 'training_arguments', 'RunTrainer', 'TrainingRun']
+__all__ = ['FREE', 'check_recipe', 'wandb_report', 'training_arguments', 'Guarded', 'RunTrainer', 'TrainingRun']
 
 # %% ../../nbs/training/runs.ipynb #ef7e018a
 def check_recipe(
@@ -64,8 +64,9 @@ def wandb_report() -> list[str]:
 def training_arguments(
     recipe: Any,  # name, steps, batch_size, learning_rate, save_every, seed, and eval_every where it has one
     run: Path,  # folder of the checkpoints
-    **settings: Any,  # optimiser, schedule and further arguments of `TrainingArguments`, or others than these
-) -> TrainingArguments:
+    kind: type[TrainingArguments] = TrainingArguments,  # class of the arguments: `SFTConfig` and `GRPOConfig` are such, too
+    **settings: Any,  # optimiser, schedule and further arguments of `kind`, or others than these
+) -> Any:
     "What all recipes share: checkpoints, evaluations, device, seed, W&B."
     gpu = torch.cuda.is_available()
     common: dict[str, Any] = {
@@ -87,7 +88,7 @@ def training_arguments(
         "report_to": wandb_report(),
         "prediction_loss_only": True,
     }
-    return TrainingArguments(**common | settings)
+    return kind(**common | settings)
 
 # %% ../../nbs/training/runs.ipynb #1590a144
 def _tell(text: str) -> None:
@@ -111,29 +112,34 @@ class _Bar(_Lines, ProgressCallback):
                 bar.close()
 
 
-class RunTrainer(Trainer):
-    "`Trainer` that stops when the loss is not finite, and leaves standard output alone."
+class Guarded:
+    "What every trainer of a recipe does beyond its own: it stops when the loss is not finite, and leaves standard output alone. Stands before the trainer among the bases: `class HyperfittingTrainer(Guarded, SFTTrainer)`."
+
+    state: Any
+    args: Any
+    model: Any
+    callback_handler: Any
 
     def __init__(
         self,
-        *args: Any,  # as for `Trainer`
-        **kwargs: Any,  # as for `Trainer`
+        *args: Any,  # as for the trainer
+        **kwargs: Any,  # as for the trainer
     ):
         super().__init__(*args, **kwargs)
         for theirs, ours in ((PrinterCallback, _Lines), (ProgressCallback, _Bar)):
-            if self.pop_callback(theirs) is not None:
-                self.add_callback(ours)
+            if self.pop_callback(theirs) is not None:  # type: ignore[attr-defined]
+                self.add_callback(ours)  # type: ignore[attr-defined]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)
+            return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:  # an error begins a line of its own
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, _Bar):
                     callback.close()
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if not bool(loss.isfinite()):
             self._stop_diverged(f"the loss is {float(loss)} at step {self.state.global_step + 1}")
         return loss
@@ -141,13 +147,13 @@ class RunTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if not math.isfinite(logs.get("eval_loss", 0.0)):
             self._stop_diverged(f"the held-out loss is {logs['eval_loss']} at step {self.state.global_step}")
-        super().log(logs, *args, **kwargs)
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         model: Any = self.model
         if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
             self._stop_diverged(f"the weights are not finite after step {self.state.global_step}")
-        super().save_model(output_dir, _internal_call)
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
     def _stop_diverged(self, what: str) -> None:
         kept = newest_whole_checkpoint(Path(str(self.args.output_dir)))
@@ -163,7 +169,11 @@ class RunTrainer(Trainer):
         "Take weights and state of a finished run; `train` would go on for a step where an epoch is not over."
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        self._load_from_checkpoint(str(checkpoint.parent / f"checkpoint-{best or step_of(checkpoint)}"))
+        self._load_from_checkpoint(str(checkpoint.parent / f"checkpoint-{best or step_of(checkpoint)}"))  # type: ignore[attr-defined]
+
+
+class RunTrainer(Guarded, Trainer):
+    "`Trainer`, guarded."
 
 # %% ../../nbs/training/runs.ipynb #ac45ffd8
 FREE = ("name", "steps", "save_every", "eval_every", "compile")  # settings that a run may change while it goes on
@@ -283,7 +293,7 @@ class TrainingRun(TrainerCallback):
 
     def train(
         self,
-        trainer: RunTrainer,  # model, data and arguments
+        trainer: Any,  # model, data and arguments: a `RunTrainer`, or another guarded trainer
         **made_of: str,  # fingerprints of data, tokenizer and models
     ) -> None:
         "Train to the last step; an error when the folder holds checkpoints of another run, and when the run diverges."
@@ -340,7 +350,7 @@ class TrainingRun(TrainerCallback):
 
     def figures(
         self,
-        trainer: RunTrainer,  # after `train`
+        trainer: Any,  # after `train`
     ) -> dict[str, Any]:
         "What a `training.json` says of any run: recipe, steps, seconds, curve, segments."
         plans = [s["planned_steps"] for s in self.segments]

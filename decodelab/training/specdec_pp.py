@@ -336,7 +336,11 @@ def _load_pair(recipe: AcceptanceHeadRecipe) -> tuple[Any, Any, Any]:
 
 
 def _arguments(recipe: AcceptanceHeadRecipe, run: Path) -> TrainingArguments:
-    schedule = {"warmup_steps": max(1, round(0.03 * recipe.steps)), "lr_scheduler_type": "cosine", "logging_steps": min(50, recipe.steps)}
+    schedule: dict[str, Any] = {
+        "warmup_steps": max(1, round(0.03 * recipe.steps)),
+        "lr_scheduler_type": "cosine",
+        "logging_steps": min(50, recipe.steps),
+    }
     return training_arguments(recipe, run, **schedule, remove_unused_columns=False, label_names=["labels"])
 
 # %% ../../nbs/training/specdec_pp.ipynb #a6939623

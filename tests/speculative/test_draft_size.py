@@ -223,7 +223,7 @@ def test_drafts_are_as_long_as_the_papers_where_they_are_free(name, llama, costs
         assert added(outs[0]) == added(outs[1]) == [plain(llama, ids, 160, eos_token_id=None)]
         found[kind] = outs[1].stats.tokens_per_forward
     assert found["fixed"] > 1.4
-    assert found["auto"] > 0.7 * found["fixed"]
+    assert found["auto"] > 0.85 * found["fixed"]
 
 
 @every_auto
