@@ -86,6 +86,19 @@ def _methods(
     )
 
 # %% ../nbs/cli.ipynb #3c434f44
+def _config_settings(file: Path) -> list[str]:
+    # a YAML file of settings, as texts
+    import yaml
+
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict) or any(isinstance(value, (dict, list)) or value is None for value in found.values()):
+        raise ValueError(f"{file} must hold lines such as learning_rate: 0.001, each with one value")
+    return [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in found.items()]
+
+
 def _recipe(name: str, texts: Iterable[str], steps: int | None = None) -> tuple[Any, Callable[..., dict[str, Any]]]:
     from dataclasses import replace
 
@@ -105,6 +118,7 @@ def _train(
     data_dir: Annotated[Path | None, typer.Option(help="Local data folder; DECODELAB_DATA when left out.")] = None,
     tokenizer: Annotated[str, typer.Option(help="Zoo name or folder of a tokenizer; trained on the text when left out.")] = "",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; those of the recipe when left out.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings of the recipe; --set goes before it.")] = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -112,7 +126,7 @@ def _train(
     require("train", "accelerate", "filelock")
     if data_dir is not None:
         os.environ["DECODELAB_DATA"] = str(data_dir)
-    plan, train = _recipe(recipe, settings or (), steps)
+    plan, train = _recipe(recipe, [*(_config_settings(config) if config else ()), *(settings or ())], steps)
     if tokenizer and "tokenizer" not in signature(train).parameters:
         raise ValueError(f"{recipe} has the tokenizer of the model it starts from: leave out --tokenizer")
     folder = out or Path("runs") / recipe

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from .checkpoints import fingerprint, tokenizer_fingerprint, write_training
 from .recipes import recipe
-from .runs import RunTrainer, TrainingRun, check_recipe, training_arguments
+from .runs import RunTrainer, TrainingRun, check_recipe, processes, training_arguments
 from ..core.zoo import model_card, zoo_path
 from ..lab.data import load_data
 
@@ -197,7 +197,7 @@ def train_language_model(
     train, test = (encode_stream(tokenizer, texts) for texts in (train_text, held_out))
     check_length(train, recipe.block, "training text")
     check_length(test, recipe.block, "held-out text")
-    windows = Windows(train, recipe.block, recipe.steps * recipe.batch_size, recipe.seed)
+    windows = Windows(train, recipe.block, recipe.steps * recipe.batch_size * processes(), recipe.seed)
     probe = Windows(test, recipe.block, min(64, max(1, len(test) // recipe.block)), seed=1)
     with TrainingRun(out / "run", recipe) as run:
         model = recipe.model(tokenizer)
@@ -212,7 +212,8 @@ def train_language_model(
             "train_tokens": len(train),
             **held_out_figures(model, tokenizer, held_out, recipe.block),
         }
-        save_model(model, tokenizer, out)
+        if run.first:
+            save_model(model, tokenizer, out)
         return write_training(out, figures)
 
 

@@ -27,10 +27,11 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from ..core.fields import field_types, fits, type_words
 from ..lab.provenance import provenance, to_plain, write_json
+from .tracking import estimate, wandb_report
 from .checkpoints import checkpoint_fault, checkpoints, newest_whole_checkpoint, step_of
 
 # %% auto #0
-__all__ = ['FREE', 'check_recipe', 'wandb_report', 'training_arguments', 'Guarded', 'RunTrainer', 'TrainingRun']
+__all__ = ['FREE', 'check_recipe', 'processes', 'training_arguments', 'Guarded', 'RunTrainer', 'TrainingRun']
 
 # %% ../../nbs/training/runs.ipynb #ef7e018a
 def check_recipe(
@@ -49,16 +50,9 @@ def check_recipe(
         raise ValueError("learning_rate must be positive, and seed, warmup and weight_decay not negative")
 
 # %% ../../nbs/training/runs.ipynb #31effc97
-def wandb_report() -> list[str]:
-    "W&B when installed, offline unless the user chose otherwise."
-    try:
-        import wandb
-    except ImportError:
-        return []
-    os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ.setdefault("WANDB_PROJECT", "decodelab")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    return ["wandb"] if os.environ["WANDB_MODE"] != "disabled" else []
+def processes() -> int:
+    "How many processes train one model together (`accelerate launch`)."
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def training_arguments(
@@ -305,6 +299,8 @@ class TrainingRun(TrainerCallback):
             trainer.restore(checkpoint)
             return
         _check_space(self.folder, trainer)
+        if self.first:
+            _tell(estimate(trainer, planned - done))
         start = {"from_step": done, "to_step": done, "planned_steps": planned, "seconds": 0}
         self.segments.append(start | provenance(seed=self.recipe.seed))
         self._write()

@@ -19,15 +19,15 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from ..core.warp import draw
-from ..speculative.model_drafter import end_ids
 from ..speculative.specdec_pp import AcceptanceHead, AcceptanceHeadConfig
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint, write_training
 from .recipes import recipe
+from .target_texts import training_prompts, written_by
 from .runs import RunTrainer, TrainingRun, check_recipe, training_arguments
 
 # %% auto #0
 __all__ = ['log_probs', 'acceptance', 'label_batch', 'acceptance_loss', 'pessimistic', 'calibrated', 'AcceptanceHeadRecipe',
-           'head_prompts', 'HeadData', 'build_data', 'cached_data', 'HeadTrainer', 'hidden_states', 'head_figures',
+           'HeadData', 'build_data', 'cached_data', 'HeadTrainer', 'hidden_states', 'head_figures',
            'train_acceptance_head', 'head_card', 'train_head']
 
 # %% ../../nbs/training/specdec_pp.ipynb #7e7d889b
@@ -148,27 +148,6 @@ class AcceptanceHeadRecipe:
         names = ("target", "drafter", "r", "temperature", "prompts", "held_out", "new_tokens", "seed")
         return json.dumps({n: getattr(self, n) for n in names})
 
-# %% ../../nbs/training/specdec_pp.ipynb #c8901965
-def head_prompts(
-    n: int,  # how many
-    seed: int = 0,  # order
-) -> list[str]:
-    "Prompts to train on: openings of tales, and as many paragraphs of the training books where the data are there."
-    from decodelab.lab.data import first_words, has_data, paragraphs
-    from decodelab.lab.prompts import tale_prompts
-
-    measured = set(tale_prompts(500, seed=0))
-    openings = [t for t in tale_prompts(min(16_016, n + 2000), seed=seed + 1) if t not in measured]
-    books = paragraphs("train") if has_data("tales") else []
-    starts = [first_words(t, 24) for t in books if len(t.split()) > 40]
-    shuffled = np.random.default_rng(seed).permutation(np.array(starts, dtype=object)).tolist()[: n // 2]
-    chosen = [*openings[: n - len(shuffled)], *shuffled]
-    if len(chosen) < n:
-        raise ValueError(
-            f"there are only {len(chosen)} different prompts: ask for fewer, or name the folder of the books in DECODELAB_DATA"
-        )
-    return [chosen[i] for i in np.random.default_rng(seed).permutation(n)]
-
 # %% ../../nbs/training/specdec_pp.ipynb #96c1ea7e
 class HeadData(Dataset):
     "Mixed texts and their labels."
@@ -196,18 +175,10 @@ def build_data(
     batch_size: int = 64,  # prompts the target continues together
 ) -> HeadData:
     "Let the target continue the prompts, and label what the drafter would have written."
-    sampling = {"do_sample": True, "temperature": recipe.temperature, "top_k": 0} if recipe.temperature else {"do_sample": False}
-    eos_ids, ids, labels = end_ids(target), [], []
+    ids, labels = [], []
     for i in range(0, len(prompts), batch_size):
-        asked = tokenizer(list(prompts[i : i + batch_size]), return_tensors="pt", padding=True, padding_side="left").to(target.device)
-        written = target.generate(
-            input_ids=asked.input_ids, attention_mask=asked.attention_mask, max_new_tokens=recipe.new_tokens, **sampling
-        )
-        begin, texts, starts = asked.input_ids.shape[1], [], []
-        for row, mask in zip(written.tolist(), asked.attention_mask.sum(1).tolist()):
-            end = next((k + 1 for k in range(begin, len(row)) if row[k] in eos_ids), len(row))
-            texts.append(row[begin - mask : end])
-            starts.append(mask)
+        written = written_by(target, tokenizer, prompts[i : i + batch_size], recipe.new_tokens, recipe.temperature, batch_size)
+        texts, starts = [prompt + answer for prompt, answer in written], [len(prompt) for prompt, _ in written]
         mixed, a = label_batch(target, drafter, texts, starts, recipe.r, recipe.temperature)
         ids += [m.to(torch.int32).cpu() for m in mixed]
         labels += [row.cpu() for row in a]
@@ -228,7 +199,7 @@ def cached_data(
     if kept is not None:
         return tuple(HeadData(kept[f"{part}_ids"], kept[f"{part}_labels"]) for part in ("train", "test"))  # type: ignore[return-value]
     torch.manual_seed(recipe.seed)
-    prompts = head_prompts(recipe.prompts + recipe.held_out, recipe.seed)
+    prompts = training_prompts(recipe.prompts + recipe.held_out, recipe.seed)
     parts = (prompts[: recipe.prompts], prompts[recipe.prompts :])
     train, test = (build_data(target, drafter, tokenizer, part, recipe) for part in parts)
     tensors = {"train_ids": train.input_ids, "train_labels": train.labels, "test_ids": test.input_ids, "test_labels": test.labels}

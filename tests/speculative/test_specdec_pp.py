@@ -392,13 +392,14 @@ def test_bad_recipes(fields, message):
 def test_prompts(monkeypatch):
     monkeypatch.setenv("DECODELAB_DATA", "")
     from decodelab.lab.prompts import tale_prompts
+    from decodelab.training import target_texts
 
-    chosen = training.head_prompts(300, seed=2)
+    chosen = target_texts.training_prompts(300, seed=2)
     assert len(set(chosen)) == 300
     assert not set(chosen) & set(tale_prompts(500, seed=0))
-    assert chosen == training.head_prompts(300, seed=2)
+    assert chosen == target_texts.training_prompts(300, seed=2)
     with pytest.raises(ValueError, match="different prompts: ask for fewer"):
-        training.head_prompts(40_000)
+        target_texts.training_prompts(40_000)
 
 
 @pytest.fixture
