@@ -19,7 +19,7 @@ from .bench import BenchResult, counted, ratio_interval
 
 # %% auto #0
 __all__ = ['COLUMNS', 'baselines', 'family', 'target_texts', 'speeds', 'versus', 'per_forward', 'by_group', 'spec_bench_prompts',
-           'held_out_texts', 'held_out_prompts']
+           'by_task', 'held_out_texts', 'held_out_prompts']
 
 # %% ../../nbs/lab/speeds.ipynb #a4f702c3
 def baselines(
@@ -124,6 +124,20 @@ def spec_bench_prompts(
     else:
         ids = [tokenizer(text, return_tensors="pt").input_ids[:, -length:] for _, text in picked]
     return ids, [task for task, _ in picked]
+
+# %% ../../nbs/lab/speeds.ipynb #c5d6e7f8
+def by_task(
+    result: BenchResult,  # what `compare` returned
+    tasks: Sequence[str],  # task of each prompt
+) -> dict[str, dict[str, float]]:
+    "[method][task]: median over its prompts of the speed relative to transformers' greedy decoding, in processor time where it was counted."
+    base = {r.prompt: r for r in result.rows if r.method == result.baseline}
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in result.rows:
+        plain = base[row.prompt]
+        seconds, own = (r.seconds if r.cpu_seconds is None else r.cpu_seconds for r in (plain, row))
+        found.setdefault(row.method, {}).setdefault(tasks[row.prompt], []).append(seconds / plain.tokens / (own / row.tokens))
+    return {m: {t: float(torch.tensor(v).median()) for t, v in parts.items()} for m, parts in found.items()}
 
 # %% ../../nbs/lab/speeds.ipynb #sp000012
 def held_out_texts(

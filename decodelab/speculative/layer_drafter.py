@@ -125,7 +125,9 @@ def load_drafter(
     config = target.config.get_text_config()
     shape = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers, "vocabulary": embedding_size(target)}
     if made["shape"] != shape:
-        raise ValueError(f"{place} was made for {made['target']} with {made['shape']}, this target has {shape}: train one with `decodelab train drafter --set target=...`")
+        raise ValueError(
+            f"{place} was made for {made['target']} with {made['shape']}, this target has {shape}: train one with `decodelab train drafter --set target=...`"
+        )
     tokens = None if made.get("all_tokens") else load_file(folder / "tokens.safetensors")["tokens"]
     drafter = layer_drafter(target, made["layers"], tokens)
     lora = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))

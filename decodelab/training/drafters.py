@@ -21,6 +21,7 @@ from ..core.capability import embedding_size
 from ..speculative.layer_drafter import FrequentHead, frequent_tokens, layer_drafter
 from ..speculative.model_drafter import end_ids
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, tokenizer_fingerprint, write_training
+from .language_model import fast_bfloat16
 from .recipes import recipe
 from .runs import RunTrainer, TrainingRun, check_recipe, training_arguments
 from .target_texts import chat_prompts, training_prompts, written_by
@@ -63,6 +64,7 @@ class DrafterRecipe:
     alpha: int = 64  # scale of the adapter, alpha / r
     prompts: int = 1500  # prompts that the target continues, at most
     held_out: int = 100  # of these, for evaluation
+    texts: int = 0  # learn from the first of the others only; 0: from all
     new_tokens: int = 64  # tokens of a text
     temperature: float = 1.0  # of the target when it writes; 0 is greedy decoding
     bfloat16: bool = False  # let the target write and score in bfloat16
@@ -80,8 +82,8 @@ class DrafterRecipe:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if not all(part.strip().isdigit() for part in self.layers.split(",")):
             raise ValueError(f"layers must be numbers with commas between, such as 0,1, got {self.layers!r}")
-        if self.temperature < 0 or self.tokens < 0:
-            raise ValueError(f"temperature and tokens must not be negative, got {self.temperature} and {self.tokens}")
+        if min(self.temperature, self.tokens, self.texts) < 0:
+            raise ValueError(f"temperature, tokens and texts must not be negative, got {self.temperature}, {self.tokens} and {self.texts}")
         if self.held_out >= self.prompts:
             raise ValueError(f"held_out must be less than prompts, got {self.held_out} and {self.prompts}")
 
@@ -114,7 +116,9 @@ def teacher_states(
             logs.append(head(part).float().logsumexp(-1))
     probe = torch.tensor([texts[0][0]], device=target.device)
     if not torch.allclose(target(probe).logits[0, -1].float(), head(target.base_model(probe).last_hidden_state[0, -1]).float(), atol=1e-2):
-        raise ValueError(f"the logits of {type(target).__name__} are not its output layer times its hidden states: it cannot be distilled so")
+        raise ValueError(
+            f"the logits of {type(target).__name__} are not its output layer times its hidden states: it cannot be distilled so"
+        )
     return torch.cat(states).cpu(), torch.cat(logs).cpu()
 
 
@@ -147,7 +151,12 @@ def collate(
     position = torch.arange(ids.shape[1])
     starts, ends = (torch.tensor(x)[:, None] for x in ([r["start"] for r in rows], [len(r["ids"]) for r in rows]))
     asked = (position >= starts - 1) & (position < ends - 1)
-    return {"input_ids": ids, "asked": asked, "states": torch.cat([r["states"] for r in rows]), "logs": torch.cat([r["logs"] for r in rows])}
+    return {
+        "input_ids": ids,
+        "asked": asked,
+        "states": torch.cat([r["states"] for r in rows]),
+        "logs": torch.cat([r["logs"] for r in rows]),
+    }
 
 # %% ../../nbs/training/drafters.ipynb #471e8cc2
 def with_adapter(
@@ -172,7 +181,8 @@ def log_probs_of(
     hidden = plain.base_model(input_ids=batch["input_ids"]).last_hidden_state[batch["asked"]]
     head = plain.get_output_embeddings()
     logits = head.kept(hidden) if isinstance(head, FrequentHead) else head(hidden)
-    log_p = (batch["states"].to(weight.dtype) @ weight.T).float() - batch["logs"][:, None]
+    with torch.autocast(weight.device.type, enabled=False):  # differences of probabilities need more digits than bfloat16 has
+        log_p = batch["states"].float() @ weight.float().T - batch["logs"][:, None]
     return log_p, logits.float().log_softmax(-1)
 
 
@@ -254,7 +264,9 @@ def train_drafter(
             raise ValueError(f"there are {len(texts)} texts and {settings.held_out} are held out: ask for more prompts, or hold out fewer")
         cut = sum(len(b) for _, b in texts[: settings.held_out])
         test = DrafterData(texts[: settings.held_out], states[:cut], logs[:cut])
-        train = DrafterData(texts[settings.held_out :], states[cut:], logs[cut:])
+        mine = texts[settings.held_out :][: settings.texts or None]
+        end = cut + sum(len(b) for _, b in mine)
+        train = DrafterData(mine, states[cut:end], logs[cut:end])
         size = settings.tokens or embedding_size(target)
         tokens = frequent_tokens((b for _, b in train.texts), min(size, embedding_size(target)), end_ids(target))
         head = target.get_output_embeddings().weight.detach()
@@ -262,9 +274,19 @@ def train_drafter(
         base = layer_drafter(target, settings.layer_numbers, tokens if settings.tokens else None)
         before = drafter_figures(base, test, weight, tokens, head)
         model = with_adapter(base, settings)
-        schedule: dict[str, Any] = {"warmup_steps": settings.warmup, "lr_scheduler_type": "cosine", "max_grad_norm": 1.0}
+        schedule: dict[str, Any] = {
+            "warmup_steps": settings.warmup,
+            "lr_scheduler_type": "cosine",
+            "max_grad_norm": 1.0,
+            "bf16": fast_bfloat16(),
+        }
         arguments = training_arguments(
-            settings, run.folder, **schedule, remove_unused_columns=False, label_names=["logs"], dataloader_drop_last=len(train) > settings.batch_size
+            settings,
+            run.folder,
+            **schedule,
+            remove_unused_columns=False,
+            label_names=["logs"],
+            dataloader_drop_last=len(train) > settings.batch_size,
         )
         trainer = DrafterTrainer(model, arguments, train_dataset=train, eval_dataset=test, data_collator=collate)
         trainer.weight, trainer.loss = weight, settings.loss
@@ -322,7 +344,8 @@ def drafter_card(
         "Data and licence": f"{figures['texts']:,} texts of {figures['tokens']:,} tokens, written by the target. Weights: apache-2.0.",
         "On held-out texts": f"| | before | after |\n|---|---:|---:|\n{rows}",
         "Recipe": "| setting | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in settings.items()),
-        "Training": "| step | held-out loss |\n|---:|---:|\n" + "\n".join(f"| {p['step']:,} | {float(p['eval_loss']):.4f} |" for p in curve),
+        "Training": "| step | held-out loss |\n|---:|---:|\n"
+        + "\n".join(f"| {p['step']:,} | {float(p['eval_loss']):.4f} |" for p in curve),
         "Retrain": "```\ndecodelab train drafter" + "".join(f" --set {s}" for s in changed) + "\n```",
     }
     head = f"---\nlibrary_name: peft\nlicense: apache-2.0\nlanguage: en\ntags: [decodelab]\n---\n\n# {settings['name']}\n"

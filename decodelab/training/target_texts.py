@@ -81,7 +81,11 @@ def written_by(
             list(prompts[i : i + batch_size]), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chat
         ).to(target.device)
         written = target.generate(
-            input_ids=asked.input_ids, attention_mask=asked.attention_mask, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
+            input_ids=asked.input_ids,
+            attention_mask=asked.attention_mask,
+            max_new_tokens=new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **sampling,
         )
         begin = asked.input_ids.shape[1]
         for row, mask in zip(written.tolist(), asked.attention_mask.sum(1).tolist()):

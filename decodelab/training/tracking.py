@@ -116,7 +116,9 @@ def plot_run(
         raise ValueError(f"no curve {missing[0]!r} in {folder}; there are {', '.join(sorted(curves))}")
     _, axes = plt.subplots(figsize=(5, 2.6))
     for name, mark in zip(chosen, "osd^"):
-        axes.plot(*zip(*curves[name]), marker=mark, markersize=3, label={"loss": "training loss", "eval_loss": "held-out loss"}.get(name, name))
+        axes.plot(
+            *zip(*curves[name]), marker=mark, markersize=3, label={"loss": "training loss", "eval_loss": "held-out loss"}.get(name, name)
+        )
     axes.set(xlabel="optimiser step", ylabel="nats per token" if not names else "")
     axes.legend(frameon=False)
     return axes

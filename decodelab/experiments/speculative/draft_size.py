@@ -17,10 +17,10 @@ from ...core.registry import decoders, fitted
 from ...core.verify_curve import verify_curve
 from ...lab.bench import BenchResult, compare
 from ...lab.lab import Lab
-from ...lab.speeds import spec_bench_prompts
+from ...lab.speeds import by_task, spec_bench_prompts
 
 # %% auto #0
-__all__ = ['padded', 'methods', 'bandwidth', 'by_task', 'experiment']
+__all__ = ['padded', 'methods', 'bandwidth', 'experiment']
 
 # %% ../../../nbs/experiments/speculative/draft_size.ipynb #5379d04e
 def padded(
@@ -66,20 +66,6 @@ def bandwidth(
         matrix @ vector
         least = min(least, time.perf_counter() - started)
     return matrix.numel() * 4 / least
-
-
-def by_task(
-    result: BenchResult,  # what `compare` returned
-    tasks: Sequence[str],  # task of each prompt
-) -> dict[str, dict[str, float]]:
-    "[method][task]: median over its prompts of the speed relative to transformers' greedy decoding, in processor time where it was counted."
-    base = {r.prompt: r for r in result.rows if r.method == result.baseline}
-    found: dict[str, dict[str, list[float]]] = {}
-    for row in result.rows:
-        plain = base[row.prompt]
-        seconds, own = (r.seconds if r.cpu_seconds is None else r.cpu_seconds for r in (plain, row))
-        found.setdefault(row.method, {}).setdefault(tasks[row.prompt], []).append(seconds / plain.tokens / (own / row.tokens))
-    return {m: {t: float(torch.tensor(v).median()) for t, v in parts.items()} for m, parts in found.items()}
 
 
 def experiment(
