@@ -1,0 +1,88 @@
+"""A drafter cut out of the target: which weights it shares, what its head leaves out, and that no head changes a text or a distribution."""
+
+import copy
+
+import pytest
+import torch
+from toys import added, exact_probs, fit, left_pad, plain, random_prompts, sample_counts, small_model
+
+from decodelab.speculative.drafters import DraftModel
+from decodelab.speculative.layer_drafter import FrequentHead, frequent_tokens, layer_drafter, merge_adapter
+from decodelab.speculative.rsd import RSDC, RSDS
+
+DECODERS = {
+    "draft_model": lambda d: DraftModel(d, gamma=3),
+    "auto": lambda d: DraftModel(d, gamma="auto"),
+    "rsd_c": lambda d: RSDC(d, b=(2, 2)),
+    "rsd_s": lambda d: RSDS(d, W=2, L=2),
+}
+every_decoder = pytest.mark.parametrize("name", list(DECODERS))
+
+
+@every_decoder
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_greedy_text_is_that_of_plain_decoding(name, kind):
+    model = small_model(kind)
+    drafter = layer_drafter(model, (0,), torch.arange(0, model.config.vocab_size, 3))
+    prompts = random_prompts(3, seed=2)
+    out = DECODERS[name](drafter).generate(model, **left_pad(prompts), max_new_tokens=20, do_sample=False)
+    assert added(out) == [plain(model, ids, 20) for ids in prompts]
+
+
+@every_decoder
+def test_joint_distribution_with_a_head_for_few_tokens(name, toy):
+    torch.manual_seed(0)
+    drafter = layer_drafter(toy, (0,), torch.tensor([1, 3]))
+    assert fit(sample_counts(DECODERS[name](drafter), toy, 20_000), exact_probs(toy, [])) > 1e-3
+
+
+def test_all_layers_are_the_target(llama):
+    drafter = layer_drafter(llama, range(2))
+    ids = random_prompts(1)[0]
+    assert drafter(ids).logits.equal(llama(ids).logits)
+    out = DraftModel(drafter, gamma=4).generate(llama, ids, max_new_tokens=21, do_sample=False)
+    assert out.stats.tokens_per_forward == 21 / 5  # the prompt's forward gives one token, four rounds give five each
+
+
+def test_layers_in_another_order_and_twice(llama):
+    ids = random_prompts(1)[0]
+    swapped = layer_drafter(llama, (1, 0, 1))
+    by_hand = copy.deepcopy(llama)
+    by_hand.config.num_hidden_layers = 3
+    by_hand.model.layers = torch.nn.ModuleList([llama.model.layers[1], llama.model.layers[0], copy.deepcopy(llama.model.layers[1])])
+    assert torch.allclose(swapped(ids, use_cache=False).logits, by_hand(ids, use_cache=False).logits, atol=1e-5)
+    swapped.model.layers[0].mlp.up_proj.weight.data.zero_()  # a copy of its own
+    assert swapped.model.layers[2].mlp.up_proj.weight.abs().sum() > 0
+    assert llama.model.layers[1].mlp.up_proj.weight.abs().sum() > 0
+
+
+def test_the_target_stays_as_it_is(llama):
+    before = {k: v.clone() for k, v in llama.state_dict().items()}
+    drafter = layer_drafter(llama, (1,), torch.arange(5))
+    names = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight" for x in "AB"]
+    width = llama.config.hidden_size
+    merge_adapter(drafter, {names[0]: torch.ones(1, width), names[1]: torch.ones(width, 1)}, 2.0)
+    change = drafter.model.layers[0].self_attn.q_proj.weight - llama.model.layers[1].self_attn.q_proj.weight
+    assert torch.allclose(change, torch.full_like(change, 2.0), atol=1e-5)
+    assert llama.config.num_hidden_layers == 2
+    assert [layer.self_attn.layer_idx for layer in llama.model.layers] == [0, 1]
+    assert all(before[k].equal(v) for k, v in llama.state_dict().items())
+    assert drafter.get_input_embeddings().weight.data_ptr() == llama.get_input_embeddings().weight.data_ptr()
+
+
+def test_tokens_that_are_not_kept_have_no_probability():
+    head = FrequentHead(torch.randn(6, 3), torch.tensor([0, 4]))
+    probs = head(torch.randn(5, 3)).softmax(-1)
+    assert probs[:, [1, 2, 3, 5]].eq(0).all()
+    assert torch.allclose(probs.sum(-1), torch.ones(5))
+
+
+@pytest.mark.parametrize(("size", "always", "kept"), [(2, [], [7, 9]), (3, [1], [1, 7, 9]), (4, [], [0, 5, 7, 9]), (1, [2], [2])])
+def test_frequent_tokens(size, always, kept):
+    assert frequent_tokens([[7, 9, 7], [9, 7, 5]], size, always).tolist() == kept
+
+
+@pytest.mark.parametrize("layers", [(), (2,), (-1,)])
+def test_layers_that_are_not_there(layers, llama):
+    with pytest.raises(ValueError, match="layers must be numbers from 0 to 1, at least one"):
+        layer_drafter(llama, layers)

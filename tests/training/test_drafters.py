@@ -1,0 +1,177 @@
+"""Training a drafter: the loss against hand counts, the target's states against its logits, kill and resume, bad input."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from toys import character_tokenizer, small_model
+
+drafters = pytest.importorskip("decodelab.training.drafters", exc_type=ImportError)
+pytest.importorskip("peft")
+from decodelab.speculative.layer_drafter import layer_drafter, load_drafter  # noqa: E402
+from decodelab.training import target_texts  # noqa: E402
+
+MINI = drafters.DrafterRecipe(
+    layers="0", tokens=20, r=2, alpha=4, prompts=12, held_out=3, new_tokens=6, batch_size=2, steps=8, warmup=1, save_every=4, eval_every=4
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("DECODELAB_DATA", "")
+    monkeypatch.setattr(drafters, "fast_bfloat16", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    tokenizer = character_tokenizer()
+    model = small_model(vocab=len(tokenizer.get_vocab()), context=512, seed=3)
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    return model, tokenizer
+
+
+def train(settings, out, pair):
+    return drafters.train_drafter(settings, out, pair)
+
+
+@pytest.mark.parametrize("kind", drafters.LOSSES)
+def test_the_loss_against_its_definition_and_differences(kind):
+    torch.manual_seed(0)
+    z = torch.randn(2, 5, dtype=torch.double, requires_grad=True)
+    log_p = torch.randn(2, 5, dtype=torch.double).log_softmax(-1)
+
+    def loss(z):
+        return drafters.distance(log_p, z.log_softmax(-1), kind)
+
+    p, q = log_p.exp(), z.detach().softmax(-1)
+    terms = {"kl": p * (p / q).log(), "reverse_kl": q * (q / p).log(), "tv": (p - q).abs() / 2}[kind]
+    assert float(loss(z)) == pytest.approx(float(terms.sum(-1).mean()))
+    assert torch.autograd.gradcheck(loss, z)
+
+
+def test_probability_outside_the_kept_tokens_counts_as_rejected():
+    log_p = torch.tensor([[0.4, 0.2]]).log()  # 0.4 on tokens that are not kept
+    assert float(drafters.distance(log_p, torch.tensor([[0.5, 0.5]]).log(), "tv")) == pytest.approx(1 - 0.4 - 0.2)
+
+
+def test_states_give_the_targets_distribution(pair):
+    model, tokenizer = pair
+    texts = target_texts.written_by(model, tokenizer, ["a king", "once upon a time"], 5)
+    states, logs = drafters.teacher_states(model, texts)
+    at = 0
+    for prompt, answer in texts:
+        exact = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        mine = states[at : at + len(answer)] @ model.lm_head.weight.T - logs[at : at + len(answer), None]
+        assert torch.allclose(mine, exact, atol=1e-4)
+        at += len(answer)
+    assert at == len(states)
+
+
+def test_a_model_that_changes_its_logits_is_refused(pair, monkeypatch):
+    model, tokenizer = pair
+    texts = target_texts.written_by(model, tokenizer, ["a king"], 3)
+    forward = type(model).forward
+
+    def scaled(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits = out.logits / 2
+        return out
+
+    monkeypatch.setattr(type(model), "forward", scaled)
+    with pytest.raises(ValueError, match="it cannot be distilled so"):
+        drafters.teacher_states(model, texts)
+
+
+def test_figures_of_the_target_itself(pair):
+    model, tokenizer = pair
+    texts = target_texts.written_by(model, tokenizer, ["a king", "a fox"], 5)
+    data = drafters.DrafterData(texts, *drafters.teacher_states(model, texts))
+    head = model.lm_head.weight.detach()
+    whole = drafters.drafter_figures(layer_drafter(model, range(2)), data, head, torch.arange(len(head)), head)
+    assert whole == pytest.approx({"acceptance": 1.0, "agreement": 1.0, "covered": 1.0}, abs=1e-4)
+
+
+def test_a_run_improves_and_its_adapter_is_what_was_measured(pair, tmp_path):
+    model, _ = pair
+    figures = train(replace(MINI, steps=60, learning_rate=0.02, prompts=40, save_every=30, eval_every=30, tokens=0), tmp_path / "d", pair)
+    assert figures["held_out"]["acceptance"] > figures["untrained"]["acceptance"] + 0.02
+    healed = load_drafter(tmp_path / "d", model)
+    texts, states, logs = drafters.build_texts(*pair, replace(MINI, prompts=40, tokens=0), tmp_path / "d/run/texts.safetensors")
+    cut = sum(len(b) for _, b in texts[:3])
+    head = model.lm_head.weight.detach()
+    held_out = drafters.DrafterData(texts[:3], states[:cut], logs[:cut])
+    again = drafters.drafter_figures(healed, held_out, head, torch.arange(len(head)), head)
+    assert again == pytest.approx(figures["held_out"], abs=1e-4)  # merged by hand as by PEFT
+
+
+def test_killed_and_resumed_is_uninterrupted(pair, tmp_path, monkeypatch):
+    train(MINI, tmp_path / "whole", pair)
+    step = drafters.DrafterTrainer.training_step
+
+    def dies(self, *args, **kwargs):
+        if self.state.global_step == 6:
+            raise RuntimeError("killed")
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drafters.DrafterTrainer, "training_step", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(MINI, tmp_path / "cut", pair)
+    figures = train(MINI, tmp_path / "cut", pair)
+    assert [s["from_step"] for s in figures["segments"]] == [0, 4]
+    for file in ("adapter_model.safetensors", "tokens.safetensors", "drafter.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
+    with pytest.raises(ValueError, match="loss was kl and is tv"):
+        train(replace(MINI, loss="tv"), tmp_path / "cut", pair)
+
+
+def test_texts_are_kept_and_cut(pair, tmp_path):
+    model, tokenizer = pair
+    file = tmp_path / "texts.safetensors"
+    first = drafters.build_texts(model, tokenizer, MINI, file)
+    stamp = file.stat().st_mtime_ns
+    again = drafters.build_texts(model, tokenizer, replace(MINI, loss="tv", steps=3), file)  # what they do not depend on
+    assert file.stat().st_mtime_ns == stamp and again[0] == first[0]
+    assert drafters.build_texts(model, tokenizer, replace(MINI, seed=1), file)[0] != first[0]
+    figures = train(replace(MINI, texts=4), tmp_path / "few", pair)
+    assert figures["texts"] == 4
+
+
+def test_a_card(pair, tmp_path):
+    train(MINI, tmp_path / "d", pair)
+    text = drafters.drafter_card(tmp_path / "d")
+    assert "| acceptance |" in text and "decodelab train drafter" in text and "--set layers=0" in text
+    assert json.loads((tmp_path / "d/drafter.json").read_text())["layers"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"loss": "mse"}, "loss must be one of kl, reverse_kl, tv"),
+        ({"layers": "a"}, "layers must be numbers with commas between"),
+        ({"layers": ""}, "layers must be numbers with commas between"),
+        ({"held_out": 12, "prompts": 12}, "held_out must be less than prompts"),
+        ({"tokens": -1}, "temperature, tokens and texts must not be negative"),
+        ({"r": 0}, "must be positive"),
+    ],
+)
+def test_bad_settings(fields, message):
+    with pytest.raises(ValueError, match=message):
+        drafters.DrafterRecipe(**fields)
+
+
+def test_layers_that_the_target_does_not_have(pair, tmp_path):
+    with pytest.raises(ValueError, match="layers must be numbers from 0 to 1"):
+        train(replace(MINI, layers="0,5"), tmp_path / "d", pair)
+
+
+def test_questions_that_are_held_out_are_not_asked_again(monkeypatch):
+    rows = [{"task": t, "turns": [f"{t} {i}"]} for t in ("qa", "math") for i in range(10)]
+    monkeypatch.setattr("decodelab.lab.data.load_data", lambda name: rows)
+    asked = target_texts.chat_prompts(25, seed=1, once=3)
+    assert len(asked) == 25 and not set(asked[:3]) & set(asked[3:])
+    assert {text.split()[1] for text in asked} == {"1", "3", "5", "7", "9"}  # comparisons take even ones
+    with pytest.raises(ValueError, match="there are 10 questions"):
+        target_texts.chat_prompts(25, once=10)
