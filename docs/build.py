@@ -75,13 +75,14 @@ def write_home(description: str, notebooks: list[Notebook], modules: list[Module
 def write_pages(description: str, base: str) -> list[Notebook]:
     """All sources of the site; returns its notebooks."""
     from decodelab.core.contract import decoders
+    from decodelab.training.recipes import recipes
 
     notebooks = read_notebooks()
     modules = read_modules(notebooks)
     write_notebooks(notebooks, modules)
     for family in sorted({n.family for n in notebooks if n.family}, key=family_rank):
         write(f"{family}/index.md", family_page(family, notebooks))
-    table = method_table(decoders(), notebooks)
+    table = method_table(decoders(), recipes(), notebooks)
     write("methods.md", methods_page(table))
     write("scoreboard.md", scoreboard_page(read_claims(ROOT / "data" / "results"), notebooks))
     for name, text in zoo_pages(ROOT / "data" / "zoo").items():

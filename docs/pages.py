@@ -99,8 +99,8 @@ def family_page(family: str, notebooks: list[Notebook]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def method_table(methods: dict[str, Any], notebooks: list[Notebook]) -> str:
-    """All registered decoders as a table that the reader can filter."""
+def method_table(methods: dict[str, Any], recipes: dict[str, Any], notebooks: list[Notebook]) -> str:
+    """All registered decoders, and the recipes that are a paper's method, as a table that the reader can filter."""
     if not methods:
         return "No method is registered yet."
     known = {n.name for n in notebooks}
@@ -110,6 +110,10 @@ def method_table(methods: dict[str, Any], notebooks: list[Notebook]) -> str:
         link = f"[{name}](/{m.notebook}.ipynb)" if m.notebook in known else f"`{name}`"
         paper = f"[{_cell(m.paper)}]({m.url})" if m.url else _cell(m.paper)
         rows.append(f"| {link} | {about(m.family)[0]} | {paper} | {m.year} | {_tick(m.lossless)} | {_tick(m.needs_training)} |")
+    for r in recipes.values():
+        if r.paper:
+            link = f"[{r.name}](/{r.notebook}.ipynb)" if r.notebook in known else f"`{r.name}`"
+            rows.append(f"| {link} | {about('training')[0]} | [{_cell(r.paper)}]({r.url}) | {r.year} | | recipe |")
     head = ["| method | family | paper | year | lossless | needs training |", "|---|---|---|---|---|---|"]
     return ":::{container} dl-filter\n" + "\n".join(head + rows) + "\n:::"
 
@@ -117,7 +121,7 @@ def method_table(methods: dict[str, Any], notebooks: list[Notebook]) -> str:
 def methods_page(table: str) -> str:
     """The page of all methods."""
     return (
-        "# Methods\n\n> Every decoder of the registry, as `decodelab.decoders()` lists it.\n\n"
+        "# Methods\n\n> Every decoder of the registry, as `decodelab.decoders()` lists it, and every training recipe that is a paper's method.\n\n"
         "*Lossless* means that the output follows the distribution of the model itself: the same text under greedy decoding, the same distribution "
         f"under sampling. *Needs training* means that a part must be fitted before the method can be used.\n\n{table}\n"
     )
