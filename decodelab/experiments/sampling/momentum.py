@@ -109,7 +109,8 @@ def experiment(
     from decodelab.lab.lab import Lab
 
     lab = Lab("sampling/momentum")
-    (model, tokenizer), (scorer, _) = lab.target(), lab.draft()
+    model, tokenizer = lab.target()
+    scorer = lab.draft()[0] if lab.has("draft") else model  # without another model: coherence under the model itself
     featurise = hidden_state_featuriser(model, tokenizer)
     tables: dict[str, Any] = {}
     for domain in domains:
