@@ -73,6 +73,7 @@ def experiment(
     batches: Sequence[int] = (1, 4, 8),  # rows of a batch
     max_new_tokens: int = 64,  # tokens of a continuation
     length: int = 256,  # tokens of a prompt, about; longer ones lose their beginning
+    repeats: int = 1,  # timed rounds a prompt
 ) -> dict[str, Any]:
     "All tables of this page; needs the data set `spec_bench`."
     lab = Lab("speculative/draft_size")
@@ -107,7 +108,7 @@ def experiment(
             calls = methods(model, {"max_new_tokens": max_new_tokens, **rules}, pad, batch, draft if text == "greedy" else None)
             for call in calls.values():
                 call(inputs[0][:1])
-            result = compare(calls, inputs, seed=lab.seed)
+            result = compare(calls, inputs, repeats=repeats, warmup=0, seed=lab.seed)  # the call above has warmed them up
             table = result.table()[["tokens_per_forward", "ratio", "low", "high", "cpu_ratio", "rep_4"]].astype(float).round(4)
             found["runs"].append({"batch": batch, "text": text, "all": table.to_dict("index"), "tasks": by_task(result, tasks)})
     return found
