@@ -39,7 +39,7 @@ def methods(
     batch: int,  # rows
     draft: Any = None,  # a draft model, if there is one
 ) -> dict[str, Callable[[torch.Tensor], Any]]:
-    "transformers' own methods, every decoder with fitted sizes, and two with the sizes of their papers; each a function of a batch [rows, length]."
+    "transformers' own methods, every decoder with fitted sizes, and for greedy text two with the sizes of their papers; each a function of a batch [rows, length]."
 
     def on(call: Callable[..., Any]) -> Callable[[torch.Tensor], Any]:
         return lambda x: call(x, attention_mask=((x != pad).cumsum(-1) > 0).long(), **settings)
@@ -50,7 +50,8 @@ def methods(
         if draft is not None:
             calls["assisted (hf)"] = on(lambda x, **k: model.generate(x, assistant_model=draft, **k))
     ours = {f"{name}, auto": method.decoder(**fields) for name, (method, fields) in fitted(draft).items()}
-    ours |= {name: decoders()[name].decoder() for name in ("autoregressive", "prompt_lookup", "token_recycling")}
+    if not settings["do_sample"]:
+        ours |= {name: decoders()[name].decoder() for name in ("autoregressive", "prompt_lookup", "token_recycling")}
     return calls | {name: on(lambda x, d=d, **k: d.generate(model, x, **k)) for name, d in ours.items()}
 
 
