@@ -105,21 +105,28 @@ def teacher_states(
     batch_size: int = 16,  # texts a forward
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Last hidden state before each token of the answers, [tokens, hidden], and log-normalisers, [tokens]."
-    head, states, logs = target.get_output_embeddings(), [], []
+    head = target.get_output_embeddings()
+    _check_head(target, texts[0][0])
+    order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
+    states, logs = ([torch.empty(0)] * len(texts) for _ in range(2))
     for i in range(0, len(texts), batch_size):
-        group = texts[i : i + batch_size]
+        group = [texts[k] for k in order[i : i + batch_size]]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(a + b) for a, b in group], batch_first=True).to(target.device)
         hidden = target.base_model(input_ids=ids).last_hidden_state  # causal: the padding on the right is never read
-        for row, (prompt, answer) in zip(hidden, group):
+        for k, row, (prompt, answer) in zip(order[i : i + batch_size], hidden, group):
             part = row[len(prompt) - 1 : len(prompt) + len(answer) - 1]
-            states.append(part)
-            logs.append(head(part).float().logsumexp(-1))
-    probe = torch.tensor([texts[0][0]], device=target.device)
-    if not torch.allclose(target(probe).logits[0, -1].float(), head(target.base_model(probe).last_hidden_state[0, -1]).float(), atol=1e-2):
+            states[k], logs[k] = part.cpu(), head(part).float().logsumexp(-1).cpu()
+    return torch.cat(states), torch.cat(logs)
+
+
+def _check_head(target: Any, prompt: list[int]) -> None:
+    probe, head = torch.tensor([prompt], device=target.device), target.get_output_embeddings()
+    logits = target(probe).logits[0, -1].float()
+    again = head(target.base_model(probe).last_hidden_state[0, -1]).float()
+    if float((logits - again).abs().max()) > 8 * torch.finfo(target.dtype).eps * float(logits.abs().max()):
         raise ValueError(
             f"the logits of {type(target).__name__} are not its output layer times its hidden states: it cannot be distilled so"
         )
-    return torch.cat(states).cpu(), torch.cat(logs).cpu()
 
 
 class DrafterData(Dataset):
@@ -217,30 +224,33 @@ def drafter_figures(
         total += torch.tensor([torch.minimum(log_p, log_q).exp().sum(), same.sum(), log_p.exp().sum()])
     return dict(zip(("acceptance", "agreement", "covered"), (total / sum(map(len, data.logs))).tolist()))
 
-# %% ../../nbs/training/drafters.ipynb #bffc6851
+# %% ../../nbs/training/drafters.ipynb #2a248c88
 def build_texts(
     target: Any,  # target model
     tokenizer: Any,  # its tokenizer
     settings: DrafterRecipe,  # what to build
-    path: Path,  # where texts and states are kept
+    path: Path,  # where texts are kept, and states beside them
 ) -> tuple[list[tuple[list[int], list[int]]], torch.Tensor, torch.Tensor]:
     "Texts, states and log-normalisers: read from `path` when they were built for these settings, else built and written there."
     made_from = {"made_from": settings.data_key, "target": fingerprint(target), "tokenizer": tokenizer_fingerprint(tokenizer)}
-    kept = kept_tensors(path, **made_from)
+    kept, states = kept_tensors(path, **made_from), kept_tensors(path.with_suffix(".states"), **made_from)
+    writer = _in_bfloat16(target) if settings.bfloat16 and not (kept and states) else target
     if kept is None:
         torch.manual_seed(settings.seed)
         chat = bool(getattr(tokenizer, "chat_template", None)) and embedding_size(target) > 8192  # the zoo's models tell tales
         n, seed = settings.prompts, settings.seed
         prompts = chat_prompts(n, seed, once=settings.held_out) if chat else training_prompts(n, seed)
-        writer = _in_bfloat16(target) if settings.bfloat16 else target
-        texts = [(a, b) for a, b in written_by(writer, tokenizer, prompts, settings.new_tokens, settings.temperature, chat=chat) if b]
-        states, logs = teacher_states(writer, texts)
-        sizes = torch.tensor([[len(a), len(b)] for a, b in texts])
-        ids = torch.tensor([token for a, b in texts for token in a + b])
-        kept = {"ids": ids, "sizes": sizes, "states": states.to(torch.bfloat16), "logs": logs}
+        written = [(a, b) for a, b in written_by(writer, tokenizer, prompts, settings.new_tokens, settings.temperature, chat=chat) if b]
+        kept = {"ids": torch.tensor([t for a, b in written for t in a + b]), "sizes": torch.tensor([[len(a), len(b)] for a, b in written])}
         keep_tensors(path, kept, **made_from)
+        states = None
     parts = [part.tolist() for part in kept["ids"].split(kept["sizes"].flatten().tolist())]
-    return list(zip(parts[::2], parts[1::2])), kept["states"], kept["logs"]
+    texts = list(zip(parts[::2], parts[1::2]))
+    if states is None:
+        hidden, logs = teacher_states(writer, texts)
+        states = {"states": hidden.to(torch.bfloat16), "logs": logs}
+        keep_tensors(path.with_suffix(".states"), states, **made_from)
+    return texts, states["states"], states["logs"]
 
 
 def _in_bfloat16(model: Any) -> Any:

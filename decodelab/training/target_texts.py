@@ -72,13 +72,16 @@ def written_by(
 ) -> list[tuple[list[int], list[int]]]:
     "Token ids of each prompt, and of what the target wrote behind it, its end included; in the order of `prompts`."
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    eos_ids, found = end_ids(target), []
+    eos_ids = end_ids(target)
     if chat:
         turns = [[{"role": "user", "content": text}] for text in prompts]
         prompts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of like length need little padding
+    found: list[Any] = [None] * len(prompts)
     for i in range(0, len(prompts), batch_size):
+        group = order[i : i + batch_size]
         asked = tokenizer(
-            list(prompts[i : i + batch_size]), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chat
+            [prompts[k] for k in group], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chat
         ).to(target.device)
         written = target.generate(
             input_ids=asked.input_ids,
@@ -88,7 +91,7 @@ def written_by(
             **sampling,
         )
         begin = asked.input_ids.shape[1]
-        for row, mask in zip(written.tolist(), asked.attention_mask.sum(1).tolist()):
-            end = next((k + 1 for k in range(begin, len(row)) if row[k] in eos_ids), len(row))
-            found.append((row[begin - mask : begin], row[begin:end]))
+        for k, row, mask in zip(group, written.tolist(), asked.attention_mask.sum(1).tolist()):
+            end = next((j + 1 for j in range(begin, len(row)) if row[j] in eos_ids), len(row))
+            found[k] = (row[begin - mask : begin], row[begin:end])
     return found
