@@ -10,7 +10,7 @@ from toys import character_tokenizer, small_model
 drafters = pytest.importorskip("decodelab.training.drafters", exc_type=ImportError)
 pytest.importorskip("peft")
 from decodelab.speculative.layer_drafter import layer_drafter, load_drafter  # noqa: E402
-from decodelab.training import target_texts  # noqa: E402
+from decodelab.training import target_texts, teacher  # noqa: E402
 
 MINI = drafters.DrafterRecipe(
     layers="0", tokens=20, r=2, alpha=4, prompts=12, held_out=3, new_tokens=6, batch_size=2, steps=8, warmup=1, save_every=4, eval_every=4
@@ -59,7 +59,7 @@ def test_probability_outside_the_kept_tokens_counts_as_rejected():
 def test_states_give_the_targets_distribution(pair):
     model, tokenizer = pair
     texts = target_texts.written_by(model, tokenizer, ["a king", "once upon a time"], 5)
-    states, logs = drafters.teacher_states(model, texts)
+    states, logs = teacher.teacher_states(model, texts)
     at = 0
     for prompt, answer in texts:
         exact = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -81,13 +81,13 @@ def test_a_model_that_changes_its_logits_is_refused(pair, monkeypatch):
 
     monkeypatch.setattr(type(model), "forward", scaled)
     with pytest.raises(ValueError, match="it cannot be distilled so"):
-        drafters.teacher_states(model, texts)
+        teacher.teacher_states(model, texts)
 
 
 def test_figures_of_the_target_itself(pair):
     model, tokenizer = pair
     texts = target_texts.written_by(model, tokenizer, ["a king", "a fox"], 5)
-    data = drafters.DrafterData(texts, *drafters.teacher_states(model, texts))
+    data = teacher.DrafterData(texts, *teacher.teacher_states(model, texts))
     head = model.lm_head.weight.detach()
     whole = drafters.drafter_figures(layer_drafter(model, range(2)), data, head, torch.arange(len(head)), head)
     assert whole == pytest.approx({"acceptance": 1.0, "agreement": 1.0, "covered": 1.0}, abs=1e-4)
@@ -98,10 +98,10 @@ def test_a_run_improves_and_its_adapter_is_what_was_measured(pair, tmp_path):
     figures = train(replace(MINI, steps=60, learning_rate=0.02, prompts=40, save_every=30, eval_every=30, tokens=0), tmp_path / "d", pair)
     assert figures["held_out"]["acceptance"] > figures["untrained"]["acceptance"] + 0.02
     healed = load_drafter(tmp_path / "d", model)
-    texts, states, logs = drafters.build_texts(*pair, replace(MINI, prompts=40, tokens=0), tmp_path / "d/run/texts.safetensors")
+    texts, states, logs = teacher.build_texts(*pair, replace(MINI, prompts=40, tokens=0), tmp_path / "d/run/texts.safetensors")
     cut = sum(len(b) for _, b in texts[:3])
     head = model.lm_head.weight.detach()
-    held_out = drafters.DrafterData(texts[:3], states[:cut], logs[:cut])
+    held_out = teacher.DrafterData(texts[:3], states[:cut], logs[:cut])
     again = drafters.drafter_figures(healed, held_out, head, torch.arange(len(head)), head)
     assert again == pytest.approx(figures["held_out"], abs=1e-4)  # merged by hand as by PEFT
 
@@ -130,11 +130,11 @@ def test_killed_and_resumed_is_uninterrupted(pair, tmp_path, monkeypatch):
 def test_texts_are_kept_and_cut(pair, tmp_path):
     model, tokenizer = pair
     file = tmp_path / "texts.safetensors"
-    first = drafters.build_texts(model, tokenizer, MINI, file)
+    first = teacher.build_texts(model, tokenizer, MINI, file)
     stamp = file.stat().st_mtime_ns
-    again = drafters.build_texts(model, tokenizer, replace(MINI, loss="tv", steps=3), file)  # what they do not depend on
+    again = teacher.build_texts(model, tokenizer, replace(MINI, loss="tv", steps=3), file)  # what they do not depend on
     assert file.stat().st_mtime_ns == stamp and again[0] == first[0]
-    assert drafters.build_texts(model, tokenizer, replace(MINI, seed=1), file)[0] != first[0]
+    assert teacher.build_texts(model, tokenizer, replace(MINI, seed=1), file)[0] != first[0]
     figures = train(replace(MINI, texts=4), tmp_path / "few", pair)
     assert figures["texts"] == 4
 
