@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..core.capability import embedding_size
 from ..core.zoo import safetensors_header, zoo_path
@@ -34,6 +35,8 @@ class FrequentHead(nn.Module):
         weight: torch.Tensor,  # the target's output matrix, [vocab, hidden]
         tokens: torch.Tensor,  # ids that are kept, ascending, [kept]
     ):
+        if not len(tokens) or tokens[0] < 0 or tokens[-1] >= len(weight) or bool((tokens.diff() <= 0).any()):
+            raise ValueError(f"tokens must be ascending ids from 0 to {len(weight) - 1}, at least one")
         super().__init__()
         self.vocabulary = len(weight)
         self.weight = nn.Parameter(weight.detach()[tokens].clone(), requires_grad=False)
@@ -47,8 +50,9 @@ class FrequentHead(nn.Module):
         return nn.functional.linear(hidden, self.weight)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = hidden.new_full((*hidden.shape[:-1], self.vocabulary), -torch.inf)
-        return logits.index_copy(-1, self.tokens, self.kept(hidden))
+        kept = self.kept(hidden)
+        logits = kept.new_full((*kept.shape[:-1], self.vocabulary), -torch.inf)
+        return logits.index_copy(-1, self.tokens, kept)
 
 
 def frequent_tokens(
@@ -65,9 +69,11 @@ def frequent_tokens(
         chosen.setdefault(token)
     return torch.tensor(sorted([*chosen][:size]))
 
-# %% ../../nbs/speculative/layer_drafter.ipynb #40e35eb9
+# %% ../../nbs/speculative/layer_drafter.ipynb #04434adc
 def _layer_list(model: Any) -> tuple[nn.Module, str]:
     # the module that holds the list of decoder layers, and the list's name
+    if model.config.is_encoder_decoder or hasattr(model, "peft_config"):
+        raise ValueError("the target must be a decoder-only model without adapters: merge them first (`merge_and_unload`)")
     number = model.config.get_text_config().num_hidden_layers
     found = [
         (module, name)
@@ -91,8 +97,13 @@ def layer_drafter(
     if not layers or not all(0 <= i < len(stack) for i in layers):
         raise ValueError(f"layers must be numbers from 0 to {len(stack) - 1}, at least one, got {list(layers)}")
     head = target.get_output_embeddings()
-    shared = [*target.get_input_embeddings().parameters(), *head.parameters(), *(x for i, x in enumerate(stack) if i not in layers)]
-    drafter = copy.deepcopy(target, {id(x): x for x in shared})
+    shared: dict[int, Any] = {id(layer): layer for i, layer in enumerate(stack) if i not in layers}  # they are dropped below
+    for p in (
+        *target.get_input_embeddings().parameters(),
+        *head.parameters(),
+    ):  # the same numbers, but neither frozen nor moved with the copy
+        shared[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
+    drafter = copy.deepcopy(target, shared)
     parent, name = _layer_list(drafter)
     own = getattr(parent, name)
     setattr(parent, name, nn.ModuleList(copy.deepcopy(own[i]) if i in layers[:n] else own[i] for n, i in enumerate(layers)))
@@ -115,12 +126,15 @@ def load_drafter(
     place: str | Path,  # name in the zoo, or a folder that `decodelab train drafter` wrote
     target: Any,  # the target it was made for
 ) -> Any:
-    "The healed drafter of a target, its adapter merged; `ValueError` when it belongs to another target."
+    "The healed drafter of a target, its adapter merged; `ValueError` when it was made for a target of another shape."
     from safetensors.torch import load_file
 
     folder = Path(place) if Path(place).is_dir() else zoo_path(str(place))
     for file in ("adapter_model.safetensors", "tokens.safetensors"):
         safetensors_header(folder / file)
+    missing = [name for name in ("drafter.json", "adapter_config.json") if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} holds no {missing[0]}: train a drafter with `decodelab train drafter`")
     made = json.loads((folder / "drafter.json").read_text(encoding="utf-8"))
     config = target.config.get_text_config()
     shape = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers, "vocabulary": embedding_size(target)}
@@ -131,6 +145,9 @@ def load_drafter(
     tokens = None if made.get("all_tokens") else load_file(folder / "tokens.safetensors")["tokens"]
     drafter = layer_drafter(target, made["layers"], tokens)
     lora = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    unknown = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if lora.get(name)]
+    if unknown:
+        raise ValueError(f"{place} uses {unknown[0]}, which is not merged here: load it with PEFT, merge it, and pass the model itself")
     merge_adapter(drafter, load_file(folder / "adapter_model.safetensors"), lora["lora_alpha"] / lora["r"])
     return drafter
 
@@ -145,8 +162,10 @@ def merge_adapter(
     for key, value in weights.items():
         name = key.removeprefix("base_model.model.")
         if name.endswith(".lora_A.weight"):
-            weight = drafter.get_submodule(name.removesuffix(".lora_A.weight")).weight
-            change = weights[key.replace("lora_A", "lora_B")].double() @ value.double() * scale
+            module = drafter.get_submodule(name.removesuffix(".lora_A.weight"))
+            weight, change = module.weight, weights[key.replace("lora_A", "lora_B")].double() @ value.double() * scale
+            if isinstance(module, Conv1D):  # keeps its matrix the other way round
+                change = change.T
             weight.copy_((weight.double() + change.to(weight.device)).to(weight.dtype))
         elif not name.endswith(".lora_B.weight"):
             drafter.get_parameter(name).copy_(value)

@@ -1,4 +1,4 @@
-"""A drafter learns from texts that its target wrote and from the target's distribution at every token of them, kept in a few hundred numbers a token.
+"""A drafter learns from texts that its target wrote and from the target's distribution at every token of them, stored as one hidden state and one number a token.
 
 Docs: https://decodelab.github.io/decodelab/training/teacher.html.md"""
 
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ..core.capability import embedding_size
+from ..core.capability import evaluating
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, tokenizer_fingerprint
-from .target_texts import chat_prompts, training_prompts, written_by
+from .target_texts import chat_prompts, file_prompts, training_prompts, written_by
 
 # %% auto #0
 __all__ = ['teacher_states', 'DrafterData', 'collate', 'build_texts']
@@ -30,18 +30,19 @@ def teacher_states(
     texts: Sequence[tuple[list[int], list[int]]],  # prompt and answer, token ids
     batch_size: int = 16,  # texts a forward
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Last hidden state before each token of the answers, [tokens, hidden], and log-normalisers, [tokens]."
-    head = target.get_output_embeddings()
+    "Last hidden state before each token of the answers, float16, [tokens, hidden], and the log-normalisers that belong to them, [tokens]."
     _check_head(target, texts[0][0])
+    weight = target.get_output_embeddings().weight.float()
     order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
     states, logs = ([torch.empty(0)] * len(texts) for _ in range(2))
     for i in range(0, len(texts), batch_size):
         group = [texts[k] for k in order[i : i + batch_size]]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(a + b) for a, b in group], batch_first=True).to(target.device)
-        hidden = target.base_model(input_ids=ids).last_hidden_state  # causal: the padding on the right is never read
+        with evaluating(target):
+            hidden = target.base_model(input_ids=ids, use_cache=False).last_hidden_state  # causal: padding on the right is never read
         for k, row, (prompt, answer) in zip(order[i : i + batch_size], hidden, group):
-            part = row[len(prompt) - 1 : len(prompt) + len(answer) - 1]
-            states[k], logs[k] = part.cpu(), head(part).float().logsumexp(-1).cpu()
+            part = row[len(prompt) - 1 : len(prompt) + len(answer) - 1].half()
+            states[k], logs[k] = part.cpu(), (part.float() @ weight.T).logsumexp(-1).cpu()
     return torch.cat(states), torch.cat(logs)
 
 
@@ -49,14 +50,13 @@ def _check_head(target: Any, prompt: list[int]) -> None:
     probe, head = torch.tensor([prompt], device=target.device), target.get_output_embeddings()
     logits = target(probe).logits[0, -1].float()
     again = head(target.base_model(probe).last_hidden_state[0, -1]).float()
-    if float((logits - again).abs().max()) > 8 * torch.finfo(target.dtype).eps * float(logits.abs().max()):
-        raise ValueError(
-            f"the logits of {type(target).__name__} are not its output layer times its hidden states: it cannot be distilled so"
-        )
+    near = float((logits - again).abs().max()) <= 8 * torch.finfo(target.dtype).eps * float(logits.abs().max())
+    if not near or getattr(head, "bias", None) is not None:
+        raise ValueError(f"the logits of {type(target).__name__} are not one matrix times its hidden states: it cannot be distilled so")
 
 
 class DrafterData(Dataset):
-    "Texts with what the target thinks of each token of the answers."
+    "Texts, with the target's distribution at each token of the answers."
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class DrafterData(Dataset):
 def collate(
     rows: list[dict[str, Any]],  # items of `DrafterData`
 ) -> dict[str, torch.Tensor]:
-    "A batch: ids padded on the right [rows, length], where an answer's token is predicted [rows, length], and the target's states behind each other."
+    "A batch: ids padded on the right [rows, length], where an answer's token is predicted [rows, length], and the target's states, concatenated."
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r["ids"]) for r in rows], batch_first=True)
     position = torch.arange(ids.shape[1])
     starts, ends = (torch.tensor(x)[:, None] for x in ([r["start"] for r in rows], [len(r["ids"]) for r in rows]))
@@ -91,27 +91,34 @@ def collate(
         "logs": torch.cat([r["logs"] for r in rows]),
     }
 
-# %% ../../nbs/training/teacher.ipynb #f7db6682
-def _made_from(settings: Any) -> str:
-    return json.dumps({n: getattr(settings, n) for n in ("target", "prompts", "held_out", "new_tokens", "temperature", "bfloat16", "seed")})
+# %% ../../nbs/training/teacher.ipynb #8c154137
+def _prompts(settings: Any) -> list[str]:
+    n, seed = settings.prompts, settings.seed
+    if settings.prompts_file:
+        return file_prompts(settings.prompts_file, n, seed)
+    return chat_prompts(n, seed, once=settings.held_out) if settings.chat else training_prompts(n, seed)
+
+
+def _made_from(settings: Any, prompts: list[str]) -> str:
+    shaping = {n: getattr(settings, n) for n in ("target", "new_tokens", "temperature", "chat", "bfloat16", "seed")}
+    return json.dumps(shaping | {"prompts": fingerprint(prompts)})
 
 
 def build_texts(
     target: Any,  # target model
     tokenizer: Any,  # its tokenizer
-    settings: Any,  # target, prompts, held_out, new_tokens, temperature, bfloat16 and seed of a recipe
+    settings: Any,  # target, prompts, prompts_file, chat, held_out, new_tokens, temperature, bfloat16 and seed of a recipe
     path: Path,  # where texts are kept, and states beside them
 ) -> tuple[list[tuple[list[int], list[int]]], torch.Tensor, torch.Tensor]:
     "Texts, states and log-normalisers: read from `path` when they were built for these settings, else built and written there."
-    made_from = {"made_from": _made_from(settings), "target": fingerprint(target), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    prompts = _prompts(settings)
+    made_from = {"made_from": _made_from(settings, prompts), "target": fingerprint(target), "tokenizer": tokenizer_fingerprint(tokenizer)}
     kept, states = kept_tensors(path, **made_from), kept_tensors(path.with_suffix(".states"), **made_from)
     writer = copy.deepcopy(target).to(torch.bfloat16) if settings.bfloat16 and not (kept and states) else target
     if kept is None:
         torch.manual_seed(settings.seed)
-        chat = bool(getattr(tokenizer, "chat_template", None)) and embedding_size(target) > 8192  # the zoo's models tell tales
-        n, seed = settings.prompts, settings.seed
-        prompts = chat_prompts(n, seed, once=settings.held_out) if chat else training_prompts(n, seed)
-        written = [(a, b) for a, b in written_by(writer, tokenizer, prompts, settings.new_tokens, settings.temperature, chat=chat) if b]
+        found = written_by(writer, tokenizer, prompts, settings.new_tokens, settings.temperature, chat=settings.chat)
+        written = [(a, b) for a, b in found if b]
         kept = {"ids": torch.tensor([t for a, b in written for t in a + b]), "sizes": torch.tensor([[len(a), len(b)] for a, b in written])}
         keep_tensors(path, kept, **made_from)
         states = None
@@ -119,6 +126,6 @@ def build_texts(
     texts = list(zip(parts[::2], parts[1::2]))
     if states is None:
         hidden, logs = teacher_states(writer, texts)
-        states = {"states": hidden.to(torch.bfloat16), "logs": logs}
+        states = {"states": hidden, "logs": logs}
         keep_tensors(path.with_suffix(".states"), states, **made_from)
     return texts, states["states"], states["logs"]

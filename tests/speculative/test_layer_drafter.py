@@ -86,3 +86,27 @@ def test_frequent_tokens(size, always, kept):
 def test_layers_that_are_not_there(layers, llama):
     with pytest.raises(ValueError, match="layers must be numbers from 0 to 1, at least one"):
         layer_drafter(llama, layers)
+
+
+def test_an_adapter_of_gpt2_is_merged_the_other_way_round():
+    peft = pytest.importorskip("peft")
+    model = small_model("gpt2")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False)
+    adapted = peft.get_peft_model(layer_drafter(model, (0,)), config)
+    ids = random_prompts(1)[0]
+    expected = adapted(ids).logits
+    merged = layer_drafter(model, (0,))
+    merge_adapter(merged, peft.get_peft_model_state_dict(adapted), 2.0)
+    assert torch.allclose(merged(ids).logits, expected, atol=1e-4)
+
+
+def test_what_cannot_be_cut(llama):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    small = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 32, "decoder_start_token_id": 0}
+    with pytest.raises(ValueError, match="must be a decoder-only model without adapters"):
+        layer_drafter(T5ForConditionalGeneration(T5Config(**small)), (0,))
+    for tokens in ([3, 1], [0, 97], []):
+        with pytest.raises(ValueError, match="tokens must be ascending ids from 0 to 96"):
+            layer_drafter(llama, (0,), torch.tensor(tokens, dtype=torch.long))

@@ -1,5 +1,6 @@
 """Training a drafter: the loss against hand counts, the target's states against its logits, kill and resume, bad input."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -63,8 +64,9 @@ def test_states_give_the_targets_distribution(pair):
     at = 0
     for prompt, answer in texts:
         exact = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        mine = states[at : at + len(answer)] @ model.lm_head.weight.T - logs[at : at + len(answer), None]
-        assert torch.allclose(mine, exact, atol=1e-4)
+        mine = states[at : at + len(answer)].float() @ model.lm_head.weight.T - logs[at : at + len(answer), None]
+        assert torch.allclose(mine, exact, atol=2e-2)  # the states are rounded
+        assert torch.allclose(mine.exp().sum(-1), torch.ones(len(answer)), atol=1e-5)  # but Z is theirs
         at += len(answer)
     assert at == len(states)
 
@@ -84,19 +86,48 @@ def test_a_model_that_changes_its_logits_is_refused(pair, monkeypatch):
         teacher.teacher_states(model, texts)
 
 
+def test_a_head_with_a_bias_is_refused(pair):
+    model, tokenizer = copy.deepcopy(pair)
+    texts = target_texts.written_by(model, tokenizer, ["a king"], 3)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.lm_head.weight.shape[0]))
+    with pytest.raises(ValueError, match="it cannot be distilled so"):
+        teacher.teacher_states(model, texts)
+
+
+def test_layers_are_checked_before_anything_is_written(pair, tmp_path):
+    with pytest.raises(ValueError, match="layers must be numbers from 0 to 1"):
+        train(replace(MINI, layers="7"), tmp_path / "d", pair)
+    assert not list((tmp_path / "d/run").glob("texts*"))
+
+
+def test_prompts_of_a_file(pair, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(f"a fox {i} came" for i in range(12)) + "\n\na fox 0 came\n")
+    assert sorted(target_texts.file_prompts(file, 99)) == sorted(f"a fox {i} came" for i in range(12))
+    texts, *_ = teacher.build_texts(*pair, replace(MINI, prompts_file=str(file)), tmp_path / "t.safetensors")
+    assert all(pair[1].decode(prompt).startswith("a fox") for prompt, _ in texts)
+    file.write_text("")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        target_texts.file_prompts(file, 3)
+    with pytest.raises(ValueError, match="name a text file in UTF-8"):
+        target_texts.file_prompts(tmp_path / "none.txt", 3)
+
+
 def test_figures_of_the_target_itself(pair):
     model, tokenizer = pair
     texts = target_texts.written_by(model, tokenizer, ["a king", "a fox"], 5)
     data = teacher.DrafterData(texts, *teacher.teacher_states(model, texts))
     head = model.lm_head.weight.detach()
     whole = drafters.drafter_figures(layer_drafter(model, range(2)), data, head, torch.arange(len(head)), head)
-    assert whole == pytest.approx({"acceptance": 1.0, "agreement": 1.0, "covered": 1.0}, abs=1e-4)
+    assert whole == pytest.approx({"acceptance": 1.0, "agreement": 1.0, "covered": 1.0}, abs=3e-3)
 
 
 def test_a_run_improves_and_its_adapter_is_what_was_measured(pair, tmp_path):
     model, _ = pair
+    before = [p.requires_grad for p in model.parameters()]
     figures = train(replace(MINI, steps=60, learning_rate=0.02, prompts=40, save_every=30, eval_every=30, tokens=0), tmp_path / "d", pair)
     assert figures["held_out"]["acceptance"] > figures["untrained"]["acceptance"] + 0.02
+    assert [p.requires_grad for p in model.parameters()] == before  # the target is left as it is
     healed = load_drafter(tmp_path / "d", model)
     texts, states, logs = teacher.build_texts(*pair, replace(MINI, prompts=40, tokens=0), tmp_path / "d/run/texts.safetensors")
     cut = sum(len(b) for _, b in texts[:3])
@@ -160,11 +191,6 @@ def test_a_card(pair, tmp_path):
 def test_bad_settings(fields, message):
     with pytest.raises(ValueError, match=message):
         drafters.DrafterRecipe(**fields)
-
-
-def test_layers_that_the_target_does_not_have(pair, tmp_path):
-    with pytest.raises(ValueError, match="layers must be numbers from 0 to 1"):
-        train(replace(MINI, layers="0,5"), tmp_path / "d", pair)
 
 
 def test_questions_that_are_held_out_are_not_asked_again(monkeypatch):
