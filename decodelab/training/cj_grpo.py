@@ -124,7 +124,10 @@ class _Rollouts(Guarded, GRPOTrainer):
             self._metrics[mode][name] += values
         self._pending_metrics.clear()
 
-# %% ../../nbs/training/cj_grpo.ipynb #a3b1fe9f
+# %% ../../nbs/training/cj_grpo.ipynb #b15fe42c
+_PER_ROLLOUT = ("prompt_ids", "prompt_mask", "completion_ids", "step_map", "text", "advantages", "hidden_prompt", "old_logps", "ref_logps")
+
+
 class CJGRPOTrainer(_Rollouts):
     "GRPO of a masked diffusion model whose likelihood is that of the denoising trajectory, or one of two baselines."
 
@@ -180,7 +183,11 @@ class CJGRPOTrainer(_Rollouts):
                     batch["ref_logps"] = self._logps(self.model, batch)
 
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        training = self.model.training
+        training, rollouts = self.model.training, len(inputs["advantages"])
+        if not self.beta:  # rollouts that are no better and no worse than their group add nothing: not to the loss, nor to the time
+            kept = inputs["advantages"] != 0
+            kept[0] = kept[0] | ~kept.any()
+            inputs = {k: v[kept] if k in _PER_ROLLOUT else v for k, v in inputs.items()}
         update = self._step // self.args.steps_per_generation % self.num_iterations if training else 0
         of_update = {k: v[:, min(update, v.shape[1] - 1)] for k, v in inputs.items() if k in ("old_logps", "ref_logps", "hidden_prompt")}
         terms = Terms(
@@ -195,7 +202,7 @@ class CJGRPOTrainer(_Rollouts):
         backward: Callable[[torch.Tensor], Any] | None = (lambda loss: self.accelerator.backward(loss / share)) if training else None
         with evaluating(model):  # without dropout, or the ratios would not be 1 before the first update
             denoise, rollout = self._denoise(model, inputs)
-            loss, means = trajectory_loss(denoise, rollout, terms, self.objective, of_update.get("hidden_prompt"), backward)
+            loss, means = trajectory_loss(denoise, rollout, terms, self.objective, of_update.get("hidden_prompt"), backward, rollouts)
         for name, value in means.items():
             self._metrics["train" if training else "eval"][name].append(float(self.accelerator.gather(value).mean()))
         return loss / share

@@ -181,7 +181,7 @@ def group_advantages(
         gap = gap / ((squares.sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt() + 1e-4)
     return gap.nan_to_num().flatten(), flat
 
-# %% ../../nbs/training/trajectory.ipynb #935c5e69
+# %% ../../nbs/training/trajectory.ipynb #5623445b
 @dataclass
 class Terms:
     "What the loss compares a rollout with."
@@ -220,11 +220,12 @@ def trajectory_loss(
     objective: str = "cj",  # one of `OBJECTIVES`
     hidden_prompt: torch.Tensor | None = None,  # as in `views`
     backward: Callable[[torch.Tensor], Any] | None = None,  # called with the loss of each step but the last; None: one graph for all
+    batch: int | None = None,  # rollouts that the mean is over, where some that add nothing have been left out; those given when None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     "The loss, and the weighted means of ratio, clipped share and KL."
     found = list(views(rollout, objective, hidden_prompt))
     step_map = rollout.step_map if objective == "cj" else torch.zeros_like(rollout.step_map)
-    weights = token_weights(step_map, terms.counted, terms.advantages.dtype) / len(step_map)
+    weights = token_weights(step_map, terms.counted, terms.advantages.dtype) / (batch or len(step_map))
     total = weights.new_zeros(())
     means: dict[str, torch.Tensor] = {}
     for i, (canvas, asked) in enumerate(found):
@@ -237,4 +238,4 @@ def trajectory_loss(
             backward(loss)
             loss = loss.detach()
         total = total + loss
-    return total, means
+    return total, {name: value / weights.sum() for name, value in means.items()}
