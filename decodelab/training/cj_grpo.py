@@ -314,7 +314,7 @@ def _arguments(recipe: CJGRPORecipe, run: Path, **changes: Any) -> GRPOConfig:
     more = {"gradient_checkpointing": False, "bf16": False, "remove_unused_columns": False, "per_device_eval_batch_size": recipe.held_out}
     return training_arguments(recipe, run, kind=GRPOConfig, **grpo | optimiser | more | changes)
 
-# %% ../../nbs/training/cj_grpo.ipynb #9c35b109
+# %% ../../nbs/training/cj_grpo.ipynb #f992cd41
 def train_cj_grpo(
     recipe: CJGRPORecipe,  # what to train
     out: str | Path,  # folder of the finished model; checkpoints go to `out/run`
@@ -355,14 +355,15 @@ def train_cj_grpo(
 _CURVE = ("step", "reward", "frac_reward_zero_std", "clip_ratio", "kl", "eval_reward")
 
 
-@recipe(
-    "cj-grpo",
-    CJGRPORecipe(),
-    paper="Taming Masked Diffusion Language Models via Consistency Trajectory Reinforcement Learning with Fewer Decoding Step",
-    url="https://arxiv.org/abs/2509.23924",
-    year=2025,
-    notebook="training/cj_grpo",
-)
+_PAPER: dict[str, Any] = {
+    "paper": "Taming Masked Diffusion Language Models via Consistency Trajectory Reinforcement Learning with Fewer Decoding Step",
+    "url": "https://arxiv.org/abs/2509.23924",
+    "year": 2025,
+    "notebook": "training/cj_grpo",
+}
+
+
+@recipe("cj-grpo", CJGRPORecipe(), **_PAPER)
 def train_policy(
     settings: CJGRPORecipe,  # the recipe
     folder: Path,  # where the model goes

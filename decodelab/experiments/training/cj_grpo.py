@@ -217,10 +217,10 @@ def trained(
     ]
     return {"curve": curve, "greedy": evaluated(model, rows), "seconds": dict(Timed.seconds)}
 
-# %% ../../../nbs/experiments/training/cj_grpo.ipynb #2f922e4e
+# %% ../../../nbs/experiments/training/cj_grpo.ipynb #0db915fe
 def experiment(
     seeds: int = 3,  # runs of each objective
-    updates: int = 200,  # optimiser steps of a run
+    updates: int = 100,  # optimiser steps of a run
     policies: int = 12,  # random policies of the gradients, each with its rewards
     speeds: int = 20,  # policies of the learning speed
 ) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def experiment(
     lab.seed_everything()
     start, rows = layout_model(seed=lab.seed), layout_prompts(200, lab.seed, held_out=True)
     losses = pretrain_layout(start, seed=lab.seed)
-    # half the rollouts of the recipe's default
+    # half the rollouts and half the updates of the recipe's defaults
     base = CJGRPORecipe(steps=updates, batch_size=64, save_every=updates, eval_every=updates, held_out=8)
     runs = {o: [trained(start, replace(base, objective=o, seed=lab.seed + s), rows) for s in range(seeds)] for o in OBJECTIVES}
     return {
