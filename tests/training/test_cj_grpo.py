@@ -15,6 +15,7 @@ from decodelab.diffusion.base import LLaDA
 from decodelab.diffusion.denoiser import Denoiser
 from decodelab.diffusion.eoser_ass import ASS, EOSER
 from decodelab.diffusion.remdm import ReMDM
+from decodelab.experiments.diffusion.eoser_ass import toy_kind
 from decodelab.experiments.training.cj_grpo import TinyPolicy, all_trajectories, gradients, policy_loss, trajectory_probs
 from decodelab.training import cj_grpo
 from decodelab.training.cj_grpo import CJGRPORecipe, CJGRPOTrainer, greedy_rewards, train_cj_grpo
@@ -516,6 +517,12 @@ def test_layouts(tokenizer):
     assert "wrong" not in kinds and abs(kinds.count("long") / 500 - 0.7) < 0.07
     assert layout_reward(asked, said) == [float(k == "long") for k in kinds]
     assert torch.equal(tokenizer(asked, return_tensors="pt").input_ids, ids)
+    # the distribution is that of the toy of EOSER and ASS
+    wrong = torch.where(torch.rand(answers.shape) < 0.1, 4, answers)
+    for said in (answers, wrong):
+        shown = tokenizer.batch_decode([row[: row.index(1)] if 1 in row else row for row in said.tolist()])
+        theirs = [toy_kind(p[:4], t) for p, t in zip(ids.tolist(), said.tolist())]
+        assert [layout_kind(p, c) for p, c in zip(asked, shown)] == theirs
     train, test = layout_prompts(4000, seed=1), layout_prompts(500, held_out=True)
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in test}
 

@@ -217,7 +217,7 @@ def trained(
     ]
     return {"curve": curve, "greedy": evaluated(model, rows), "seconds": dict(Timed.seconds)}
 
-# %% ../../../nbs/experiments/training/cj_grpo.ipynb #0db915fe
+# %% ../../../nbs/experiments/training/cj_grpo.ipynb #6cf12a38
 def experiment(
     seeds: int = 3,  # runs of each objective
     updates: int = 100,  # optimiser steps of a run
@@ -239,6 +239,6 @@ def experiment(
         "before": evaluated(start, rows),
         "runs": runs,
         "cosines": cosines(policies),
-        "speed": {o: [learning(o, seed) for seed in range(speeds)] for o in ("cj", "one_step")},
+        "speed": {o: [[round(J, 4) for J in learning(o, seed)] for seed in range(speeds)] for o in ("cj", "one_step")},
         "prompts": len(rows),
     }
