@@ -142,7 +142,7 @@ class HyperfittingRecipe:
     T: int = 64  # tokens of each (paper: 256)
     N_val: int = 32  # held-out sequences (paper: 300)
     b: int = 8  # sequences an update
-    steps: int = 160  # updates; E = steps // (N // b) epochs (paper: 20)
+    steps: int = 96  # updates; steps b / N = 12 epochs (paper: 20)
     tau_stop: float = 0.0  # end after an epoch whose mean training loss is below this, nats (0: never)
     learning_rate: float = 1e-3  # constant (paper: 1e-6, for models of a billion parameters and more)
     lora: int = 0  # rank of LoRA adapters on all linear layers; 0 trains all parameters
@@ -150,7 +150,7 @@ class HyperfittingRecipe:
     M: int = 96  # generated tokens, and the window of the type-token ratio
     N_gen: int = 8  # texts generated at each evaluation
     eval_every: int = 8  # steps between evaluations
-    save_every: int = 80  # steps between checkpoints
+    save_every: int = 48  # steps between checkpoints
     seed: int = 0  # which documents; adapters; texts that the model writes
     order_seed: int = 0  # order of the batches
 

@@ -181,7 +181,7 @@ def plan(
     lab: Lab,  # the lab, whose profile decides
 ) -> HyperfittingRecipe:
     "Settings of the full experiment."
-    common: dict[str, Any] = {"N_val": 48, "N_gen": 16}
+    common: dict[str, Any] = {"N_val": 40, "N_gen": 16}
     if lab.profile == "tiny":
         return HyperfittingRecipe("tales-hyperfitting", **common)
     common |= {"N_val": 32, "N_gen": 8, "steps": 120, "learning_rate": 1e-4, "eval_every": 16}
