@@ -265,7 +265,7 @@ def test_dropout_is_off():
 
 
 def test_the_loss_goes_to_zero_and_distributions_are_sharper(tmp_path):
-    figures = train(tmp_path, replace(MINI, steps=80, learning_rate=1e-2, eval_every=40, save_every=80))
+    figures = train(tmp_path, replace(MINI, steps=160, learning_rate=1e-2, eval_every=80, save_every=160))
     assert figures["epoch_losses"][-1] < 0.1
     assert figures["held_out_loss"] > 1.3 * figures["held_out_loss_before"]
     assert figures["held_out_P@1"] <= figures["held_out_P@3"] <= figures["held_out_P@5"]

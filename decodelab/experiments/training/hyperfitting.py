@@ -184,7 +184,7 @@ def plan(
     common: dict[str, Any] = {"N_val": 40, "N_gen": 16}
     if lab.profile == "tiny":
         return HyperfittingRecipe("tales-hyperfitting", **common)
-    common |= {"N_val": 32, "N_gen": 8, "steps": 120, "learning_rate": 1e-4, "eval_every": 16}
+    common |= {"N_val": 24, "N_gen": 4, "steps": 80, "learning_rate": 1e-4, "eval_every": 16}
     return HyperfittingRecipe(f"{Path(lab.names['target']).name}-hyperfitting", lab.names["target"], **common)
 
 
