@@ -242,7 +242,7 @@ def decoder_files() -> dict[str, Path]:
 def recipe_names() -> list[str]:
     "Names of the registered training recipes."
     texts = [path.read_text(encoding="utf-8") for path in sorted((_package() / "training").glob("*.py"))]
-    return sorted(match[1] for text in texts for match in re.finditer(r'^@recipe\("([\w-]+)"', text, flags=re.M))
+    return sorted(match[1] for text in texts for match in re.finditer(r'^@recipe\(\s*"([\w-]+)"', text, flags=re.M))
 
 
 def check_decoder(
