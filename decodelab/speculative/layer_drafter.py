@@ -132,10 +132,10 @@ def load_drafter(
     folder = Path(place) if Path(place).is_dir() else zoo_path(str(place))
     for file in ("adapter_model.safetensors", "tokens.safetensors"):
         safetensors_header(folder / file)
-    missing = [name for name in ("drafter.json", "adapter_config.json") if not (folder / name).is_file()]
+    missing = [name for name in ("config.json", "adapter_config.json") if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} holds no {missing[0]}: train a drafter with `decodelab train drafter`")
-    made = json.loads((folder / "drafter.json").read_text(encoding="utf-8"))
+    made = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = target.config.get_text_config()
     shape = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers, "vocabulary": embedding_size(target)}
     if made["shape"] != shape:

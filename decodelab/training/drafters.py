@@ -227,14 +227,20 @@ def save_drafter(
     tokens: torch.Tensor,  # ids of the kept tokens, [kept]
     out: Path,  # folder
 ) -> None:
-    "Write adapter (PEFT's layout), kept tokens and `drafter.json` to `out`, for `load_drafter`."
+    "Write adapter (PEFT's layout), kept tokens and `config.json` to `out`, for `load_drafter`."
     model.save_pretrained(out, save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)  # PEFT's own; `drafter_card` writes ours
     save_file({"tokens": tokens}, out / "tokens.safetensors")
     config = target.config.get_text_config()
     shape = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers, "vocabulary": embedding_size(target)}
-    made = {"target": settings.target, "layers": settings.layer_numbers, "all_tokens": not settings.tokens, "shape": shape}
-    (out / "drafter.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
+    made = {
+        "architectures": ["LayerDrafter"],
+        "target": settings.target,
+        "layers": settings.layer_numbers,
+        "all_tokens": not settings.tokens,
+        "shape": shape,
+    }
+    (out / "config.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
 
 
 def _load_target(settings: DrafterRecipe) -> tuple[Any, Any]:

@@ -152,7 +152,7 @@ def test_killed_and_resumed_is_uninterrupted(pair, tmp_path, monkeypatch):
             train(MINI, tmp_path / "cut", pair)
     figures = train(MINI, tmp_path / "cut", pair)
     assert [s["from_step"] for s in figures["segments"]] == [0, 4]
-    for file in ("adapter_model.safetensors", "tokens.safetensors", "drafter.json"):
+    for file in ("adapter_model.safetensors", "tokens.safetensors", "config.json"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
     with pytest.raises(ValueError, match="loss was kl and is tv"):
         train(replace(MINI, loss="tv"), tmp_path / "cut", pair)
@@ -174,7 +174,7 @@ def test_a_card(pair, tmp_path):
     train(MINI, tmp_path / "d", pair)
     text = drafters.drafter_card(tmp_path / "d")
     assert "| acceptance |" in text and "decodelab train drafter" in text and "--set layers=0" in text
-    assert json.loads((tmp_path / "d/drafter.json").read_text())["layers"] == [0]
+    assert json.loads((tmp_path / "d/config.json").read_text())["layers"] == [0]
 
 
 @pytest.mark.parametrize(

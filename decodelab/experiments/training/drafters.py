@@ -118,7 +118,7 @@ def on_real_model(
     model, tokenizer = lab.target()
     prompts, tasks = spec_bench_prompts(tokenizer, per_task, chat=True)
     ids = [x.to(model.device) for x in prompts]
-    layers = json.loads((zoo_path("smollm2-drafter") / "drafter.json").read_text(encoding="utf-8"))["layers"]
+    layers = json.loads((zoo_path("smollm2-drafter") / "config.json").read_text(encoding="utf-8"))["layers"]
     found: dict[str, Any] = {"tasks": tasks, "runs": [], "positions": {}}
     for dtype in (torch.float32, torch.bfloat16):
         model, name = model.to(dtype), str(dtype).removeprefix("torch.")
