@@ -38,6 +38,8 @@ __all__ = ['CJGRPOTrainer', 'CJGRPORecipe', 'greedy_rewards', 'train_cj_grpo', '
 _ONLY: dict[str, Any] = {
     "use_vllm": False,
     "use_transformers_continuous_batching": False,
+    "loss_type": GRPOConfig.loss_type,
+    "log_completions": False,
     "importance_sampling_level": "token",
     "delta": None,
     "top_entropy_quantile": 1.0,
@@ -63,31 +65,13 @@ def _check_objective(objective: str, p_mask_prompt: float) -> None:
 
 # %% ../../nbs/training/cj_grpo.ipynb #ea43a864
 class _Rollouts(Guarded, GRPOTrainer):
-    # the half of the trainer that makes rollouts
+    # rollouts of a decoder, as tensors with the batch first
     model: Any
     processing_class: Any
     decoder: Unmasker
     objective: str
     num_generations: int
     num_generations_eval: int
-
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        mode = "train" if self.model.training else "eval"
-        prompts = [example["prompt"] for example in inputs]
-        batch = self._rolled_out(prompts, greedy=mode == "eval")
-        texts = [row[: int(n)].tolist() for row, n in zip(batch["completion_ids"], batch["text"].sum(1))]
-        completions: list[Any] = self.processing_class.batch_decode(texts, skip_special_tokens=True)
-        if isinstance(prompts[0], list):  # a conversation
-            completions = [[{"role": "assistant", "content": text}] for text in completions]
-        scores = self._calculate_rewards(inputs, prompts, completions, texts)  # [rollouts of all processes, functions]
-        rewards = (scores * self.reward_weights.to(scores.device)).nansum(1).masked_fill(scores.isnan().all(1), torch.nan)
-        group = self.num_generations if mode == "train" else self.num_generations_eval
-        advantages, flat = group_advantages(rewards, group, self.scale_rewards)
-        first = self.accelerator.process_index * len(prompts)
-        batch["advantages"] = advantages[first : first + len(prompts)]
-        self._add_logps(batch)
-        self._note(mode, scores, rewards, flat, batch["text"])
-        return batch
 
     def _rolled_out(self, prompts: list[Any], greedy: bool) -> dict[str, torch.Tensor]:
         pad, kwargs = self._tokenizer.pad_token_id, dict(self.generation_kwargs)
@@ -109,6 +93,27 @@ class _Rollouts(Guarded, GRPOTrainer):
             "text": until_eos(rollout.tokens, eos),
         }
 
+# %% ../../nbs/training/cj_grpo.ipynb #a48ddbce
+class _Scored(_Rollouts):
+    # rewards, advantages, and what is logged of them
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        mode = "train" if self.model.training else "eval"
+        prompts = [example["prompt"] for example in inputs]
+        batch = self._rolled_out(prompts, greedy=mode == "eval")
+        texts = [row[: int(n)].tolist() for row, n in zip(batch["completion_ids"], batch["text"].sum(1))]
+        completions: list[Any] = self.processing_class.batch_decode(texts, skip_special_tokens=True)
+        if isinstance(prompts[0], list):  # a conversation
+            completions = [[{"role": "assistant", "content": text}] for text in completions]
+        scores = self._calculate_rewards(inputs, prompts, completions, texts)  # [rollouts of all processes, functions]
+        rewards = (scores * self.reward_weights.to(scores.device)).nansum(1).masked_fill(scores.isnan().all(1), torch.nan)
+        group = self.num_generations if mode == "train" else self.num_generations_eval
+        advantages, flat = group_advantages(rewards, group, self.scale_rewards)
+        first = self.accelerator.process_index * len(prompts)
+        batch["advantages"] = advantages[first : first + len(prompts)]
+        self._add_logps(batch)
+        self._note(mode, scores, rewards, flat, batch["text"])
+        return batch
+
     def _add_logps(self, batch: dict[str, torch.Tensor]) -> None:
         raise NotImplementedError
 
@@ -124,28 +129,9 @@ class _Rollouts(Guarded, GRPOTrainer):
         self._pending_metrics.clear()
 
 # %% ../../nbs/training/cj_grpo.ipynb #5f35fdb0
-_PER_ROLLOUT = ("prompt_ids", "prompt_mask", "completion_ids", "step_map", "text", "advantages", "hidden_prompt", "old_logps", "ref_logps")
-
-
-class CJGRPOTrainer(_Rollouts):
-    "GRPO of a masked diffusion model whose likelihood is that of the denoising trajectory, or one of two baselines."
-
-    def __init__(
-        self,
-        *args: Any,  # as for TRL's `GRPOTrainer`
-        decoder: Unmasker,  # makes the rollouts
-        objective: str = "cj",  # likelihood: "cj", "one_step" or "diffu"
-        mask_after_eos: bool | None = None,  # leave out what stands behind the first EOS token; None: for "one_step" and "diffu"
-        p_mask_prompt: float = 0.15,  # share of the prompt that "diffu" masks, in [0, 1)
-        **kwargs: Any,  # as for TRL's `GRPOTrainer`
-    ):
-        _check_objective(objective, p_mask_prompt)
-        super().__init__(*args, **kwargs)
-        _check_arguments(self.args)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("each step has a backward pass of its own, which DeepSpeed and FSDP do not expect: use one process or DDP")
-        self.decoder, self.objective, self.p_mask_prompt = decoder, objective, p_mask_prompt
-        self.mask_after_eos = objective != "cj" if mask_after_eos is None else mask_after_eos
+class _Likelihoods(_Scored):
+    # log-probabilities of rollouts, now, when they were made, and of the reference
+    p_mask_prompt: float
 
     def _denoise(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[Denoise, Rollout]:
         # the model as a function of canvases, and the rollouts of a batch
@@ -181,6 +167,14 @@ class CJGRPOTrainer(_Rollouts):
                 with use_adapter(adapters, "ref" if "ref" in adapters.peft_config else None):
                     batch["ref_logps"] = self._logps(self.model, batch)
 
+# %% ../../nbs/training/cj_grpo.ipynb #b8ca9855
+_PER_ROLLOUT = ("prompt_ids", "prompt_mask", "completion_ids", "step_map", "text", "advantages", "hidden_prompt", "old_logps", "ref_logps")
+
+
+class _Loss(_Likelihoods):
+    # the loss of a batch
+    mask_after_eos: bool
+
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         training, rollouts = self.model.training, len(inputs["advantages"])
         if not self.beta:  # rollouts that are no better and no worse than their group add nothing: not to the loss, nor to the time
@@ -205,6 +199,27 @@ class CJGRPOTrainer(_Rollouts):
         for name, value in means.items():
             self._metrics["train" if training else "eval"][name].append(float(self.accelerator.gather(value).mean()))
         return loss / share
+
+# %% ../../nbs/training/cj_grpo.ipynb #3bd9571a
+class CJGRPOTrainer(_Loss):
+    "GRPO of a masked diffusion model whose likelihood is that of the denoising trajectory, or one of two baselines."
+
+    def __init__(
+        self,
+        *args: Any,  # as for TRL's `GRPOTrainer`
+        decoder: Unmasker,  # makes the rollouts
+        objective: str = "cj",  # likelihood: "cj", "one_step" or "diffu"
+        mask_after_eos: bool | None = None,  # leave out what stands behind the first EOS token; None: for "one_step" and "diffu"
+        p_mask_prompt: float = 0.15,  # share of the prompt that "diffu" masks, in [0, 1)
+        **kwargs: Any,  # as for TRL's `GRPOTrainer`
+    ):
+        _check_objective(objective, p_mask_prompt)
+        super().__init__(*args, **kwargs)
+        _check_arguments(self.args)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError("each step has a backward pass of its own, which DeepSpeed and FSDP do not expect: use one process or DDP")
+        self.decoder, self.objective, self.p_mask_prompt = decoder, objective, p_mask_prompt
+        self.mask_after_eos = objective != "cj" if mask_after_eos is None else mask_after_eos
 
 # %% ../../nbs/training/cj_grpo.ipynb #e1b926b4
 @dataclass
@@ -249,7 +264,10 @@ class CJGRPORecipe:
             )
         if self.scale_rewards not in ("none", "group", "batch") or self.mask_after_eos not in ("auto", "yes", "no"):
             raise ValueError("scale_rewards must be 'none', 'group' or 'batch', and mask_after_eos 'auto', 'yes' or 'no'")
-        self.rollout_decoder()
+        if self.rollout_decoder().remasks:
+            raise ValueError(
+                f"decoder {self.decoder!r} masks positions again, so one step a position does not tell its states: use another"
+            )
 
     def rollout_decoder(self) -> Unmasker:
         "The decoder that makes the rollouts."
@@ -278,7 +296,7 @@ def greedy_rewards(
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     return reward(prompts=[row["prompt"] for row in rows], completions=out.text(tokenizer), completion_ids=out.continuations, **columns)
 
-
+# %% ../../nbs/training/cj_grpo.ipynb #7447f257
 def _toy_start(recipe: CJGRPORecipe, run: Path) -> tuple[Any, Any]:
     # the pretrained toy: of an earlier segment of this run, else made now
     model, path = layout_model(seed=recipe.seed), run / "start.safetensors"
@@ -314,6 +332,9 @@ def _arguments(recipe: CJGRPORecipe, run: Path, **changes: Any) -> GRPOConfig:
     return training_arguments(recipe, run, kind=GRPOConfig, **grpo | optimiser | more | changes)
 
 # %% ../../nbs/training/cj_grpo.ipynb #f992cd41
+_CURVE = ("step", "reward", "frac_reward_zero_std", "clip_ratio", "kl", "eval_reward")
+
+
 def train_cj_grpo(
     recipe: CJGRPORecipe,  # what to train
     out: str | Path,  # folder of the finished model; checkpoints go to `out/run`
@@ -350,10 +371,7 @@ def train_cj_grpo(
         tokenizer.save_pretrained(out)
         return write_training(out, figures)
 
-
-_CURVE = ("step", "reward", "frac_reward_zero_std", "clip_ratio", "kl", "eval_reward")
-
-
+# %% ../../nbs/training/cj_grpo.ipynb #7ed312e7
 _PAPER: dict[str, Any] = {
     "paper": "Taming Masked Diffusion Language Models via Consistency Trajectory Reinforcement Learning with Fewer Decoding Step",
     "url": "https://arxiv.org/abs/2509.23924",

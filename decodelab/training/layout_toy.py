@@ -1,4 +1,4 @@
-"""Four digits, and two ways to answer: with the digits and fillers first, or at once. Full diffusion falls into the short one; reinforcement learning is asked for the long one.
+"""Four digits, and two ways to answer: with the digits and fillers first, or at once. Full diffusion in many steps falls into the short one; reinforcement learning rewards the long one.
 
 Docs: https://decodelab.github.io/decodelab/training/layout_toy.html.md"""
 
@@ -46,7 +46,12 @@ def layout_prompts(
     "Different prompts of four different digits, as rows of a data set."
     everything = list(permutations("0123456789", 4))
     random.Random("layouts").shuffle(everything)
-    chosen = random.Random(seed).sample(everything[:500] if held_out else everything[500:], n)
+    several = everything[:500] if held_out else everything[500:]
+    if not 1 <= n <= len(several):
+        raise ValueError(
+            f"there are {len(several)} {'held-out' if held_out else 'training'} prompts, so n must lie in 1 to {len(several)}, got {n}"
+        )
+    chosen = random.Random(seed).sample(several, n)
     return [{"prompt": f"{' '.join(digits)} |"} for digits in chosen]
 
 

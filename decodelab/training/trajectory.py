@@ -86,11 +86,15 @@ def views(
     hidden_prompt: torch.Tensor | None = None,  # prompt tokens that are masked for "diffu", [batch, P], bool
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     "Canvases [batch, P + L], each with the positions whose tokens are asked for there [batch, L]."
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
+    if (objective == "diffu") != (hidden_prompt is not None):
+        raise ValueError(f"hidden_prompt is needed for 'diffu' and has no meaning for the others; got {objective!r}")
     if objective != "cj":
         rollout = Rollout(rollout.ids, torch.zeros_like(rollout.step_map), rollout.mask_id)
     for s in range(int(rollout.step_map.max()) + 1):
         canvas = rollout.state(s)
-        if hidden_prompt is not None and objective == "diffu":
+        if hidden_prompt is not None:
             canvas = canvas.masked_fill(torch.nn.functional.pad(hidden_prompt, (0, rollout.step_map.shape[1])), rollout.mask_id)
         yield canvas, rollout.step_map == s
 
@@ -170,14 +174,17 @@ def group_advantages(
     "Rewards minus the mean of their group [prompts * G], 0 where there is none; and the groups without any spread [prompts], bool."
     if scale not in ("none", "group", "batch"):
         raise ValueError(f"scale must be 'none', 'group' or 'batch', got {scale!r}")
+    if group < 1 or len(rewards) % group:
+        raise ValueError(f"{len(rewards)} rewards cannot be dealt out to groups of {group}: their number must be a multiple")
     table = rewards.view(-1, group)
-    gap = table - table.nanmean(1, keepdim=True)
-    flat = (gap.nan_to_num() == 0).all(1)
+    none = table.isnan()
+    flat = table.masked_fill(none, -torch.inf).amax(1) <= table.masked_fill(none, torch.inf).amin(1)
+    # the mean of equal numbers may differ from them in the last digit
+    gap = (table - table.nanmean(1, keepdim=True)).masked_fill(flat[:, None], 0.0)
     if scale != "none":
-        known = ~gap.isnan()
-        squares, count = gap.nan_to_num().square(), known.sum(1, keepdim=True)
+        squares, count = gap.nan_to_num().square(), (~none).sum(1, keepdim=True)
         if scale == "batch":
-            squares, count = (table - rewards.nanmean()).nan_to_num().square().sum().expand(len(table), 1), known.sum()
+            squares, count = (table - rewards.nanmean()).nan_to_num().square().sum().expand(len(table), 1), (~none).sum()
         gap = gap / ((squares.sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt() + 1e-4)
     return gap.nan_to_num().flatten(), flat
 
@@ -205,7 +212,8 @@ class Terms:
         loss = -torch.minimum(ratio * A, clipped * A)
         facts = {"ratio": ratio, "clip_ratio": (clipped * A < ratio * A).to(ratio)}
         if self.beta:
-            assert self.ref is not None
+            if self.ref is None:
+                raise ValueError(f"beta={self.beta} needs the reference's log-probabilities: give ref, or set beta to 0")
             # e^d - d - 1, d = log p_ref - log p_theta
             d = self.ref - logps
             facts["kl"] = d.exp() - d - 1

@@ -58,6 +58,12 @@ def test_no_completion_has_both_forms(one, other):
         assert sum(parts.values()) <= 3.5
 
 
+@pytest.mark.parametrize("solution", ["", "Three and four make seven. ####  "])
+def test_a_solution_without_a_gold_answer_is_an_error(solution):
+    with pytest.raises(ValueError, match="no gold answer"):
+        gsm8k_reward("", solution)
+
+
 COUNTDOWN = {  # numbers 3, 4, 5; target 23
     "<answer>3 + 4 * 5</answer>": 1.0,
     "so <answer>1</answer>, no: <answer>(5 * 4) + 3</answer> done": 1.0,

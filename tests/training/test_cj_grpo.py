@@ -318,6 +318,30 @@ def test_advantages():
     assert torch.allclose(batch, expected, atol=1e-3)
     with pytest.raises(ValueError, match="scale must be"):
         group_advantages(rewards, 4, "std")
+    with pytest.raises(ValueError, match="12 rewards cannot be dealt out to groups of 5"):
+        group_advantages(rewards, 5)
+
+
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+def test_equal_rewards_have_no_spread(scale):
+    # 0.1 is no sum of powers of two, so that the mean of eight is not 0.1
+    rewards = torch.cat([torch.full((8,), 0.1), torch.full((8,), torch.nan), torch.linspace(0, 1, 8)])
+    assert (rewards[:8].mean() != rewards[:8]).all()
+    A, flat = group_advantages(rewards, 8, scale)
+    assert flat.tolist() == [True, True, False] and (A[:16] == 0).all() and (A[16:] != 0).all()
+
+
+def test_arguments_of_the_loss():
+    rollout, policy, hidden = all_trajectories(), TinyPolicy(0), torch.zeros(162, 0, dtype=torch.bool)
+    for words, objective, more in (
+        ("unknown objective 'all': use one of cj", "all", {}),
+        ("hidden_prompt is needed", "diffu", {}),
+        ("no meaning for the others; got 'cj'", "cj", {"hidden_prompt": hidden}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            trajectory_loss(policy, rollout, Terms(torch.ones(162)), objective, **more)
+    with pytest.raises(ValueError, match="beta=0.1 needs"):
+        trajectory_loss(policy, rollout, Terms(torch.ones(162), beta=0.1))
 
 
 # the trainer
@@ -339,6 +363,7 @@ class Seen(CJGRPOTrainer):
     wanted = 1
 
     def _compute_loss(self, model, inputs):
+        model.zero_grad()
         loss = super()._compute_loss(model, inputs)
         loss.backward()
         grad = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
@@ -377,6 +402,17 @@ def test_first_update(objective, tmp_path, model, tokenizer):
     terms = Terms(A, counted=None if objective == "cj" else batch["text"])
     whole = trajectory_loss(denoise_with(Denoiser(model), 5), rollout, terms, objective, hidden)[0]
     assert torch.allclose(grad, gradient(model, whole), atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_accumulated_gradients_are_those_of_all_rollouts(beta, tmp_path, model, tokenizer):
+    more = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    batches = seen(tmp_path, model, tokenizer, replace(TINY, beta=beta), 2, **more)
+    inputs = {k: torch.cat([b[k] for b, *_ in batches]) for k in ("prompt_ids", "completion_ids", "step_map", "advantages")}
+    rollout = Rollout(torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1), inputs["step_map"], tokenizer.mask_token_id)
+    whole = trajectory_loss(denoise_with(Denoiser(model), 5), rollout, Terms(inputs["advantages"]))[0]
+    assert len(rollout.ids) == 8 and inputs["advantages"].abs().max() > 0
+    assert torch.allclose(batches[0][2] + batches[1][2], gradient(model, whole), atol=1e-6)
 
 
 def with_dropout(tokenizer):
@@ -489,6 +525,7 @@ WRONG = {
     "scale_rewards must be": {"scale_rewards": "std"},
     "unknown decoder": {"decoder": "greedy"},
     "decoder_settings must be": {"decoder_settings": "eoser"},
+    "remdm' masks positions again": {"decoder": "remdm", "decoder_settings": "{}"},
     "fields of ass": {"decoder_settings": '{"colour": 1}'},
     "must be positive": {"mu": 0},
     "learning_rate must be positive": {"learning_rate": 0.0},
@@ -501,7 +538,10 @@ def test_bad_settings(words):
         replace(TINY, **WRONG[words])
 
 
-@pytest.mark.parametrize("changes", [{"importance_sampling_level": "sequence"}, {"delta": 4.0}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"importance_sampling_level": "sequence"}, {"delta": 4.0}, {"temperature": 0.0}, {"loss_type": "grpo"}, {"log_completions": True}],
+)
 def test_what_the_trainer_cannot_do(changes, tmp_path, model, tokenizer):
     with pytest.raises(ValueError, match="no meaning|temperature must be positive"):
         train_cj_grpo(TINY, tmp_path, start=(copy.deepcopy(model), tokenizer), reward=digits_reward, **changes)
@@ -525,6 +565,9 @@ def test_layouts(tokenizer):
         assert [layout_kind(p, c) for p, c in zip(asked, shown)] == theirs
     train, test = layout_prompts(4000, seed=1), layout_prompts(500, held_out=True)
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in test}
+    for n, held_out, words in ((501, True, "500 held-out prompts"), (4541, False, "4540 training prompts"), (0, True, "got 0")):
+        with pytest.raises(ValueError, match=words):
+            layout_prompts(n, held_out=held_out)
 
 
 def test_the_recipe_pretrains_once(tmp_path, monkeypatch):
