@@ -10,8 +10,8 @@ from toys import character_tokenizer, small_model
 
 drafters = pytest.importorskip("decodelab.training.drafters", exc_type=ImportError)
 pytest.importorskip("peft")
-from decodelab.speculative.layer_drafter import layer_drafter, load_drafter  # noqa: E402
-from decodelab.training import target_texts, teacher  # noqa: E402
+from decodelab.speculative.layer_drafter import layer_drafter, load_drafter
+from decodelab.training import target_texts, teacher
 
 MINI = drafters.DrafterRecipe(
     layers="0", tokens=20, r=2, alpha=4, prompts=12, held_out=3, new_tokens=6, batch_size=2, steps=8, warmup=1, save_every=4, eval_every=4

@@ -13,10 +13,14 @@ pytest.importorskip("accelerate")
 ROOT = Path(__file__).resolve().parents[2]
 TALE = "Once upon a time there lived a miller who had three sons and a cat. The cat said: give me a pair of boots, and do not fear. " * 40
 OTHER = "A king had a garden, and in the garden stood a tree that bore golden apples. Every night one of the apples was gone. " * 20
-SMALL = "hidden_size=16 intermediate_size=16 layers=1 heads=2 vocab_size=300 block=16 warmup=2 save_every=50 eval_every=5 learning_rate=0.003"
+SMALL = (
+    "hidden_size=16 intermediate_size=16 layers=1 heads=2 vocab_size=300 block=16 warmup=2 save_every=50 eval_every=5 learning_rate=0.003"
+)
 
 # processors with bfloat16 would train in it, where sums depend on their order
-IN_FLOAT32 = "import torch\ntorch.cpu._is_avx512_bf16_supported = lambda: False\nfrom decodelab.cli import app\napp(prog_name=\"decodelab\")\n"
+IN_FLOAT32 = (
+    'import torch\ntorch.cpu._is_avx512_bf16_supported = lambda: False\nfrom decodelab.cli import app\napp(prog_name="decodelab")\n'
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,17 @@ def trained(books, out, processes, batch_size):
     script.write_text(IN_FLOAT32)
     command = [script, "train", "tales-draft", "--data-dir", books, "--out", out, "--steps", 50]
     command += [a for s in [*SMALL.split(), f"batch_size={batch_size}"] for a in ("--set", s)]
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no"]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        processes,
+        "--num_machines",
+        1,
+        "--mixed_precision",
+        "no",
+    ]
     launch += ["--dynamo_backend", "no", "--main_process_port", port()] if processes > 1 else []
     start = [*launch, *command] if processes > 1 else command
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
