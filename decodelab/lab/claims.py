@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -275,19 +275,20 @@ class Found:
     def __init__(
         self,
         notebook: str,  # name of the experiments, such as `sampling/momentum`
-        n: int = 3,  # claims to show
+        which: int | Sequence[int] = 3,  # how many of the paper's claims to show, or their numbers, from 0
     ):
         root = checkout_root()
         paths = sorted((root / "data" / "results").glob(f"*/{notebook}.json")) if root else []
-        self.notebook, self.n = notebook, n
+        self.notebook = notebook
+        self.which = list(range(which)) if isinstance(which, int) else list(which)
         self.runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
     def lines(self) -> list[str]:
         "A line for each claim: verdict, profile, claim, what was measured, why."
         found = []
         for run in self.runs:
-            for facts in [c for c in run["claims"] if c.get("kind") == "paper"][: self.n]:
-                claim = Claim(**facts)
+            claims = [c for c in run["claims"] if c.get("kind") == "paper"]
+            for claim in (Claim(**claims[i]) for i in self.which if i < len(claims)):
                 numbers = f" ({claim.measured}; expected {_short(claim.expected)})" if claim.measured else ""
                 found.append(f"{claim.mark}, `{run['provenance']['profile']}`: {claim.text.rstrip('.')}{numbers}. {claim.why}".rstrip())
         return found or [f"No stored run of {self.notebook} here: run its experiments page in a checkout."]
@@ -298,7 +299,7 @@ class Found:
 
 def found(
     notebook: str,  # name of the experiments, such as `sampling/momentum`
-    n: int = 3,  # claims to show
+    which: int | Sequence[int] = 3,  # how many of the paper's claims to show, or their numbers, from 0
 ) -> Found:
-    "What the experiments of a paper found: their first claims, in every profile that has a stored run."
-    return Found(notebook, n)
+    "What the experiments of a paper found: some of their claims, in every profile that has a stored run."
+    return Found(notebook, which)
