@@ -226,7 +226,9 @@ class GRPORecipe:
         if self.beta < 0 or not 0 < self.epsilon < 1 or self.temperature <= 0:
             raise ValueError("beta must not be negative, epsilon lie in (0, 1) and temperature be positive")
         if self.steps % self.num_iterations or self.save_every % self.num_iterations:
-            raise ValueError(f"steps and save_every must be multiples of num_iterations = {self.num_iterations}: checkpoints hold no rollouts")
+            raise ValueError(
+                f"steps and save_every must be multiples of num_iterations = {self.num_iterations}: checkpoints hold no rollouts"
+            )
         rollout_method(self.decoder)
 
 # %% ../../nbs/training/grpo.ipynb #197d3f7c

@@ -313,7 +313,6 @@ def test_killed_and_resumed_is_uninterrupted(decoder, start, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         made = grpo.grpo_trainer
 
-
         def with_killer(*args):
             trainer = made(*args)
             trainer.add_callback(KilledAt(6))

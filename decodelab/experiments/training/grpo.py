@@ -11,8 +11,6 @@ import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from tokenizers import decoders as token_decoders
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ...core.zoo import load
-from ...lab.tasks.rewards import arithmetic_value, countdown_reward
+from ...lab.tasks.rewards import arithmetic_value
 from ...lab.tasks.text import Example, Task
 from decodelab.training.grpo import (
     GRPO_TASKS,
@@ -39,47 +37,34 @@ from decodelab.training.grpo import (
 )
 
 # %% auto #0
-__all__ = ['ARMS', 'ShortCountdown', 'character_tokenizer', 'small_policy', 'RejectionTrainer', 'shuffled', 'run_arm', 'columns',
-           'interval', 'gains', 'split_of', 'experiment', 'zoo']
+__all__ = ['ARMS', 'CarelessAddition', 'character_tokenizer', 'small_policy', 'RejectionTrainer', 'shuffled', 'run_arm',
+           'columns', 'interval', 'gains', 'split_of', 'experiment', 'zoo']
 
 # %% ../../../nbs/experiments/training/grpo.ipynb #e401fbed
-@lru_cache(maxsize=1000)
-def _expressions(numbers: tuple[int, ...]) -> dict[int, list[str]]:
-    # all expressions of + - * with at most one pair of brackets, in front, by their value
-    found: dict[int, list[str]] = {}
-    for (a, b, c), first, second in product(permutations(numbers), "+-*", "+-*"):
-        for text in (f"{a}{first}{b}{second}{c}", f"({a}{first}{b}){second}{c}"):
-            value = arithmetic_value(text)
-            if value is not None and 1 <= value <= 99:
-                found.setdefault(int(value), []).append(text)
-    return found
-
-
 @dataclass(frozen=True)
-class ShortCountdown(Task):
-    "Countdown with three digits, in as few characters as possible."
+class CarelessAddition(Task):
+    "Sums of two numbers of two digits, written units first; the given answers lack half of the carries."
 
     @property
     def name(self) -> str:
-        "`short_countdown`."
-        return "short_countdown"
+        "`careless_addition`."
+        return "careless_addition"
 
     def make(self, rng: random.Random) -> Example:
-        "Three digits, a target that can be reached, and one of the ways."
-        numbers = [rng.randint(1, 9) for _ in range(3)]
-        ways = _expressions(tuple(sorted(numbers)))
-        target = rng.choice(sorted(ways))
-        meta = {"numbers": numbers, "target": target}
-        return Example(self.name, f"{','.join(map(str, numbers))}>{target}=", rng.choice(ways[target]), meta)
+        "Two numbers, and the answer of a teacher who forgets a carry with probability one half."
+        a, b = rng.randint(10, 99), rng.randint(10, 99)
+        carry = a % 10 + b % 10 > 9
+        tens = a // 10 + b // 10 + (carry and rng.random() < 0.5)
+        return Example(self.name, f"{a}+{b}=", f"{tens}{(a + b) % 10}"[::-1], {"carry": carry})
 
     def score(self, example: Example, output: str) -> float:
-        "1.0 when the whole output is an expression of the target from these numbers, else 0.0."
-        return float(countdown_reward(f"<answer>{output}</answer>", example.meta["numbers"], example.meta["target"]) == 1.0)
+        "1.0 when `output`, read from the right, is the sum, else 0.0."
+        return float(output[::-1] == str(arithmetic_value(example.prompt[:-1])))
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    "One token a character of a countdown."
-    vocabulary = {c: i for i, c in enumerate(["<pad>", "<eos>", *"0123456789+-*()=>,"])}
+    "One token a character of an addition."
+    vocabulary = {c: i for i, c in enumerate(["<pad>", "<eos>", *"0123456789+="])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.decoder = token_decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
@@ -88,14 +73,14 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 def small_policy(
     folder: Path,  # where it goes
     examples: Sequence[Example],  # worked exercises
-    steps: int = 500,  # optimiser steps of 128 exercises
+    steps: int = 600,  # optimiser steps of 128 exercises
 ) -> None:
     "Train the policy that reinforcement learning starts from, and save it with its tokenizer."
     torch.manual_seed(0)
     tokenizer = character_tokenizer()
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
     marks = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    model = LlamaForCausalLM(LlamaConfig(len(tokenizer), max_position_embeddings=64, tie_word_embeddings=True, **sizes, **marks))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes, **marks))
     texts = [[*tokenizer(e.prompt + e.answer).input_ids, 1] for e in examples]
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True)
     position = torch.arange(ids.shape[1])
@@ -220,22 +205,21 @@ def split_of(
 
 
 def experiment(
-    steps: int = 100,  # updates of the small policy
+    steps: int = 120,  # updates of the small policy
     seeds: int = 3,  # runs of each arm
     held_out: int = 150,  # exercises that are measured
-    zoo_steps: int = 6,  # updates of the zoo's model, for its time split
+    zoo_steps: int = 4,  # updates of the zoo's model, for its time split
+    first_steps: int = 600,  # steps of supervised training before
 ) -> dict[str, Any]:
     "Five arms on the small policy, and where the time goes on the zoo's `tasks`."
-    task = ShortCountdown()
+    task = CarelessAddition()
     measured = exercises(task, held_out, seed=101)
     with tempfile.TemporaryDirectory() as name:
-        small_policy(Path(name), exercises(task, 6000, 99, measured))
-        recipe = GRPORecipe("small", name, batch_size=64, max_completion_length=10, steps=steps, save_every=steps, learning_rate=3e-4)
+        small_policy(Path(name), exercises(task, 4000, 99, measured), first_steps)
+        recipe = GRPORecipe("small", name, batch_size=64, max_completion_length=5, steps=steps, save_every=steps, learning_rate=1e-4)
         model, tokenizer = load(name, dtype="float32")
         before = held_out_scores(model, tokenizer, task, measured, recipe)
-        runs = {
-            arm: [run_arm(replace(recipe, seed=seed), task, measured, **how) for seed in range(seeds)] for arm, how in ARMS.items()
-        }
+        runs = {arm: [run_arm(replace(recipe, seed=seed), task, measured, **how) for seed in range(seeds)] for arm, how in ARMS.items()}
     curves = {arm: [[round(line["reward"], 3) for line in run["history"]] for run in mine] for arm, mine in runs.items()}
     return {
         "seeds": seeds,
@@ -254,7 +238,7 @@ def experiment(
 
 def zoo(
     steps: int,  # updates
-    held_out: int = 64,  # exercises that are measured
+    held_out: int = 32,  # exercises that are measured
 ) -> dict[str, Any]:
     "Scores of the zoo's `tasks` before any update, and the time split with three writers of rollouts."
     writers: dict[str, dict[str, Any]] = {
