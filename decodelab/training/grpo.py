@@ -37,13 +37,7 @@ __all__ = ['GRPO_TASKS', 'group_advantages', 'kl_estimate', 'grpo_loss', 'sample
            'rollout_decoder', 'RolloutGRPOTrainer', 'GRPORecipe', 'exercises', 'verified_reward', 'grpo_trainer',
            'pass_at_k', 'held_out_scores', 'score_means', 'history', 'train_grpo', 'train_policy']
 
-# %% ../../nbs/training/grpo.ipynb #723cc62d
-GRPO_TASKS: dict[str, Task] = {  # exercises whose answers a program can check
-    "arithmetic": ArithmeticTask(2),
-    "countdown": CountdownTask(3),
-}
-
-# %% ../../nbs/training/grpo.ipynb #6456c1b3
+# %% ../../nbs/training/grpo.ipynb #265386cc
 def group_advantages(
     rewards: torch.Tensor,  # rewards, those of a group side by side, [prompts * G]
     num_generations: int,  # G, completions of a prompt (at least 2)
@@ -77,7 +71,7 @@ def grpo_loss(
     loss = beta * kl_estimate(logps, ref_logps) - gain
     return ((loss * mask).sum(1) / mask.sum(1)).mean()
 
-# %% ../../nbs/training/grpo.ipynb #3d0d45cc
+# %% ../../nbs/training/grpo.ipynb #4c436b85
 @torch.no_grad()
 def sampled_logps(
     model: Any,  # policy
@@ -98,7 +92,7 @@ def sampled_logps(
     logps = (logits.float() / temperature).log_softmax(-1).gather(-1, ids[:, longest:, None])[..., 0]
     return [row[: len(c)] for row, c in zip(logps.tolist(), completions)]
 
-# %% ../../nbs/training/grpo.ipynb #71f090a1
+# %% ../../nbs/training/grpo.ipynb #3d0d45cc
 @dataclass
 class Rollouts:
     "TRL's `rollout_func`: a decoder writes the completions; `GRPOTrainer(..., rollout_func=Rollouts(PromptLookup()))`."
@@ -127,7 +121,7 @@ class Rollouts:
         written = [row.tolist() for row in out.continuations]
         return {"prompt_ids": asked, "completion_ids": written, "logprobs": sampled_logps(model, asked, written, self.temperature)}
 
-# %% ../../nbs/training/grpo.ipynb #f629a371
+# %% ../../nbs/training/grpo.ipynb #c8770577
 def rollout_method(
     name: str,  # a registered decoder
 ) -> Any:
@@ -152,7 +146,7 @@ def rollout_decoder(
     decoder = method.example(model)
     return replace(decoder, **method.auto) if auto else decoder
 
-# %% ../../nbs/training/grpo.ipynb #c9a5de61
+# %% ../../nbs/training/grpo.ipynb #e2e0a366
 class _Stopwatch(TrainerCallback):
     # splits the time of each step into rollout, scoring and update
     def __init__(self, trainer: RolloutGRPOTrainer):
@@ -193,7 +187,13 @@ class RolloutGRPOTrainer(Guarded, GRPOTrainer):
         self.spent["scoring"] += time.perf_counter() - begin - written
         return scored
 
-# %% ../../nbs/training/grpo.ipynb #eec1b3e4
+# %% ../../nbs/training/grpo.ipynb #5237312e
+GRPO_TASKS: dict[str, Task] = {  # exercises whose answers a program can check
+    "arithmetic": ArithmeticTask(2),
+    "countdown": CountdownTask(3),
+}
+
+
 @dataclass
 class GRPORecipe:
     "GRPO on exercises that a program checks."
@@ -231,7 +231,7 @@ class GRPORecipe:
             )
         rollout_method(self.decoder)
 
-# %% ../../nbs/training/grpo.ipynb #197d3f7c
+# %% ../../nbs/training/grpo.ipynb #eec1b3e4
 def exercises(
     task: Task,  # their kind
     n: int,  # how many
@@ -286,7 +286,7 @@ def grpo_trainer(
     rollouts = Rollouts(rollout_decoder(recipe.decoder, model, recipe.auto), recipe.temperature, recipe.max_completion_length)
     return kind(model, reward, rollouts, args=args, train_dataset=data, processing_class=tokenizer)
 
-# %% ../../nbs/training/grpo.ipynb #776df874
+# %% ../../nbs/training/grpo.ipynb #9526b57d
 def pass_at_k(
     right: Sequence[int],  # right draws of each exercise
     n: int,  # draws of each exercise
@@ -333,12 +333,12 @@ def score_means(
     scores: dict[str, list[float]],  # what `held_out_scores` returned
     n: int,  # draws of each exercise
 ) -> dict[str, float]:
-    "Mean over exercises of greedy, majority, pass@1 and pass@n."
+    "Mean over exercises: greedy, maj, pass@1, pass@n."
     right = [int(c) for c in scores["right"]]
     columns = {"greedy": scores["greedy"], "maj": scores["majority"], "pass@1": pass_at_k(right, n, 1), f"pass@{n}": pass_at_k(right, n, n)}
     return {name: sum(values) / len(values) for name, values in columns.items()}
 
-# %% ../../nbs/training/grpo.ipynb #ed17d49a
+# %% ../../nbs/training/grpo.ipynb #9eb0f1cb
 _KEPT = ("step", "reward", "kl", "entropy", "grad_norm", "frac_reward_zero_std", "seconds/rollout", "seconds/scoring", "seconds/update")
 
 
@@ -377,7 +377,7 @@ def train_grpo(
         tokenizer.save_pretrained(out)
         return write_training(out, figures)
 
-# %% ../../nbs/training/grpo.ipynb #29175eab
+
 @recipe(
     "grpo",
     GRPORecipe(),

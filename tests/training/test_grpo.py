@@ -102,8 +102,8 @@ def test_advantages_are_those_of_trl_and_nothing_moves_a_group_without_spread():
     assert found[4:].tolist() == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("twin", [None, "no clip", "KL turned round", "advantage turned round"])
-def test_value_and_gradient_are_those_of_trl(twin, start, tmp_path):
+@pytest.mark.parametrize("control", [None, "no clip", "KL turned round", "advantage turned round"])
+def test_value_and_gradient_are_those_of_trl(control, start, tmp_path):
     recipe = replace(TOY, epsilon=0.02, beta=0.5, temperature=0.7)
     trainer, examples = a_trainer(start, tmp_path, recipe)
     torch.manual_seed(3)
@@ -126,16 +126,16 @@ def test_value_and_gradient_are_those_of_trl(twin, start, tmp_path):
     old, ref = batch["old_per_token_logps"], batch["ref_per_token_logps"]
     ratio = ((logps - old).exp() * mask)[mask.bool()]
     assert ((ratio - 1).abs() > 0.02).any()  # clipping counts
-    settings = {"epsilon": 1e9 if twin == "no clip" else 0.02, "beta": 0.5}
-    if twin == "KL turned round":
+    settings = {"epsilon": 1e9 if control == "no clip" else 0.02, "beta": 0.5}
+    if control == "KL turned round":
         ref = 2 * logps.detach() - ref
-    advantages = -batch["advantages"] if twin == "advantage turned round" else batch["advantages"]
+    advantages = -batch["advantages"] if control == "advantage turned round" else batch["advantages"]
     ours = grpo_loss(logps, old, ref, advantages, mask, **settings)
     ours.backward()
     same = torch.isclose(ours, theirs, atol=1e-5) and all(
         torch.allclose(p.grad, g, atol=1e-5) for p, g in zip(model.parameters(), gradient)
     )
-    assert bool(same) == (twin is None)
+    assert bool(same) == (control is None)
 
 
 def test_the_advantages_in_trls_batch_are_ours(start, tmp_path):

@@ -161,7 +161,7 @@ def columns(
     scores: dict[str, list[float]],  # what `held_out_scores` returned
     n: int,  # draws of each exercise
 ) -> dict[str, list[float]]:
-    "Greedy, maj, pass@1 and pass@n of each exercise."
+    "For each exercise: greedy, maj, pass@1, pass@n."
     right = [int(c) for c in scores["right"]]
     return {"greedy": scores["greedy"], "maj": scores["majority"], "pass@1": pass_at_k(right, n, 1), "pass@n": pass_at_k(right, n, n)}
 
