@@ -346,7 +346,7 @@ def history(
     trainer: Any,  # after training
 ) -> list[dict[str, float]]:
     "KL, entropy and seconds of each step, and the reward of those that drew new completions."
-    return [{k: float(line[k]) for k in _KEPT if k in line} for line in trainer.state.log_history if "grad_norm" in line]
+    return [{k: line[k] for k in _KEPT if k in line} for line in trainer.state.log_history if "grad_norm" in line]
 
 
 def train_grpo(

@@ -12,6 +12,7 @@ from transformers import BatchEncoding, TrainerCallback
 
 pytest.importorskip("trl")
 
+from decodelab.experiments.training.grpo import CarelessAddition, RejectionTrainer, interval, shuffled
 from decodelab.lab.tasks.text import Example, Task
 from decodelab.sampling.base import Autoregressive
 from decodelab.sampling.min_p import MinP
@@ -352,3 +353,41 @@ def test_the_command_line_finds_it():
     found = recipes()["grpo"]
     assert (found.notebook, found.year) == ("training/grpo", 2024)
     assert isinstance(found.settings, GRPORecipe)
+
+
+# what the experiment compares
+
+
+def test_shuffled_rewards_stay_in_their_group():
+    dealt = shuffled(lambda completions: [float(c) for c in completions], 4, seed=0)
+    found = [dealt(completions="12345678") for _ in range(50)]
+    assert all(sorted(f[:4]) == [1, 2, 3, 4] and sorted(f[4:]) == [5, 6, 7, 8] for f in found)
+    assert len({f[0] for f in found}) == 4
+
+
+def test_rejection_sampling_follows_right_completions_only(start, tmp_path):
+    recipe = replace(TOY, model=str(start))
+    model, tokenizer = grpo.load(recipe.model)
+    examples = exercises(Early(), 8)
+    trainer = grpo_trainer(
+        recipe, model, tokenizer, tmp_path, examples, lambda completions, **_: [1.0, 0, 0, 0, 0, 0, 1, 1], RejectionTrainer
+    )
+    assert trainer._generate_and_score_completions(rows(examples))["advantages"].tolist() == [1, 0, 0, 0, 0, 0, 1, 1]
+
+
+def test_the_careless_teacher_forgets_half_of_the_carries():
+    task = CarelessAddition()
+    made = task.examples(2000, seed=0)
+    right = {carry: [task.score(e, e.answer) for e in made if e.meta["carry"] == carry] for carry in (False, True)}
+    assert set(right[False]) == {1.0}
+    assert 0.45 < sum(right[True]) / len(right[True]) < 0.55
+    assert task.score(Example(task.name, "47+85=", ""), "231") == 1
+    assert task.score(Example(task.name, "47+85=", ""), "132") == 0
+
+
+def test_intervals_know_seeds_and_exercises():
+    x = torch.zeros(3, 200)
+    assert interval(x + 0.5) == [0.5, 0.5, 0.5]
+    x[0] = 1.0  # one seed alone
+    value, low, high = interval(x)
+    assert (value, low) == (pytest.approx(1 / 3), 0.0) and high >= 2 / 3
