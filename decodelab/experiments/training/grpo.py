@@ -73,7 +73,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 def small_policy(
     folder: Path,  # where it goes
     examples: Sequence[Example],  # worked exercises
-    steps: int = 600,  # optimiser steps of 128 exercises
+    steps: int = 1500,  # optimiser steps of 128 exercises
 ) -> None:
     "Train the policy that reinforcement learning starts from, and save it with its tokenizer."
     torch.manual_seed(0)
@@ -209,7 +209,7 @@ def experiment(
     seeds: int = 3,  # runs of each arm
     held_out: int = 150,  # exercises that are measured
     zoo_steps: int = 4,  # updates of the zoo's model, for its time split
-    first_steps: int = 600,  # steps of supervised training before
+    first_steps: int = 1500,  # steps of supervised training before
 ) -> dict[str, Any]:
     "Five arms on the small policy, and where the time goes on the zoo's `tasks`."
     task = CarelessAddition()
@@ -219,6 +219,9 @@ def experiment(
         recipe = GRPORecipe("small", name, batch_size=64, max_completion_length=5, steps=steps, save_every=steps, learning_rate=1e-4)
         model, tokenizer = load(name, dtype="float32")
         before = held_out_scores(model, tokenizer, task, measured, recipe)
+        start = score_means(before, recipe.samples)
+        if not 0.1 < start["pass@1"] < 0.9:
+            raise ValueError(f"the first policy has {start['pass@1']:.2f} at pass@1, where nothing can be learnt: change first_steps")
         runs = {arm: [run_arm(replace(recipe, seed=seed), task, measured, **how) for seed in range(seeds)] for arm, how in ARMS.items()}
     curves = {arm: [[round(line["reward"], 3) for line in run["history"]] for run in mine] for arm, mine in runs.items()}
     return {
@@ -226,7 +229,7 @@ def experiment(
         "steps": steps,
         "held_out": held_out,
         "recipe": {k: getattr(recipe, k) for k in ("learning_rate", "batch_size", "num_generations", "beta", "epsilon", "temperature")},
-        "before": score_means(before, recipe.samples),
+        "before": start,
         "after": {arm: [score_means(run["scores"], recipe.samples) for run in mine] for arm, mine in runs.items()},
         "gains": gains(before, runs, recipe.samples),
         "curves": curves,
