@@ -99,11 +99,8 @@ def gsm8k_parts(
 ) -> dict[str, float]:
     "The five parts of the reward: `correct` 2.0, `digits`, `strict`, `soft` 0.5 each, and `tags` up to 0.5."
     answer, gold = answer_block(completion) or "", solution.rpartition("####")[2].strip()
-<<<<<<< HEAD
     if not gold:
         raise ValueError(f"the solution has no gold answer behind ####, so that no answer would be right: {solution!r}")
-=======
->>>>>>> gr
     return {
         "correct": 2.0 * (answer == gold),
         "digits": 0.5 * bool(re.fullmatch("[0-9]+", answer)),
@@ -200,11 +197,7 @@ def reward_function(
         if missing:
             raise ValueError(f"{reward.__name__} reads the columns {', '.join(missing)}, which the data set does not have: add them")
         texts = [c if isinstance(c, str) else "".join(message["content"] for message in c) for c in completions]
-<<<<<<< HEAD
         return [reward(text, *values) for text, *values in zip(texts, *(given[c] for c in columns), strict=True)]
-=======
-        return [reward(text, *values) for text, *values in zip(texts, *(given[c] for c in columns))]
->>>>>>> gr
 
     rewards.__name__ = reward.__name__
     return rewards
