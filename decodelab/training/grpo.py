@@ -314,10 +314,10 @@ def held_out_scores(
             chunk = examples[i : i + 32]
             padded = tokenizer([e.prompt for e in chunk], return_tensors="pt", padding=True, padding_side="left").to(model.device)
             inputs = {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
-            common = {"max_new_tokens": recipe.max_completion_length}
+            common: dict[str, Any] = {"max_new_tokens": recipe.max_completion_length}
             best = (decoder or Autoregressive()).generate(model, **inputs, **common, do_sample=False).text(tokenizer)
             many = {name: x.repeat_interleave(recipe.samples, 0) for name, x in inputs.items()}
-            rule = common | {"do_sample": True, "temperature": recipe.temperature, "top_k": 0}
+            rule: dict[str, Any] = common | {"do_sample": True, "temperature": recipe.temperature, "top_k": 0}
             drawn = (decoder or Autoregressive()).generate(model, **many, **rule).text(tokenizer)
             found["greedy"] += [task.score(e, text) for e, text in zip(chunk, best)]
             for j, e in enumerate(chunk):

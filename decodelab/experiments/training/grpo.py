@@ -78,8 +78,14 @@ def small_policy(
     "Train the policy that reinforcement learning starts from, and save it with its tokenizer."
     torch.manual_seed(0)
     tokenizer = character_tokenizer()
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
-    marks = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "tie_word_embeddings": True,
+    }
+    marks: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes, **marks))
     texts = [[*tokenizer(e.prompt + e.answer).input_ids, 1] for e in examples]
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True)
