@@ -56,7 +56,7 @@ def _known() -> str:
 
 
 # models of the checkout that the installed package leaves out, to stay small
-_CHECKOUT_ONLY = ("smollm2-drafter", "tales-mdm", "tales-specdec-pp", "tasks", "tasks-learn2pd", "tasks-mdm")
+_CHECKOUT_ONLY = ("tales-mdm", "tales-specdec-pp", "tasks", "tasks-learn2pd", "tasks-mdm")
 
 
 def _elsewhere(name: str) -> None:
