@@ -214,8 +214,10 @@ FIXED = {"prompt_lookup": PromptLookup, "ngram": NGram, "token_recycling": Token
 
 
 @pytest.mark.parametrize("name", list(FIXED))
-def test_drafts_are_as_long_as_the_papers_where_they_are_free(name, llama, costs):
+def test_drafts_are_as_long_as_the_papers_where_they_are_free(name, llama, costs, monkeypatch):
     costs(0.001)
+    note = DraftSize.note  # the drafter's own work is free, too: on a busy machine its clock would decide
+    monkeypatch.setattr(DraftSize, "note", lambda self, rows, verified, emitted, seconds=None: note(self, rows, verified, emitted, 0.0))
     ids, rules = random_prompts(1, seed=6)[0], {"max_new_tokens": 160, "do_sample": False, "eos_token_id": None}
     found = {}
     for kind, decoder in (("auto", AUTO[name](llama)), ("fixed", FIXED[name]())):
