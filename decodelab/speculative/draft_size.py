@@ -159,7 +159,7 @@ class DraftSize:
         self.profit += (self.gain - self.rate * drafting - self.profit) / 4
         if self.profit > 0.1:
             self.nap = 8
-        elif self.profit < 0.01:  # the round after the nap decides about the next one
+        elif self.profit < 0.01 < self.rate * (cost - 1):  # the round after the nap decides about the next one
             self.left, self.nap, self.profit = self.nap, min(64, 2 * self.nap), 0.01
 
     def facts(self) -> dict[str, Any]:
