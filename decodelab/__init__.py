@@ -20,6 +20,8 @@ def _where() -> dict[str, str]:
 
 
 def __getattr__(name: str) -> _Any:
+    if name == "__all__":  # `from decodelab import *` asks for it
+        return sorted(_where())
     module = None if name.startswith("_") else _OTHERS.get(name) or _where().get(name)
     if module is None:
         raise AttributeError(f"module 'decodelab' has no attribute {name!r}")

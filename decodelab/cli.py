@@ -21,7 +21,7 @@ import typer
 
 from .cli_generate import generate
 from .cli_measure import advise, bench, demo
-from .reading import decoder_files, function_kinds, recipe_names, typed_settings
+from .reading import decoder_files, function_kinds, recipe_kinds, recipe_names, typed_settings
 from .shell import JsonOption, LabGroup, SetOption, check_folder, decoder_settings, emit_json, make_decoder, require
 from .shell import say, show_table
 
@@ -91,23 +91,25 @@ def _config_settings(file: Path) -> list[str]:
     import yaml
 
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        found, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
     if not isinstance(found, dict) or any(isinstance(value, (dict, list)) or value is None for value in found.values()):
         raise ValueError(f"{file} must hold lines such as learning_rate: 0.001, each with one value")
+    names = [key.value for key, _ in node.value]  # the last of several would be taken without a word
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"{file} names {', '.join(repeated)} more than once: leave one line of each")
     return [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in found.items()]
 
 
 def _recipe(name: str, texts: Iterable[str], steps: int | None = None) -> tuple[Any, Callable[..., dict[str, Any]]]:
     from dataclasses import replace
 
-    if name not in recipe_names():
-        raise ValueError(f"unknown recipe {name!r}: use one of {', '.join(recipe_names())}")
+    settings = typed_settings(recipe_kinds(name), texts, f"recipe {name}")  # before the imports, which take seconds
     from decodelab.training.recipes import recipes
 
     found = recipes()[name]
-    settings = typed_settings(found.settings, texts, f"recipe {name}")
     return replace(found.settings, **settings | ({"steps": steps} if steps else {})), found.train
 
 
@@ -125,6 +127,8 @@ def _train(
     "Train a model of the zoo again, or a variant of it; resumes where it was stopped."
     require("train", "accelerate", "filelock")
     if data_dir is not None:
+        if not data_dir.expanduser().is_dir():
+            raise ValueError(f"there is no folder {data_dir}: name the folder of the data sets, or leave out --data-dir")
         os.environ["DECODELAB_DATA"] = str(data_dir)
     plan, train = _recipe(recipe, [*(_config_settings(config) if config else ()), *(settings or ())], steps)
     if tokenizer and "tokenizer" not in signature(train).parameters:
@@ -270,7 +274,10 @@ def _experiment(
         raise ValueError("the tree has uncommitted changes, so the result could not be made again: commit first, or pass --allow-dirty")
     if kept := results_folder():
         check_folder(kept)
-    result = import_module(place.name).experiment(**given)
+    from decodelab.core.partials import whole_searches
+
+    with whole_searches():
+        result = import_module(place.name).experiment(**given)
     if not isinstance(result, dict):
         raise ValueError(f"the experiment of {name} returned {type(result).__name__}: it must return a dictionary")
     stored = False

@@ -54,12 +54,16 @@ def _total(stats: list[Any]) -> dict[str, Any]:
     if len(stats) == 1:
         return {name: getattr(stats[0], name) for name in _FIGURES}
     total = {name: sum(getattr(one, name) for one in stats) for name in _FIGURES}
-    steps = sum(len(row) for one in stats for row in one.emitted)
+    steps = sum(one.target_forwards if one.search else sum(map(len, one.emitted)) for one in stats)
     return total | {"tokens_per_forward": total["new_tokens"] / steps if steps else 0.0}
 
 
 def _answers(out: Any, tokenizer: Any) -> list[dict[str, Any]]:
     return [{"text": text, "tokens": ids.tolist()} for text, ids in zip(out.text(tokenizer), out.continuations)]
+
+
+def _was_cut(out: Any) -> bool:
+    return any(search["stopped"] == "interrupt" for search in out.stats.search)
 
 
 def _show(result: dict[str, Any], keeper: Any, as_json: bool) -> None:
@@ -79,23 +83,29 @@ def _one(
     except KeyboardInterrupt:
         _show(facts | {"text": keeper.text, "interrupted": True}, keeper, as_json)
         raise
-    _show(facts | _answers(out, tokenizer)[0] | {"stats": _total([out.stats]), "interrupted": False}, keeper, as_json)
+    _show(facts | _answers(out, tokenizer)[0] | {"stats": _total([out.stats]), "interrupted": _was_cut(out)}, keeper, as_json)
+    if _was_cut(out):  # a search, which gave its best so far
+        raise KeyboardInterrupt
     return out
 
 
 def _many(batches: Iterable[Any], tokenizer: Any, texts: list[str], facts: dict[str, Any], as_json: bool) -> None:
     results: list[dict[str, Any]] = []
     stats: list[Any] = []
+    cut = False
     try:
         for out in batches:
             stats.append(out.stats)
+            cut = _was_cut(out)
             for answer in _answers(out, tokenizer):
                 results.append({"prompt": texts[len(results)], **answer})
                 if not as_json:
                     typer.echo(f"[{len(results)}] {results[-1]['prompt']}\n{answer['text']}\n")
+            if cut:
+                raise KeyboardInterrupt
     finally:
         if as_json and results:
-            emit_json(facts | {"interrupted": len(results) < len(texts), "results": results, "stats": _total(stats)})
+            emit_json(facts | {"interrupted": cut or len(results) < len(texts), "results": results, "stats": _total(stats)})
         if len(results) < len(texts):
             say(f"ended after {len(results)} of {len(texts)} prompts")
     if not as_json:
@@ -144,7 +154,7 @@ def generate(
     from decodelab.demo import TextKeeper
     from decodelab.prompting import encode_prompts, in_batches
 
-    decoder, ids = make_decoder(method, wanted, lm), encode_prompts(lm, tokenizer, texts, max_new_tokens, chat)
+    decoder, ids = make_decoder(method, wanted, lm, tokenizer), encode_prompts(lm, tokenizer, texts, max_new_tokens, chat)
     facts = {"method": method, "hyper_parameters": plain | ({"drafter": draft} if draft else {}), "seed": seed}
     if prompts:
         _many(in_batches(decoder, lm, tokenizer, ids, batch_size, **call), tokenizer, texts, facts, as_json)

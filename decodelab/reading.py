@@ -8,6 +8,7 @@ Docs: https://decodelab.github.io/decodelab/reading.html.md"""
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import json
 import math
@@ -23,7 +24,8 @@ from .core.fields import type_words
 
 # %% auto #0
 __all__ = ['decode_text', 'read_text', 'read_prompts', 'read_value', 'kinds_of', 'split_setting', 'typed_settings',
-           'decoder_classes', 'decoder_files', 'recipe_names', 'check_decoder', 'decoder_kinds', 'function_kinds']
+           'decoder_classes', 'decoder_files', 'recipe_names', 'nearest', 'check_decoder', 'decoder_kinds',
+           'recipe_kinds', 'function_kinds']
 
 # %% ../nbs/reading.ipynb #e9a4c276
 def decode_text(
@@ -225,13 +227,16 @@ def _package() -> Path:
     return Path(decodelab.__path__[0])
 
 
+@functools.cache
+def _registered(path: Path, changed: int) -> list[tuple[str, str]]:
+    # decoders of a module and their classes, read once a version of the file
+    return re.findall(r'^@register\(\s*"(\w+)".*?^class (\w+)', path.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
 def decoder_classes() -> dict[str, tuple[Path, str]]:
     "Name of every registered decoder -> the module that defines it, and its class."
-    found = {}
-    for path in sorted(_package().glob("*/*.py")):
-        for match in re.finditer(r'^@register\(\s*"(\w+)".*?^class (\w+)', path.read_text(encoding="utf-8"), flags=re.M | re.S):
-            found[match[1]] = (path, match[2])
-    return dict(sorted(found.items()))
+    modules = sorted(_package().glob("*/*.py"))
+    return dict(sorted((name, (path, cls)) for path in modules for name, cls in _registered(path, path.stat().st_mtime_ns)))
 
 
 def decoder_files() -> dict[str, Path]:
@@ -245,15 +250,23 @@ def recipe_names() -> list[str]:
     return sorted(match[1] for text in texts for match in re.finditer(r'^@recipe\(\s*"([\w-]+)"', text, flags=re.M))
 
 
+def nearest(
+    name: str,  # name that is not known
+    known: Iterable[str],  # names that are
+) -> str:
+    "The end of a message about an unknown name: the one that may be meant, or all that are known."
+    known = list(known)
+    close = get_close_matches(name, known, 1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
 def check_decoder(
     name: str,  # name in the registry
 ) -> str:
     "The family of a decoder; raises `ValueError` with a hint when there is none of that name."
     known = decoder_files()
     if name not in known:
-        close = get_close_matches(name, known, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-        raise ValueError(f"unknown decoder {name!r}: {hint}")
+        raise ValueError(f"unknown decoder {name!r}: {nearest(name, known)}")
     return known[name].parent.name
 
 # %% ../nbs/reading.ipynb #e54c19a0
@@ -274,10 +287,19 @@ def _kind(annotation: ast.expr | None) -> Any:
         return object
 
 
+@functools.cache
+def _module_tree(path: Path, changed: int) -> list[ast.stmt]:
+    return ast.parse(path.read_text(encoding="utf-8")).body
+
+
+def _statements(path: Path) -> list[ast.stmt]:
+    # of a module, parsed once a version of the file
+    return _module_tree(path, path.stat().st_mtime_ns)
+
+
 def _find_class(path: Path, name: str) -> tuple[Path, ast.ClassDef] | None:
     # where a module of ours has a class from: itself, or a module that it imports
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in tree.body:
+    for node in _statements(path):
         if isinstance(node, ast.ClassDef) and node.name == name:
             return path, node
         if isinstance(node, ast.ImportFrom) and node.level and name in [alias.name for alias in node.names]:
@@ -310,10 +332,22 @@ def decoder_kinds(
     "The type of each hyper-parameter of a decoder."
     check_decoder(name)
     path = decoder_files()[name]
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in _statements(path):
         if isinstance(node, ast.ClassDef) and any(ast.unparse(mark).startswith(f"register({name!r}") for mark in node.decorator_list):
             return _field_kinds(path, node)
     raise ValueError(f"no class of {path.name} is registered as {name!r}: write @register({name!r}, ...) above it")
+
+
+def recipe_kinds(
+    name: str,  # name of a registered recipe
+) -> dict[str, Any]:
+    "The type of each setting of a training recipe: the fields of the class that its function takes."
+    for path in sorted((_package() / "training").glob("*.py")):
+        for node in _statements(path):
+            if isinstance(node, ast.FunctionDef) and any(ast.unparse(mark).startswith(f"recipe({name!r}") for mark in node.decorator_list):
+                found = _find_class(path, ast.unparse(node.args.args[0].annotation or ast.Constant("")))
+                return _field_kinds(*found) if found else {}
+    raise ValueError(f"unknown recipe {name!r}: {nearest(name, recipe_names())}")
 
 
 def function_kinds(
@@ -321,7 +355,7 @@ def function_kinds(
     name: str,  # a function of it
 ) -> dict[str, Any] | None:
     "The type of each argument of a function; None when the module has no such function."
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in _statements(path):
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return {a.arg: _kind(a.annotation) for a in (*node.args.args, *node.args.kwonlyargs)}
     return None

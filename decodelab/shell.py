@@ -235,16 +235,23 @@ def make_decoder(
     name: str,  # name in the registry
     settings: Mapping[str, Any],  # hyper-parameters that differ from the default
     model: Any = None,  # target model; needed for methods that bring a part of their own
+    tokenizer: Any = None,  # its tokenizer, for methods that read text
 ) -> Any:
     "A registered decoder with these hyper-parameters."
-    from dataclasses import replace
+    from dataclasses import MISSING, fields, replace
 
     from decodelab.core.contract import decoders
 
     check_decoder(name)
     method = decoders()[name]
     # what must be trained comes from the example; a drafter that is given needs no other beside it
-    alone = model is None or ("drafter" in settings and not method.needs_training)
+    alone = model is None or ("drafter" in settings and not method.needs_training) or method.family in ("sampling", "search")
+    if alone and tokenizer is not None and "tokenizer" in method.decoder.__dataclass_fields__:
+        settings = {"tokenizer": tokenizer, **settings}
+    absent = [f.name for f in fields(method.decoder) if f.init and f.default is MISSING and f.default_factory is MISSING]
+    if absent := [field for field in absent if field not in settings] if alone else []:
+        page = f"https://decodelab.github.io/decodelab/{method.notebook}.html"
+        raise ValueError(f"{name} needs {' and '.join(absent)}, which no text can name: use it from Python, see {page}")
     try:
         return method.decoder(**settings) if alone else replace(method.example(model), **settings)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""Everything about a call that is not the method: prompts, limits, what ends a row, who is listening, costs and trace; and how the user's processors and criteria are asked.
+"""Everything about a call that is not the method: limits, what ends a row, who is listening, costs and trace; and how the user's processors and criteria are asked.
 
 Docs: https://decodelab.github.io/decodelab/core/call.html.md"""
 
@@ -13,67 +13,19 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerationMode, logits_process
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation import logits_process
 
-from .capability import context_length, embedding_size
+from .capability import context_length
+from .checks import check_config, check_context, check_inputs
+from .ends import Ends
 from .output import DecodeOutput, DecodeStats, Trace, TraceStep
+from .prefix_tree import PrefixTree
 from .session import Session
 from .steps import StepSession, further_arguments
 from .warp import check_finite, process
 
 # %% auto #0
-__all__ = ['check_context', 'is_rowwise', 'Call']
-
-# %% ../../nbs/core/call.ipynb #3882a33d
-def _check_inputs(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]) -> None:
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder model; this decoder needs a decoder-only one")
-    if more.get("inputs_embeds") is not None:
-        raise ValueError("decodelab decoders read token ids, not inputs_embeds: pass input_ids")
-    if ids.ndim != 2 or ids.shape[1] == 0 or (mask is not None and not bool(mask.any(-1).all())):
-        raise ValueError(f"empty prompt: input_ids must be [batch, length] with at least one token a row, got {list(ids.shape)}")
-    if ids.device != model.device and model.device.type != "meta":  # offloaded weights lie on `meta`, and their hooks move the inputs
-        raise ValueError(f"input_ids are on {ids.device}, the model on {model.device}: move them with input_ids.to(model.device)")
-    if mask is not None and not bool(mask[:, -1].all()):
-        raise ValueError("the prompts are padded on the right: use padding_side='left'")
-    vocabulary = embedding_size(model)
-    strange = ids[(ids < 0) | (ids >= vocabulary)]
-    if len(strange):
-        raise ValueError(
-            f"token id {int(strange[0])} is outside the model's vocabulary of {vocabulary}: were the prompts encoded with its own tokenizer?"
-        )
-
-
-def _check_config(config: Any) -> None:
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(
-            f"the generation config asks for {mode.value}, which another decoder would have to do: reset num_beams, penalty_alpha and the like"
-        )
-    asked = [n for n in ("output_scores", "output_logits", "output_attentions", "output_hidden_states") if getattr(config, n, None)]
-    if asked:
-        raise ValueError(
-            f"{', '.join(asked)} are not returned by decodelab decoders: leave them out (out.stats and trace=True tell what happened)"
-        )
-    if config.guidance_scale not in (None, 1, 1.0):
-        raise ValueError("guidance_scale runs a second model of its own and cannot be verified in parallel: leave it out")
-
-
-def check_context(
-    limit: int | None,  # positions of the model; None: unknown
-    prompt: int,  # tokens of the prompt
-    new: int,  # tokens to come
-    whose: str = "the model's",  # whose context it is
-) -> None:
-    "Raise `ValueError` when a text would not fit into a model's context."
-    if limit is None or prompt + new <= limit:
-        return
-    if prompt >= limit:
-        raise ValueError(f"the prompt of {prompt} tokens exceeds {whose} context of {limit}: shorten the prompt")
-    raise ValueError(
-        f"prompt of {prompt} and {new} new tokens exceed {whose} context of {limit}: shorten the prompt or set max_new_tokens <= {limit - prompt}"
-    )
+__all__ = ['is_rowwise', 'Call']
 
 # %% ../../nbs/core/call.ipynb #42b40bf0
 _ROWWISE = {
@@ -87,6 +39,14 @@ _ROWWISE = {
     )
     if hasattr(logits_process, name)
 }  # fmt: skip
+_BLIND = {
+    getattr(logits_process, name)
+    for name in (
+        "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TopHLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
+        "EpsilonLogitsWarper", "EtaLogitsWarper", "InfNanRemoveLogitsProcessor", "LogitNormalization",
+    )
+    if hasattr(logits_process, name)
+}  # which look at the scores alone, not at the text  # fmt: skip
 
 
 def is_rowwise(
@@ -94,43 +54,6 @@ def is_rowwise(
 ) -> bool:
     "Whether it treats each row by itself and keeps no memory."
     return type(processor) in _ROWWISE or bool(getattr(type(processor), "rowwise", False))
-
-# %% ../../nbs/core/call.ipynb #87f94d85
-class _Ends:
-    "Which rows have ended, and where: by length, by EOS tokens, by the user's criteria."
-
-    def __init__(self, criteria: StoppingCriteriaList, config: Any, prompt: torch.Tensor):
-        own = (MaxLengthCriteria, EosTokenCriteria)
-        self.asked = StoppingCriteriaList(c for c in criteria if type(c) not in own)
-        lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
-        self.budget = (min(lengths) if lengths else int(config.max_length)) - prompt.shape[1]
-        self.eos: tuple[int, ...] = tuple(
-            t for c in criteria if type(c) is EosTokenCriteria for t in torch.as_tensor(c.eos_token_id).flatten().tolist()
-        )
-        self.at: list[int | None] = [None] * len(prompt)  # new tokens of each finished row
-        self.judged = 0  # columns that the criteria have seen
-
-    def cut(self, count: int, new: Sequence[int]) -> tuple[int, bool]:
-        "How many of the new tokens of a row that has `count` tokens stay, and whether it has ended with them, by length or EOS."
-        new = new[: self.budget - count]
-        kept = next((n for n, token in enumerate(new, start=1) if token in self.eos), len(new))
-        return kept, count + kept >= self.budget or bool(kept and new[kept - 1] in self.eos)
-
-    def judge(self, sequences: torch.Tensor, start: int, counts: list[int]) -> list[tuple[int, int]]:
-        "Ask the criteria about every column that all unfinished rows have reached; rows that they stop, and the tokens these keep."
-        stopped: list[tuple[int, int]] = []
-        while self.asked:
-            t = self.judged + 1
-            unfinished = [row for row, end in enumerate(self.at) if end is None or end >= t]
-            if not unfinished or any(counts[row] < t for row in unfinished):
-                break
-            verdict = self.asked(sequences[:, : start + t], None).tolist()  # type: ignore[arg-type]
-            for row in unfinished:
-                if verdict[row]:
-                    self.at[row] = t
-                    stopped.append((row, t))
-            self.judged = t
-        return stopped
 
 # %% ../../nbs/core/call.ipynb #7318c21b
 class Call:
@@ -152,12 +75,13 @@ class Call:
         self.model, self.prompt, self.streamer, self.compile = model, input_ids, streamer, compile
         self.model_kwargs, self.extra = model_kwargs, further_arguments(model_kwargs)
         self.mask, self.cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
-        _check_inputs(model, input_ids, self.mask, model_kwargs)
-        _check_config(generation_config)
+        check_inputs(model, input_ids, self.mask, model_kwargs)
+        check_config(generation_config)
         self.do_sample = bool(generation_config.do_sample)
         self.processors = logits_processor or None
         self.draft_processors = LogitsProcessorList(p for p in logits_processor if is_rowwise(p)) or None  # what a drafter may ask
         self.in_step = len(self.draft_processors or ()) < len(logits_processor)  # whether all rows must move together
+        self.blind = all(type(p) in _BLIND for p in logits_processor)  # whether no processor looks at the text
         # the repetition penalty of a padded batch knows how long each row's padding is
         self._by_row = any(isinstance(getattr(p, "prompt_ignore_length", None), torch.Tensor) for p in logits_processor)
         self.no_cache = generation_config.use_cache is False and getattr(model.config, "use_cache", True) is not False  # so the user said
@@ -165,7 +89,9 @@ class Call:
         self.trace = Trace() if trace else None
         self.state: Any = None  # what the method keeps during the call
         self.size: Any = None  # what chooses the sizes of drafts, where they are fitted
-        self._ends = _Ends(stopping_criteria, generation_config, input_ids)
+        self.target: Session | None = None  # the target's session, while a speculative decoder runs
+        self._sources: list[torch.Generator] = []  # of each row, where its draws come from
+        self._ends = Ends(stopping_criteria, generation_config, input_ids)
         self.budget, self.eos, self.criteria = self._ends.budget, self._ends.eos, self._ends.asked
         check_context(context_length(model), input_ids.shape[1], self.budget)
         self.pad = int(generation_config.pad_token_id if generation_config.pad_token_id is not None else next(iter(self.eos), 0))
@@ -214,9 +140,31 @@ class Call:
         settings: dict[str, Any] = {"compiled": self.compile, "remaining": self.budget, "position_ids": positions}
         return Session(self.model, self.mask, self.cache, self.stats, **settings, **self.extra)
 
+    def prefix_tree(
+        self,
+        row: int,  # row of the batch
+    ) -> PrefixTree:
+        "The continuations of one prompt, for methods that look at many of them."
+        if self.no_cache:
+            raise ValueError("a search keeps what it has tried in the KV cache: leave out use_cache=False")
+        given: dict[str, Any] = {"position_ids": self.model_kwargs.get("position_ids"), "compiled": self.compile, "remaining": self.budget}
+        return PrefixTree(self.model, row, self.mask, self.cache, self.stats, **given, **self.extra)
+
     def watch(self, best: torch.Tensor) -> None:
         "Note the best scores of a forward: the next time the call waits for the device it raises if they are NaN or infinite."
         self._best = best
+
+    def sources(
+        self,
+        rows: list[int],  # rows of the batch
+    ) -> list[torch.Generator] | None:
+        "Where the draws of some rows come from: each row of a batch has its own source, so that its text does not depend on how far the others are; None for a single row: the global one."
+        if len(self.counts) == 1:
+            return None
+        if not self._sources:
+            seeds = torch.randint(2**62, (len(self.counts),)).tolist()
+            self._sources = [torch.Generator(self.prompt.device).manual_seed(seed) for seed in seeds]
+        return [self._sources[row] for row in rows]
 
     # the user's processors
 
@@ -246,6 +194,11 @@ class Call:
     ) -> torch.Tensor:
         "The user's processors applied to some rows, [n, vocab]; when they are asked in step, these must be all rows that run."
         batch, processors = len(self.sequences), self.draft_processors if drafting else self.processors
+        if self.blind:  # one after the other: to ask them as a list looks each one's signature up, which takes as long as its work
+            scores = logits.float()
+            for processor in processors or ():
+                scores = processor(ids, scores)
+            return scores
         together = self._by_row or (self.in_step and not drafting)
         if not together or rows == list(range(batch)):
             return process(logits, ids, processors)
@@ -255,6 +208,85 @@ class Call:
         scores = logits.new_zeros(batch, logits.shape[-1], dtype=torch.float32)
         scores[rows] = logits.float()
         return process(scores, everyone, processors)[rows]
+
+    def behind(
+        self,
+        logits: torch.Tensor,  # raw logits of some rows, [n, vocab]
+        new: list[list[int]],  # tokens behind each row's text so far
+        rows: list[int],  # which rows of the batch they are
+        drafting: bool = False,  # only what a drafter may ask
+    ) -> torch.Tensor:
+        "The user's processors applied to some rows, each behind its own text and further tokens, [n, vocab]."
+        if self.blind:
+            return self.processed(logits, self.prompt, rows, drafting)
+        start, histories = self.prompt.shape[1], []
+        for row, tokens in zip(rows, new):
+            sofar = self.sequences[row, : start + self.counts[row]]
+            histories.append(torch.cat([sofar, sofar.new_tensor(tokens)]))
+        scores, lengths = torch.empty(logits.shape, dtype=torch.float32, device=logits.device), [len(history) for history in histories]
+        for length in sorted(set(lengths)):  # rows of equal length go through the processors together
+            group = [i for i, n in enumerate(lengths) if n == length]
+            texts = torch.stack([histories[i] for i in group])
+            scores[group] = self.processed(logits[group], texts, [rows[i] for i in group], drafting)
+        return scores
+
+    # several continuations of one row, for searches
+
+    def candidates(
+        self,
+        logits: torch.Tensor,  # raw logits behind some continuations of a row, [n, vocab]
+        new: torch.Tensor,  # the continuations, all of one length, [n, length]
+        row: int,  # row of the batch
+    ) -> torch.Tensor:
+        "The user's processors applied to continuations of one row, [n, vocab]."
+        if not self.processors:
+            return logits.float()
+        ids = torch.cat([self.prompt[row].expand(len(new), -1), new], 1)
+        if self._by_row or self.in_step:  # such a processor is asked about one text of this row at a time
+            return torch.cat([self.processed(logits[i : i + 1], ids[i : i + 1], [row]) for i in range(len(new))])
+        return process(logits, ids, self.processors)
+
+    def end_of(
+        self,
+        new: list[int],  # a continuation of a row, at least one token
+        row: int,  # row of the batch
+    ) -> str:
+        "Why a continuation has ended: eos, length, criterion; empty when it goes on."
+        if new[-1] in self.eos:
+            return "eos"
+        if len(new) >= self.budget:
+            return "length"
+        if self.criteria:
+            ids = torch.cat([self.prompt[row], torch.tensor(new, device=self.prompt.device)])[None]
+            return "criterion" if bool(self.criteria(ids, None)[0]) else ""  # type: ignore[arg-type]
+        return ""
+
+    def deliver(
+        self,
+        row: int,  # a row of the batch that still runs
+        tokens: list[int],  # its whole text, of which `end_of` has been asked
+        info: dict[str, Any] | None = None,  # further facts for the trace
+        roles: list[str] | None = None,  # a role for each token
+        notes: list[str] | None = None,  # a note for each
+    ) -> None:
+        "Give a row the text that a search has found; the row is finished."
+        kept = self._append(row, tokens)
+        self._ends.at[row], self._made_by[row], self._forwards[row] = kept, list(range(kept)), kept
+        start = self.prompt.shape[1]
+        self.sequences[row, start : start + kept] = torch.tensor(tokens[:kept], device=self.sequences.device)
+        if self.trace is not None:
+            self.trace.append(TraceStep(row, tokens[:kept], (roles or ["chosen"] * kept)[:kept], (notes or [])[:kept], info or {}))
+        self.stream(self.sequences[row, start : start + kept])
+        self.rows = [other for other in self.rows if other != row]
+
+    def stream(
+        self,
+        tokens: torch.Tensor,  # beginning of the only row's continuation, as far as it is certain, [length]
+    ) -> None:
+        "Hand the streamer what it has not got yet."
+        if self.streamer is not None and len(tokens) > self._streamed:
+            self.streamer.put(tokens[self._streamed :].cpu())
+            self._streamed = len(tokens)
 
     # one token a row, on the device
 
@@ -345,9 +377,7 @@ class Call:
             self.counts[row] = kept
             del self._made_by[row][kept:]
             self._forwards[row] = max(self._made_by[row], default=-1) + 1
-        if self.streamer is not None and self.counts[0] > self._streamed:
-            self.streamer.put(self.sequences[0, length + self._streamed : length + self.counts[0]].cpu())
-            self._streamed = self.counts[0]
+        self.stream(self.sequences[0, length : length + self.counts[0]])
         goes_on = [i for i, row in enumerate(self.rows) if self._ends.at[row] is None]
         if len(goes_on) == len(self.rows):
             return None

@@ -215,7 +215,7 @@ def rope_change(
 
 def _structural_error(model: Any, accepts: frozenset[str], states: set[type]) -> str | None:
     if "peft" in type(getattr(model.prepare_inputs_for_generation, "__self__", None)).__module__ or hasattr(model, "active_peft_config"):
-        return "reads a learnt prompt (prompt or prefix tuning) whose positions a draft tree does not know"
+        return "reads a learnt prompt (prompt or prefix tuning) whose positions a tree of tokens does not know"
     if "position_ids" not in accepts or "past_key_values" not in accepts:
         return "takes no position_ids" if "past_key_values" in accepts else "keeps no KV cache"
     local = local_layers(model)
@@ -235,8 +235,9 @@ def require_tree(
     model: Any,  # causal language model
     trial: Callable[[Any], bool],  # whether a tree and its paths agree, see above
     what: str = "",  # what the model is, if not the target, such as "the drafter "
+    lost: str = "several draft tokens cannot be verified in one forward pass",  # what cannot be done otherwise
 ) -> Abilities:
-    "The abilities of a model that can verify a tree of draft tokens; raises `ValueError` with the reason when it cannot."
+    "The abilities of a model that takes a tree of tokens in one forward pass; raises `ValueError` with the reason when it does not."
     found = abilities(model)
     with _LOCK:
         if found.tree_error is None:
@@ -246,8 +247,7 @@ def require_tree(
                 return found
     if found.tree_error:
         raise ValueError(
-            f"{what}{type(executed(model)).__name__} {found.tree_error}, so several draft tokens cannot be verified in one forward pass: "
-            "use a token-by-token decoder such as Autoregressive"
+            f"{what}{type(executed(model)).__name__} {found.tree_error}, so {lost}: use a token-by-token decoder such as Autoregressive"
         )
     return found
 
@@ -257,8 +257,8 @@ def _tried(model: Any, trial: Callable[[Any], bool]) -> str:
         with torch.no_grad(), evaluating(model):
             right = trial(model)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        return f"does not take the mask of a draft tree ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
-    return "" if right else "gives other logits for a draft tree than for its paths one by one (ALiBi, or a mask of its own)"
+        return f"does not take the mask of a tree of tokens ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
+    return "" if right else "gives other logits for a tree of tokens than for its paths one by one (ALiBi, or a mask of its own)"
 
 # %% ../../nbs/core/capability.ipynb #e04987e3
 _USERS: WeakKeyDictionary[Any, tuple[int, list[Any]]] = WeakKeyDictionary()

@@ -54,7 +54,7 @@ class Decoder:
                 raise TypeError(f"{cls.__name__} has no hyper-parameter {name!r}; it has: {', '.join(known)}")
             if not fits(value, known[name]):
                 error = ValueError if get_origin(known[name]) is Literal else TypeError
-                raise error(f"{cls.__name__}: {name} must be {type_words(known[name])}, got {value!r}")
+                raise error(f"{cls.__name__}: {name} must be {type_words(known[name], in_code=True)}, got {value!r}")
         return super().__new__(cls)
 
     # what a family or a paper supplies

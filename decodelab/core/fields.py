@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -39,6 +39,8 @@ def fits(
         return isinstance(value, Sequence) and not isinstance(value, str) and all(fits(v, arguments[0]) for v in value)
     if origin is Mapping:
         return isinstance(value, Mapping)
+    if origin is Callable:
+        return callable(value)
     return isinstance(value, kind) if isinstance(kind, type) else True
 
 # %% ../../nbs/core/fields.ipynb #de739f83
@@ -48,17 +50,22 @@ _LISTS = {int: "[2, 1]", float: "[0.5, 1]", str: "['a', 'b']"}
 
 def type_words(
     kind: Any,  # an annotation
+    in_code: bool = False,  # for someone who writes Python, and can name objects
 ) -> str:
     "What a value of this type looks like, in words."
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return " or ".join(type_words(part) for part in parts)
+        return " or ".join(type_words(part, in_code) for part in parts)
     if origin is Literal:
         return f"{'one of ' if len(parts) > 1 else ''}{', '.join(map(repr, parts))}"
     if origin is not None and issubclass(origin, Mapping):
         return "a table such as {1: 0.5}"
     if origin is not None and issubclass(origin, Iterable):
         return f"a list such as {_LISTS.get(parts[0], '[...]')}"
+    if in_code and origin is Callable:
+        return "a function"
+    if in_code and isinstance(kind, type) and kind not in _WORDS:
+        return f"an object of the class {kind.__name__}"
     return _WORDS.get(kind, "an object, which no text can name")
 
 # %% ../../nbs/core/fields.ipynb #f923a66f

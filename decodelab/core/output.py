@@ -33,6 +33,7 @@ class DecodeStats:
     forward_seconds: float = 0.0  # of these, inside target forwards (on a GPU: time to launch them)
     draft_seconds: float = 0.0  # of these, inside forwards of a draft model
     auto: dict[str, Any] = field(default_factory=dict)  # what a draft size of "auto" chose, and why
+    search: list[dict[str, Any]] = field(default_factory=list)  # of each row, what a search tried and what it cost
 
     @property
     def drafted(self) -> int:
@@ -46,8 +47,8 @@ class DecodeStats:
 
     @property
     def tokens_per_forward(self) -> float:
-        "Mean number of tokens a row got from a forward that emitted something (MAT); 0 when nothing was emitted."
-        steps = sum(map(len, self.emitted))
+        "Mean number of tokens a row got from a forward that emitted something (MAT); of a search, which tries more than it emits, new tokens over all forwards; 0 when nothing was emitted."
+        steps = self.target_forwards if self.search else sum(map(len, self.emitted))
         return self.new_tokens / steps if steps else 0.0
 
     @property

@@ -56,7 +56,7 @@ def _checked_arguments(further: dict[str, Any]) -> dict[str, Any]:
     tensors = [told.get(name, name) for name, value in further.items() if name != "token_type_ids" and holds_tensor(value)]
     if tensors:
         raise ValueError(
-            f"{', '.join(tensors)} cannot be given to a draft tree: leave {'them' if len(tensors) > 1 else 'it'} out, "
+            f"{', '.join(tensors)} cannot be given to a tree of tokens: leave {'them' if len(tensors) > 1 else 'it'} out, "
             "or use a token-by-token decoder such as Autoregressive"
         )
     return further
@@ -239,8 +239,9 @@ class Session:
             del free[-n:]
         highest = self.cache.place.capacity if self.compiled else 1 + max(map(max, taken))
         self.cache.place.width = max(self.cache.place.width, highest)
-        # [n] for a single row, else [rows, n]
-        self.cache.place.slots = torch.tensor(taken[0] if len(taken) == 1 else taken, device=self.bias.device)
+        # [n] while all rows agree, else [rows, n]
+        same = len(taken) == 1 or (not self.compiled and all(slots == taken[0] for slots in taken))  # code is made for one of the two
+        self.cache.place.slots = torch.tensor(taken[0] if same else taken, device=self.bias.device)
         return taken
 
     def feed_tree(
@@ -335,8 +336,8 @@ class Session:
         **more: Any,  # further forward arguments for this call
     ) -> torch.Tensor:
         "Append a chain to every row; logits of all its positions, [batch, n, vocab]."
-        rows, n = tokens.shape
-        if rows == n == 1 and isinstance(self.cache, Slots) and isinstance(self.positions, int):
+        n = tokens.shape[1]
+        if n == 1 and isinstance(self.cache, Slots) and not self.pending:
             return self._feed_one(tokens, **more)
         logits = self.feed_tree(tokens, Tree.chain(n - 1), **more)
         self.commit([list(range(n))] * len(tokens))
@@ -344,9 +345,14 @@ class Session:
 
     def _feed_one(self, tokens: torch.Tensor, **more: Any) -> torch.Tensor:
         # a single token sees all kept slots and its own: the mask is `bias` as it stands, nothing waits and nothing is committed
-        self._kept[0] += self._take(1)[0]
-        self.bias.view(-1).index_fill_(0, self.cache.place.slots, 0.0)
-        positions = torch.full((1, 1), int(self.positions), device=tokens.device)
+        opened = []
+        for row, (kept, taken) in enumerate(zip(self._kept, self._take(1))):
+            kept += taken
+            opened.append(row * self.cache.place.capacity + taken[0])
+        self.bias.view(-1).index_fill_(0, torch.tensor(opened, device=self.bias.device), 0.0)
+        positions = self._next_positions(len(tokens), torch.zeros(1, dtype=torch.long, device=tokens.device)).contiguous()
+        if self.limit is not None:
+            positions = positions.clamp_max(self.limit - 1)  # a draft may reach beyond the context, where nothing is accepted
         self.positions = self.positions + 1
         tokens = tokens.clone(memory_format=torch.contiguous_format)
         mask = self._seen(self.bias[:, None, None, : self.cache.place.width], positions)
@@ -354,19 +360,21 @@ class Session:
 
     def rollback(
         self,
-        n: int,  # tokens of every row
+        n: int | list[int],  # tokens of every row, or of each
     ) -> None:
         "Forget the last `n` fed tokens of every row."
-        if not 0 <= n <= min(map(len, self._kept)):
-            raise ValueError(f"cannot roll back {n} of {min(map(len, self._kept))} tokens")
+        each = [n] * len(self._kept) if isinstance(n, int) else n
         lost: list[int] = []
-        for row, (kept, free) in enumerate(zip(self._kept, self._free)):
-            gone = kept[len(kept) - n :]
-            del kept[len(kept) - n :]
+        for some, kept in zip(each, self._kept, strict=True):
+            if not 0 <= some <= len(kept):
+                raise ValueError(f"cannot roll back {some} of {len(kept)} tokens")
+        for row, (some, kept, free) in enumerate(zip(each, self._kept, self._free)):
+            gone = kept[len(kept) - some :]
+            del kept[len(kept) - some :]
             free += gone[::-1]
             lost += [row * self.cache.place.capacity + slot for slot in gone]
         self.bias.view(-1).index_fill_(0, torch.tensor(lost, device=self.bias.device, dtype=torch.long), torch.finfo(self.bias.dtype).min)
-        self.positions = self.positions - n
+        self.positions = self.positions - (n if isinstance(n, int) else torch.tensor(n, device=self.bias.device))
 
     def keep_rows(
         self,
@@ -383,6 +391,27 @@ class Session:
             self.extra["token_type_ids"] = types[rows]
         if isinstance(self.positions, torch.Tensor):
             self.positions = self.positions[rows]
+
+    def layer_states(
+        self,
+        layer: int = -1,  # number of the layer, as in a list
+        ordered: bool = True,  # kept tokens first and in the order of the text (a copy); False: as they lie in the cache (no copy)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        "Keys and values of the kept tokens in one layer, [rows, heads, n, dim] each, and which of the n are kept tokens, [rows, n]; to read, not to write."
+        if not self.slots:
+            raise ValueError("nothing has been fed yet, so there are no keys and values: call prefill or feed first")
+        if not isinstance(self.cache, Slots):  # a passed cache
+            self._move_in(torch.zeros(len(self.cache.layers[0].keys), 1, dtype=torch.long, device=self.cache.layers[0].keys.device))
+        block, width = self.cache.layers[layer], self.cache.place.width
+        if block.keys is None:
+            raise ValueError(f"layer {layer} of {type(executed(self.model)).__name__} keeps no keys and values of its own")
+        if not ordered:
+            return block.keys[:, :, :width], block.values[:, :, :width], self.bias[:, :width] == 0
+        n = max(map(len, self._kept))
+        at = torch.tensor([kept + [0] * (n - len(kept)) for kept in self._kept], dtype=torch.long, device=self.bias.device).view(-1, n)
+        kept = torch.arange(n, device=at.device) < torch.tensor([len(kept) for kept in self._kept], device=at.device)[:, None]
+        keys, values = (b.gather(2, at[:, None, :, None].expand(-1, b.shape[1], -1, b.shape[3])) for b in (block.keys, block.values))
+        return keys, values, kept
 
 
 def tree_trial(

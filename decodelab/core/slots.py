@@ -99,9 +99,11 @@ class Slots(Cache):
     ) -> None:
         "Fill slots 0, 1, ... with the states of another cache."
         for mine, other in zip(self.layers, cache.layers):
-            mine.lazy_initialization(other.keys, other.values)
-            mine.keys[:, :, : other.keys.shape[2]] = other.keys
-            mine.values[:, :, : other.values.shape[2]] = other.values
+            mine.keys, mine.values = (self._filled_up(states) for states in (other.keys, other.values))
+
+    def _filled_up(self, states: torch.Tensor) -> torch.Tensor:
+        # one pass over the memory: what is masked must be finite all the same
+        return torch.cat([states, states.new_zeros(*states.shape[:2], self.place.capacity - states.shape[2], states.shape[3])], 2)
 
     def _replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for layer in self.layers:

@@ -82,7 +82,7 @@ _CURVES: WeakKeyDictionary[Any, dict[Any, VerifyCurve]] = WeakKeyDictionary()
 def verify_curve(
     model: Any,  # causal language model that can verify a tree
     budget: float = 1.0,  # seconds to spend, about; every size is timed at least once
-    context: int = 64,  # tokens in the cache
+    context: int = 256,  # tokens in the cache, at most half of what the model has
 ) -> VerifyCurve:
     "The model's curve, measured at the first call and remembered with the model."
     key = model.dtype, model.device, torch.get_num_threads()
@@ -117,8 +117,14 @@ def _seconds(session: Session, tokens: torch.Tensor) -> float:
     wait = torch.cuda.synchronize if tokens.device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
-    session.feed_tree(tokens, Tree.chain(tokens.shape[1] - 1))
+    if tokens.shape[1] == 1:  # as in plain decoding: no tree, no commit
+        session.feed(tokens)
+    else:
+        session.feed_tree(tokens, Tree.chain(tokens.shape[1] - 1))
     wait()
     spent = time.perf_counter() - started
-    session.commit([[]])
+    if tokens.shape[1] == 1:
+        session.rollback(1)
+    else:
+        session.commit([[]])
     return spent

@@ -8,6 +8,8 @@ Docs: https://decodelab.github.io/decodelab/core/warp.html.md"""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
@@ -95,8 +97,34 @@ def confidence(
 # %% ../../nbs/core/warp.ipynb #a4781f01
 def draw(
     p: torch.Tensor,  # probabilities, [..., vocab]
-    generator: torch.Generator | None = None,  # source of randomness; the global one when None
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,  # source of randomness, or one a row; the global one when None
 ) -> torch.Tensor:
     "One token for each row, drawn from `p`, [...]; a token of probability zero is never drawn."
-    noise = torch.empty_like(p).exponential_(generator=generator)
+    if p.device.type == "cpu":
+        return _inverted(p, generator)
+    noise = torch.empty_like(p)
+    if isinstance(generator, Sequence):
+        for row, source in zip(noise, generator, strict=True):
+            row.exponential_(generator=source)
+    else:
+        noise.exponential_(generator=generator)
     return greedy(p / noise.clamp_min(torch.finfo(p.dtype).tiny))[0]
+
+
+def _inverted(p: torch.Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> torch.Tensor:
+    # the first token whose running sum exceeds a uniform number
+    if isinstance(generator, Sequence):
+        uniform = torch.stack([torch.rand(p.shape[1:-1], generator=source, dtype=torch.float64) for source in generator])
+    else:
+        uniform = torch.rand(p.shape[:-1], generator=generator, dtype=torch.float64)
+    if p.shape[-1] < 2**14 or uniform.ndim != 1:
+        return _exceeding(p, uniform)
+    return torch.stack([_exceeding(row, u) for row, u in zip(p, uniform)])  # a row's sums still lie in the processor's cache
+
+
+def _exceeding(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    # index of the first token whose running sum exceeds that share of the whole; its probability is positive
+    sums = p.cumsum(-1, dtype=torch.float64)
+    whole = sums[..., -1:]
+    value = torch.minimum(uniform[..., None] * whole, torch.nextafter(whole, torch.zeros_like(whole)))
+    return torch.searchsorted(sums, value, right=True)[..., 0].clamp_max(p.shape[-1] - 1)  # NaN exceeds nothing

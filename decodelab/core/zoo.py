@@ -22,7 +22,7 @@ from .fetched import FETCHABLE, fetched_folder
 
 # %% auto #0
 __all__ = ['checkout_root', 'zoo_folders', 'zoo_path', 'safetensors_header', 'ZooModel', 'zoo_models', 'check_model_folder',
-           'resolve_dtype', 'locate', 'load', 'load_part', 'model_card']
+           'resolve_dtype', 'locate', 'without_bars', 'load', 'load_part', 'model_card']
 
 # %% ../../nbs/core/zoo.ipynb #6cb2e431
 def checkout_root() -> Path | None:
@@ -56,7 +56,18 @@ def _known() -> str:
 
 
 # models of the checkout that the installed package leaves out, to stay small
-_CHECKOUT_ONLY = ("tales-mdm", "tales-specdec-pp", "tasks", "tasks-learn2pd", "tasks-mdm")
+_CHECKOUT_ONLY = (
+    "lud",
+    "programs",
+    "tales-longspec",
+    "tales-mdm",
+    "tales-s2d",
+    "tales-specdec-pp",
+    "tasks",
+    "tasks-learn2pd",
+    "tasks-mdm",
+    "tasks-prm",
+)
 
 
 def _elsewhere(name: str) -> None:
@@ -226,8 +237,10 @@ def _not_found(name: str, error: Exception) -> FileNotFoundError:
 
 # %% ../../nbs/core/zoo.ipynb #7f717875
 @contextmanager
-def _no_bars(quiet: bool) -> Iterator[None]:
-    # weights on this disk are loaded before a progress bar is drawn; a download keeps its own
+def without_bars(
+    quiet: bool = True,  # False: leave them
+) -> Iterator[None]:
+    "No progress bars of transformers: weights on this disk are read and written before one is drawn; a download keeps its own."
     from transformers.utils import logging
 
     hide = quiet and logging.is_progress_bar_enabled()
@@ -291,7 +304,7 @@ def load(
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **pin)
-        with _no_bars(isinstance(place, Path)):
+        with without_bars(isinstance(place, Path)):
             fitting = cls or _fitting_class(place, pin)
             settings = {"dtype": kind, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, **pin}
             loaded = fitting.from_pretrained(place, **settings)

@@ -20,14 +20,15 @@ import torch
 from .cost import Clock, cost_growth, draft_cost, forward_curve, plot_cost_growth, predict_speedup, timed, turns
 from .metrics import repetition
 from ..core.output import DecodeOutput, DecodeStats
+from ..core.partials import whole_searches
 from .provenance import provenance, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['new_token_ids', 'count_new_tokens', 'BenchRow', 'ratio_interval', 'BenchResult', 'timed_rows', 'compare', 'counted',
-           'loop_overhead']
+__all__ = ['new_token_ids', 'count_new_tokens', 'BenchRow', 'ratio_interval', 'BenchResult', 'forgetful', 'timed_rows', 'compare',
+           'counted', 'loop_overhead']
 
 # %% ../../nbs/lab/bench.ipynb #c231d639
 def new_token_ids(
@@ -228,6 +229,15 @@ def _checked(methods: Mapping[str, Any], prompts: list[Any], baseline: str | Non
     return baseline or next(iter(methods))
 
 
+def forgetful(
+    call: Callable[..., Any],  # a method that calls the decoder
+    decoder: Any,  # the decoder; may learn from what it has decoded
+) -> Callable[..., Any]:
+    "`call`, with a `forget` that makes the decoder forget what it has learnt: in a second round it would know the text."
+    call.forget = getattr(decoder, "reset", lambda: None)  # type: ignore[attr-defined]
+    return call
+
+
 def timed_rows(
     methods: Mapping[str, Callable[[Any], Any]],  # name -> function of a prompt that returns ids or an output with `sequences`
     prompts: list[Any],  # token ids [1, length], or what a tokenizer returns
@@ -239,17 +249,22 @@ def timed_rows(
     clock: Clock = time.perf_counter,  # seconds; tests bring their own
     cpu_clock: Clock = time.process_time,  # seconds of the processor
 ) -> Iterator[BenchRow]:
-    "Time `methods` in turns, one row after each call, so that whoever stops early keeps what there is."
+    "Time `methods` in turns, one row after each call, so that whoever stops early keeps what there is; each round begins with decoders that have learnt nothing."
     order, ends = random.Random(seed), set(eos_ids)
     with torch.random.fork_rng():
         for _, name in turns(methods, warmup, order):
-            methods[name](prompts[0])
-        for i, prompt in enumerate(prompts):
-            for repeat, name in turns(methods, repeats, order):
-                torch.manual_seed(seed + i)
-                begun = cpu_clock()
-                seconds, out = timed(lambda name=name, prompt=prompt: methods[name](prompt), clock)  # type: ignore[misc]
-                yield _row((name, i, repeat), seconds, cpu_clock() - begun, out, prompt, ends, pad_id)
+            with whole_searches():
+                methods[name](prompts[0])
+        for repeat in range(repeats):
+            for method in methods.values():
+                getattr(method, "forget", lambda: None)()
+            for i, prompt in enumerate(prompts):
+                for _, name in turns(methods, 1, order):
+                    torch.manual_seed(seed + i)
+                    begun = cpu_clock()
+                    with whole_searches():
+                        seconds, out = timed(lambda name=name, prompt=prompt: methods[name](prompt), clock)  # type: ignore[misc]
+                    yield _row((name, i, repeat), seconds, cpu_clock() - begun, out, prompt, ends, pad_id)
 
 
 def compare(

@@ -82,7 +82,11 @@ def load_data(
 
     spec, root = _spec(name), data_root()
     if has_data(name):
-        rows = list(spec.read(root))  # type: ignore[arg-type]
+        try:
+            rows = list(spec.read(root))  # type: ignore[arg-type]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            said = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"data set {name!r} in {root} cannot be read ({said}): put its files there again, in UTF-8") from error
     elif spec.hub and os.environ.get("HF_HUB_OFFLINE", "0") != "1":
         try:
             remote = load_dataset(*spec.hub[:-1], split=spec.hub[-1])
@@ -99,8 +103,15 @@ def _missing(spec: DataSpec, root: Path | None) -> str:
     return f"data set {spec.name!r} not found: put {', '.join(spec.files)} below a folder named by DECODELAB_DATA (now {root or 'not set'}), {hub}"
 
 # %% ../../nbs/lab/data.ipynb #58436038
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is no UTF-8 text: {error}") from error
+
+
 def _jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in _text(path).splitlines() if line.strip()]
 
 
 def _pick(row: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -111,8 +122,8 @@ HELD_OUT_BOOKS = (7128, 7439)  # Gutenberg ids that no zoo model has seen
 
 
 def _read_tales(root: Path) -> Iterable[dict[str, Any]]:
-    for book in json.loads((root / "tales/manifest.json").read_text(encoding="utf-8")):
-        text = (root / book["file"]).read_text(encoding="utf-8")
+    for book in json.loads(_text(root / "tales/manifest.json")):
+        text = _text(root / book["file"])
         split = "test" if book["gutenberg_id"] in HELD_OUT_BOOKS else "train"
         yield {"id": book["gutenberg_id"], "title": book["title"], "split": split, "text": text}
 
@@ -178,7 +189,7 @@ def _read_squad_fewshot(root: Path) -> Iterable[dict[str, Any]]:
 
 
 def _read_xquad(root: Path) -> Iterable[dict[str, Any]]:
-    for article in json.loads((root / "xquad/xquad.en.json").read_text(encoding="utf-8"))["data"]:
+    for article in json.loads(_text(root / "xquad/xquad.en.json"))["data"]:
         for paragraph in article["paragraphs"]:
             for qa in paragraph["qas"]:
                 texts = [a["text"] for a in qa["answers"]]
@@ -207,10 +218,16 @@ add_data_set(
 )
 
 # %% ../../nbs/lab/data.ipynb #fac34e4f
+def _truthfulqa_row(question: str, one: list[tuple[str, int]], several: list[tuple[str, int]]) -> dict[str, Any]:
+    # choices with one right answer (MC1), and all correct and incorrect answers (MC2)
+    correct, incorrect = ([text for text, label in several if label == right] for right in (1, 0))
+    choices, labels = ([pair[n] for pair in one] for n in (0, 1))
+    return {"question": question, "choices": choices, "labels": labels, "correct": correct, "incorrect": incorrect}
+
+
 def _read_truthfulqa(root: Path) -> Iterable[dict[str, Any]]:
-    for r in json.loads((root / "truthfulqa/mc_task.json").read_text(encoding="utf-8")):
-        targets = r["mc1_targets"]
-        yield {"question": r["question"], "choices": list(targets), "labels": list(targets.values())}
+    for r in json.loads(_text(root / "truthfulqa/mc_task.json")):
+        yield _truthfulqa_row(r["question"], *(list(r[f"mc{n}_targets"].items()) for n in (1, 2)))
 
 
 add_data_set(
@@ -218,10 +235,12 @@ add_data_set(
         "truthfulqa",
         ("truthfulqa/mc_task.json",),
         _read_truthfulqa,
-        ("question", "choices", "labels"),
+        ("question", "choices", "labels", "correct", "incorrect"),
         "Apache-2.0",
         ("truthfulqa/truthful_qa", "multiple_choice", "validation"),
-        lambda r: {"question": r["question"], "choices": r["mc1_targets"]["choices"], "labels": r["mc1_targets"]["labels"]},
+        lambda r: _truthfulqa_row(
+            r["question"], *(list(zip(r[f"mc{n}_targets"]["choices"], r[f"mc{n}_targets"]["labels"])) for n in (1, 2))
+        ),
     )
 )
 
@@ -230,7 +249,7 @@ for _split, _file in (("validation", "valid"), ("test", "test")):
         DataSpec(
             f"wikitext2/{_split}",
             (f"wikitext2/{_file}.txt",),
-            lambda root, f=_file: [{"text": (root / f"wikitext2/{f}.txt").read_text(encoding="utf-8")}],  # type: ignore[misc]
+            lambda root, f=_file: [{"text": _text(root / f"wikitext2/{f}.txt")}],  # type: ignore[misc]
             ("text",),
             "CC BY-SA",
             ("Salesforce/wikitext", "wikitext-2-v1", _split),
@@ -241,7 +260,7 @@ for _split, _file in (("validation", "valid"), ("test", "test")):
 def _cranfield_records(path: Path, tag: str) -> Iterable[dict[str, str]]:
     import re
 
-    body = path.read_text(encoding="utf-8")
+    body = _text(path)
     for block in re.findall(rf"<{tag}>(.*?)</{tag}>", body, flags=re.S):
         fields = re.findall(r"<(\w+)>\s*(.*?)\s*(?:</\1>|(?=<)|\Z)", block, flags=re.S)
         yield {k: " ".join(v.split()) for k, v in fields}
@@ -255,7 +274,7 @@ def _read_cranfield_docs(root: Path) -> Iterable[dict[str, Any]]:
 def _read_cranfield_queries(root: Path) -> Iterable[dict[str, Any]]:
     # queries are judged by their order in the file, not by the number printed in them
     relevant: dict[str, dict[str, int]] = {}
-    for line in (root / "cranfield/cranqrel.trec.txt").read_text(encoding="utf-8").splitlines():
+    for line in _text(root / "cranfield/cranqrel.trec.txt").splitlines():
         query, _, doc, grade = line.split()
         relevant.setdefault(query, {})[doc] = int(grade)
     for i, r in enumerate(_cranfield_records(root / "cranfield/cran.qry.xml", "top"), start=1):

@@ -22,9 +22,9 @@ from ..core.capability import context_length
 from ..core.warp import greedy
 
 # %% auto #0
-__all__ = ['TextOrTokens', 'text_ngrams', 'repetition', 'diversity', 'distinct_n', 'token_scores', 'perplexity',
+__all__ = ['TextOrTokens', 'text_ngrams', 'repetition', 'diversity', 'distinct_n', 'self_bleu', 'token_scores', 'perplexity',
            'continuation_scores', 'coherence', 'greedy_ratio', 'rouge', 'normalise_answer', 'exact_match', 'token_f1',
-           'BootstrapInterval', 'bootstrap_interval', 'bootstrap_ratio', 'rank_correlation']
+           'BootstrapInterval', 'bootstrap_interval', 'mean_interval', 'bootstrap_ratio', 'rank_correlation']
 
 # %% ../../nbs/lab/metrics.ipynb #ac924f41
 TextOrTokens = str | Sequence[int]
@@ -73,6 +73,19 @@ def distinct_n(
     "Distinct n-grams of all texts together over all n-grams, in (0, 1]."
     grams = _all_ngrams(texts, n)
     return len(set().union(*grams)) / sum(map(len, grams))
+
+# %% ../../nbs/lab/metrics.ipynb #d62cb0e1
+def self_bleu(
+    texts: Sequence[TextOrTokens],  # two or more strings or lists of token ids
+) -> list[float]:
+    "BLEU in [0, 1] of each text with all others as references; low where texts differ."
+    from sacrebleu.metrics import BLEU
+
+    if isinstance(texts, str) or len(texts) < 2:
+        raise ValueError(f"self-BLEU compares texts with each other: give a list of at least two, got {len(texts)}")
+    rows = [text if isinstance(text, str) else " ".join(map(str, text)) for text in texts]
+    score = BLEU(tokenize="none", effective_order=True).sentence_score
+    return [score(row, rows[:i] + rows[i + 1 :]).score / 100 for i, row in enumerate(rows)]
 
 # %% ../../nbs/lab/metrics.ipynb #ac2e949b
 def _rows(ids: Any, what: str) -> list[list[int]]:
@@ -260,6 +273,15 @@ def bootstrap_interval(
 ) -> BootstrapInterval:
     "`statistic` of `values` with its percentile bootstrap interval."
     return _resampled([np.asarray(values, dtype=float)], statistic, confidence, seed, resamples)
+
+
+def mean_interval(
+    values: Any,  # numbers, at least two of them finite; others are left out
+) -> list[float]:
+    "Mean and its 95 % bootstrap interval, as [mean, low, high]."
+    values = np.asarray(values, dtype=float)
+    found = bootstrap_interval(values[np.isfinite(values)])
+    return [found.value, found.low, found.high]
 
 
 def bootstrap_ratio(

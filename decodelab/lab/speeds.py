@@ -8,6 +8,7 @@ Docs: https://decodelab.github.io/decodelab/lab/speeds.html.md"""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import pandas as pd
 import torch
 
 from ..core.contract import Decoder, decoders
-from .bench import BenchResult, counted, ratio_interval
+from .bench import BenchResult, counted, forgetful, ratio_interval
 
 # %% auto #0
 __all__ = ['COLUMNS', 'baselines', 'family', 'target_texts', 'speeds', 'versus', 'per_forward', 'by_group', 'spec_bench_prompts',
@@ -32,16 +33,19 @@ def baselines(
     theirs = {"generate": counted(model, settings), "prompt lookup (hf)": counted(model, {**settings, "prompt_lookup_num_tokens": 10})}
     if drafter is not None:
         theirs["assisted (hf)"] = counted(model, {**settings, "assistant_model": drafter})
-    return theirs | {name: (lambda x, d=d: d.generate(model, x, **settings)) for name, d in ours.items()}
+    return theirs | {name: forgetful(lambda x, d=d: d.generate(model, x, **settings), d) for name, d in ours.items()}
 
 
 def family(
     model: Any,  # target model
     compile: bool = False,  # compiled versions
 ) -> dict[str, Decoder]:
-    "Plain decoding and every registered speculative decoder, ready for `model`."
-    known = [m for m in decoders().values() if m.family == "speculative"]
-    ready = {"plain": decoders()["autoregressive"].decoder()} | {m.name: m.example(model) for m in known}
+    "Plain decoding and every registered speculative decoder that is lossless, ready for `model`; one whose trained part is another model's is left out."
+    known = [m for m in decoders().values() if m.family == "speculative" and m.lossless]
+    ready = {"plain": decoders()["autoregressive"].decoder()}
+    for m in known:
+        with suppress(ValueError):
+            ready[m.name] = m.example(model)
     return {name + ", compiled": replace(d, compile=True) for name, d in ready.items()} if compile else ready
 
 # %% ../../nbs/lab/speeds.ipynb #01d515be

@@ -26,11 +26,19 @@ class TokenDecoder(Decoder):
 
     1. prefill the prompt
     2. while rows are running:
-       a. apply the user's processors to the last logits
+       a. apply the method's own change (`shape_logits`), then the user's processors, to the last logits
        b. `pick` one token for each row
        c. push them; drop rows that have ended (`keep_rows`)
        d. feed the tokens, which gives the next logits
     """
+
+    def shape_logits(
+        self,
+        call: Call,  # the call
+        logits: torch.Tensor,  # the model's logits, [rows, vocab]
+    ) -> torch.Tensor:
+        "The logits that the user's processors will see [rows, vocab]; here the model's own."
+        return logits
 
     def pick(
         self,
@@ -44,7 +52,7 @@ class TokenDecoder(Decoder):
         with call.steps() as session:
             logits = session.prefill(call.prompt)[:, -1]  # 1.
             while call.running:  # 2.
-                scores = call.scores(logits)  # a.
+                scores = call.scores(self.shape_logits(call, logits))  # a.
                 tokens, roles, notes = self.pick(call, scores)  # b.
                 rows = call.push(tokens, roles, notes)  # c.
                 if rows is not None and len(rows):

@@ -20,12 +20,12 @@ from ..core.contract import Call, Decoder
 from ..core.session import Session
 from ..core.tree import Tree
 from ..core.verify_curve import verify_curve
-from ..core.warp import greedy, probabilities
-from .acceptance import Rule, SampleAndMatch, TypicalAcceptance
+from ..core.warp import draw, greedy, probabilities
+from .acceptance import Rule, SampleAndMatch, TypicalAcceptance, match
 from .draft_size import Acceptance, DraftSize, learn, trim
 
 # %% auto #0
-__all__ = ['LEARNING', 'Draft', 'walk', 'SpeculativeDecoder', 'draw_draft']
+__all__ = ['LEARNING', 'Draft', 'chains', 'Walk', 'walk', 'SpeculativeDecoder', 'draw_draft']
 
 # %% ../../nbs/speculative/base.ipynb #9eeea0d0
 @dataclass
@@ -39,6 +39,9 @@ class Draft:
     )
     offers: list[list[list[int]]] | None = (
         None  # [row][node]: its children in the order they are tested, repeats allowed; those of the tree when None
+    )
+    ahead: torch.Tensor | None = (
+        None  # tokens of further nodes that the target has not read, [rows, n]: `offers` name them, the walk ends there
     )
     facts: list[dict[str, Any]] | None = None  # what the trace shows besides, one dictionary a row
     kinds: np.ndarray | None = None  # kind of each node, by which its acceptance is counted, [rows, nodes], or [1, nodes] for all rows
@@ -58,37 +61,47 @@ class Draft:
             return [nodes - 1 - self.tree.fillers] * rows
         return (self.tree.parents[:, 1:] >= 0).sum(1).tolist()
 
+
+def chains(
+    roots: torch.Tensor,  # last certain token of each row, [rows]
+    texts: list[list[int]],  # draft tokens of each row, of any number
+) -> tuple[torch.Tensor, Tree]:
+    "Tokens [rows, nodes] and tree of a chain below each root; shorter ones are filled up."
+    longest = max(map(len, texts))
+    tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts], dtype=torch.long, device=roots.device)
+    same = all(len(text) == longest for text in texts)
+    tree = Tree.chain(longest) if same else Tree([[*range(-1, len(text))] + [-1] * (longest - len(text)) for text in texts])
+    return torch.cat([roots[:, None], tokens.view(len(texts), longest)], 1), tree
+
 # %% ../../nbs/speculative/base.ipynb #e6aa525b
-def _scores(call: Call, logits: torch.Tensor, rows: list[int], histories: list[torch.Tensor]) -> torch.Tensor:
-    # processed scores of some rows [n, vocab], each with its history; rows of equal length go through the processors together
-    if call.processors is None:
-        return logits.float()
-    scores = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    lengths = [len(history) for history in histories]
-    for length in sorted(set(lengths)):
-        group = [i for i, n in enumerate(lengths) if n == length]
-        scores[group] = call.processed(logits[group], torch.stack([histories[i] for i in group]), [rows[i] for i in group])
-    return scores
-
-
-class _Walk:
+class Walk:
     "The state of a walk: for every row the node it stands at, the path so far and what has been emitted."
 
-    def __init__(self, call: Call, draft: Draft, logits: torch.Tensor):
+    def __init__(
+        self,
+        call: Call,  # the call
+        draft: Draft,  # what was drafted
+        logits: torch.Tensor,  # the target's answer at every node, [rows, nodes, vocab]
+    ):
         rows = range(len(draft.tokens))
-        self.call, self.draft, self.logits, self.tokens = call, draft, logits, draft.tokens.tolist()
+        self.call, self.draft, self.logits, self.read = call, draft, logits, draft.tokens.shape[1]
+        self.tokens = (draft.tokens if draft.ahead is None else torch.cat([draft.tokens, draft.ahead], 1)).tolist()
         self.children = [draft.drafted(row) for row in rows]
         self.remaining = [call.remaining(row) for row in call.rows]
         self.paths: list[list[int]] = [[0] for _ in rows]
         self.emitted: list[list[int]] = [[] for _ in rows]
         self.live = list(rows)
 
-    def step(self, tokens: list[int], nodes: list[int | None]) -> None:
+    def step(
+        self,
+        tokens: list[int],  # a token for each live row
+        nodes: list[int | None],  # where each goes; None: nowhere
+    ) -> None:
         "Every live row emits a token, and goes to a node or ends."
         still = []
         for r, token, node in zip(self.live, tokens, nodes):
             self.emitted[r].append(token)
-            if node is not None and len(self.emitted[r]) < self.remaining[r]:
+            if node is not None and node < self.read and len(self.emitted[r]) < self.remaining[r]:
                 if token in self.call.eos:  # the row ends here: nobody asks what would follow
                     self.paths[r].append(node)
                 else:
@@ -109,13 +122,7 @@ class _Walk:
 
     def scores_at(self, live: list[int], nodes: list[int], emitted: list[list[int]]) -> torch.Tensor:
         "Processed scores at some nodes of some rows, each behind the tokens `emitted` on the way to it, [n, vocab]."
-        rows, histories = [self.call.rows[r] for r in live], []
-        if self.call.processors is not None:
-            start = self.call.prompt.shape[1]
-            for row, new in zip(rows, emitted):
-                sofar = self.call.sequences[row, : start + self.call.counts[row]]
-                histories.append(torch.cat([sofar, sofar.new_tensor(new)]))
-        return _scores(self.call, self.logits[live, nodes], rows, histories)
+        return self.call.behind(self.logits[live, nodes], emitted, [self.call.rows[r] for r in live])
 
     def offered(self) -> tuple[list[list[int]], torch.Tensor]:
         "Children of every live row where it stands, and their tokens [live, K], filled up with -1."
@@ -132,7 +139,9 @@ def walk(
     rule: Rule | None = None,  # who decides when sampling; `SampleAndMatch` when None
 ) -> tuple[list[list[int]], list[list[int]]]:
     "For every row the accepted path (nodes from the root on) and the emitted tokens (accepted ones and the target's own last one)."
-    state = _Walk(call, draft, logits)
+    if call.blind and not draft.offers and draft.tokens.shape[1] == 1 and (rule is None or isinstance(rule, SampleAndMatch)):
+        return [[0] for _ in draft.tokens], [[token] for token in _plain(call, logits[:, 0])]
+    state = Walk(call, draft, logits)
     if not call.do_sample:
         _walk_greedily(state)
     elif isinstance(rule, TypicalAcceptance):
@@ -142,7 +151,19 @@ def walk(
     return state.paths, state.emitted
 
 
-def _walk_greedily(state: _Walk) -> None:
+def _plain(call: Call, logits: torch.Tensor) -> list[int]:
+    # no draft tokens: a token for each row, as in plain decoding
+    scores = call.processed(logits, call.prompt, call.rows)
+    if call.do_sample:
+        p = probabilities(scores)
+        tokens, best = draw(p, call.sources(call.rows)), p.amax(-1)
+    else:
+        tokens, best = greedy(scores)
+    call.watch(best)
+    return tokens.tolist()
+
+
+def _walk_greedily(state: Walk) -> None:
     # one wait for the device a forward: the choices of all nodes at once, unless that is more work than to look where the walk goes
     everything = state.call.processors is None and (state.logits.device.type != "cpu" or state.logits.numel() < 2**18)
     if everything:
@@ -159,18 +180,21 @@ def _walk_greedily(state: _Walk) -> None:
         state.step(tokens, [state.find(r, token) for r, token in zip(state.live, tokens)])
 
 
-def _walk_sampling(state: _Walk, rule: Rule) -> None:
+def _walk_sampling(state: Walk, rule: Rule) -> None:
     while state.live:
         p = probabilities(state.scores())
         state.call.watch(p.amax(-1))
         below, drafted = state.offered()
-        probs = state.draft.probs
-        q = None if probs is None else probs[state.live, [state.paths[r][-1] for r in state.live]]
-        tokens, which = rule(p, drafted, q)
+        if isinstance(rule, SampleAndMatch):
+            tokens, which = match(draw(p, state.call.sources([state.call.rows[r] for r in state.live])), drafted)
+        else:
+            probs = state.draft.probs
+            q = None if probs is None else probs[state.live, [state.paths[r][-1] for r in state.live]]
+            tokens, which = rule(p, drafted, q)
         state.step(tokens.tolist(), [children[i] if i >= 0 else None for children, i in zip(below, which.tolist())])
 
 
-def _walk_typically(state: _Walk, rule: TypicalAcceptance) -> None:
+def _walk_typically(state: Walk, rule: TypicalAcceptance) -> None:
     # all paths of typical draft tokens at once; of the longest the most probable one is taken
     frontier = [(r, [0], list[int](), 0.0) for r in state.live]
     found = {r: (0.0, [0], list[int]()) for r in state.live}
@@ -186,7 +210,7 @@ def _walk_typically(state: _Walk, rule: TypicalAcceptance) -> None:
             if len(emitted) + 1 < state.remaining[r]:
                 for child in state.children[r][path[-1]]:
                     token = state.tokens[r][child]
-                    if (chance := float(p[i, token])) > limits[i]:
+                    if child < state.read and (chance := float(p[i, token])) > limits[i]:
                         longer.append((r, [*path, child], [*emitted, token], value + math.log(chance)))
         frontier = longer
     for r, (_, path, tokens) in found.items():
@@ -243,6 +267,10 @@ class SpeculativeDecoder(Decoder):
         "A tree of draft tokens for each row."
         raise NotImplementedError(f"{type(self).__name__} must define draft(call, roots)")
 
+    def complete(self, call: Call, draft: Draft) -> Draft:
+        "The draft as the walk sees it: a drafter that writes while the target reads adds what it has written."
+        return draft
+
     def observe(
         self,
         call: Call,  # the call
@@ -252,9 +280,25 @@ class SpeculativeDecoder(Decoder):
     ) -> None:
         "Called after each verification."
 
+    def walk(
+        self,
+        call: Call,  # the call
+        draft: Draft,  # what was drafted
+        logits: torch.Tensor,  # the target's, [rows, nodes, vocab]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        "For every row the nodes that stay in the cache and the emitted tokens; a method that is not lossless may have a walk of its own."
+        return walk(call, draft, logits, self.lossy or self.rule)
+
+    def roles(
+        self,
+        path: list[int],  # nodes of a row that stay
+        tokens: list[int],  # what it emits
+    ) -> list[str]:
+        "What the trace calls each emitted token."
+        return ["accepted"] * (len(path) - 1) + ["bonus"]
+
     # sizes of drafts
 
-    naps: ClassVar[bool] = True  # whether to stop drafting for a while when it does not pay
     _size: ClassVar[DraftSize | None] = None  # of the last call (set on the object)
 
     @property
@@ -274,9 +318,12 @@ class SpeculativeDecoder(Decoder):
     def _open_size(self, call: Call) -> DraftSize | None:
         if not self.auto:
             return None
-        # what earlier calls found changes nothing when sampling, so that a seed gives the same text again
-        before = None if call.do_sample or getattr(self, "start_from", "hot") == "cold" else self._size
-        return DraftSize(verify_curve(call.model), Acceptance(self.priors), self.naps, before)
+        before = self._size if self._free(call) and getattr(self, "start_from", "hot") == "hot" else None
+        return DraftSize(verify_curve(call.model), Acceptance(self.priors), before)
+
+    def _free(self, call: Call) -> bool:
+        # whether clock and earlier calls may decide about sizes: where a text depends on them, a seed would not give it again
+        return not call.do_sample or (self.lossy is None and isinstance(self.rule, SampleAndMatch))
 
     def skip(
         self,
@@ -287,7 +334,7 @@ class SpeculativeDecoder(Decoder):
 
     def decode(self, call: Call) -> None:
         with call.session() as session:
-            call.size = self._open_size(call)
+            call.target, call.size = session, self._open_size(call)
             self._loop(call, session)
             if call.size is not None:
                 call.stats.auto = call.size.facts()
@@ -298,23 +345,28 @@ class SpeculativeDecoder(Decoder):
         roots = call.prompt[:, -1]
         call.stats.draft_lengths = [[] for _ in call.rows]
         while call.running:  # 2.
-            before, clock = call.rows, time.perf_counter() - call.stats.forward_seconds
+            before, clock = call.rows, time.perf_counter()
             plain = behind is not None or (call.size is not None and call.size.rests())
             draft = self._draft(call, roots, plain)  # a.
+            clock -= time.perf_counter()  # minus the seconds of the draft
             if behind is not None:
                 logits, behind = behind, None
             else:
                 logits = session.feed(draft.tokens) if plain else session.feed_tree(draft.tokens, draft.tree)  # b.
-            paths, emitted = walk(call, draft, logits, self.lossy or self.rule)  # c.
+            draft = draft if plain else self.complete(call, draft)
+            paths, emitted = self.walk(call, draft, logits)  # c.
             if not plain:
                 session.commit(paths)  # d.
-            rows = call.commit(emitted, *self._story(call, draft, paths))
+            rows = call.commit(emitted, *self._story(call, draft, paths, emitted))
             for row, n in zip(before, draft.lengths):
                 call.stats.draft_lengths[row].append(n)
+            clock += time.perf_counter()
             if not plain:
                 self.observe(call, draft, logits, paths)  # e.
             if call.size is not None:
-                self._count(call, draft, emitted, time.perf_counter() - call.stats.forward_seconds - clock)
+                learn(call.size, emitted)
+                seconds = time.perf_counter() - clock  # of what a plain round without "auto" would not do
+                call.size.note(len(emitted), draft.tokens.shape[1] - 1, sum(map(len, emitted)), seconds if self._free(call) else None)
             roots = torch.tensor([tokens[-1] for tokens in emitted], device=call.prompt.device)  # f.
             if rows is not None and len(rows):
                 session.keep_rows(rows)
@@ -328,12 +380,6 @@ class SpeculativeDecoder(Decoder):
             self.skip(call, roots)
             return Draft(roots[:, None], Tree.chain(0))
         return self.draft(call, roots) if call.size is None else self.draft_that_pays(call, roots)
-
-    def _count(self, call: Call, draft: Draft, emitted: list[list[int]], seconds: float) -> None:
-        learn(call.size, emitted)
-        # a seed gives the same text again: the clock decides nothing when sampling
-        verified, written = draft.tokens.shape[1] - 1, sum(map(len, emitted))
-        call.size.note(len(emitted), verified, written, None if call.do_sample else seconds)
 
     def _prefill(self, call: Call, session: Session) -> torch.Tensor | None:
         # logits behind the prompt when the sizes are fitted: then its last token needs no forward of its own, and the first round no draft
@@ -350,10 +396,10 @@ class SpeculativeDecoder(Decoder):
             self.start(call, logits if self.reads_prompt else None)
         return None
 
-    def _story(self, call: Call, draft: Draft, paths: list[list[int]]) -> tuple[Any, Any]:
+    def _story(self, call: Call, draft: Draft, paths: list[list[int]], emitted: list[list[int]]) -> tuple[Any, Any]:
         if call.trace is None:
             return None, None
-        roles = [["accepted"] * (len(path) - 1) + ["bonus"] for path in paths]
+        roles = [self.roles(path, tokens) for path, tokens in zip(paths, emitted)]
         parents = torch.atleast_2d(draft.tree.parents).expand(len(paths), -1).tolist()
         facts = draft.facts or [{}] * len(paths)
         info = [{"tokens": t, "parents": p, "path": path, **f} for t, p, path, f in zip(draft.tokens.tolist(), parents, paths, facts)]

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from decodelab.speculative.base import Draft
 
 LONGEST = 24  # draft tokens of a chain that "auto" considers
+UNTIMED = 1.7e-3  # seconds of a round beyond what the curves tell, where a draft model is sampled and the clock may not decide
 
 # %% auto #0
-__all__ = ['LONGEST', 'Acceptance', 'DraftSize', 'check_size', 'chain_length', 'reaches', 'trim', 'learn']
+__all__ = ['LONGEST', 'UNTIMED', 'Acceptance', 'DraftSize', 'check_size', 'chain_length', 'reaches', 'trim', 'learn']
 
 # %% ../../nbs/speculative/draft_size.ipynb #a1101d17
 class Acceptance:
@@ -72,19 +73,20 @@ class DraftSize:
         self,
         curve: VerifyCurve,  # of the target
         acceptance: Acceptance,  # counts of this call
-        naps: bool = True,  # whether to stop drafting for a while when nothing pays
         before: DraftSize | None = None,  # of the call before, whose findings are where this one begins
     ):
         if before is not None and len(before.acceptance.prior) != len(acceptance.prior):  # a setting was changed: other kinds
             before = None
-        self.curve, self.naps = curve, naps
+        self.curve = curve
         self.acceptance: Acceptance = acceptance if before is None else before.acceptance.shrunk()
-        self.flow = np.array([4.0, 4.0])  # tokens of a row, and what they cost in plain forward passes; older ones fade
+        self.flow = (4.0, 4.0)  # tokens of a row, and what they cost in plain forward passes; older ones fade
         self.profit: float = 0.5 if before is None else max(0.02, before.profit)  # recent mean of gain - rate x cost
         self.nap: int = 8 if before is None else before.nap  # length of the next nap, in rounds
         self.left = 0  # what is left of this one
         self.gain = self.promised = 0.0  # of the last choice: gain - rate x cost, and accepted tokens a row, as expected
-        self.kept: np.ndarray = np.zeros(2) if before is None else before.kept  # accepted draft tokens, and promised ones; older ones fade
+        self.kept: tuple[float, float] = (
+            (0.0, 0.0) if before is None else before.kept
+        )  # accepted draft tokens, and promised ones; older ones fade
         self.read: float | None = None  # a forward pass of the draft model, if there is one, in plain ones of the target
         self.reads = 0  # such forward passes in this round
         self.chosen: list[int] = []  # draft tokens a row of each round
@@ -128,7 +130,7 @@ class DraftSize:
     @property
     def rate(self) -> float:
         "Tokens a row got lately for the cost of one plain forward pass, at least 1."
-        return max(1.0, float(self.flow[0] / self.flow[1]))
+        return max(1.0, self.flow[0] / self.flow[1])
 
     @property
     def trust(self) -> float:
@@ -140,21 +142,21 @@ class DraftSize:
         rows: int,  # rows of the round
         verified: int,  # draft tokens of each row
         emitted: int,  # tokens of all rows together
-        seconds: float | None = None,  # the round without the target's forward pass; None: do not let the clock decide
+        seconds: float | None = None,  # what drafting and learning took; None: do not let the clock decide
     ) -> None:
         "Count a round: what it cost and what it gave; when drafting has not paid lately, the next rounds are plain."
-        drafting = self.reads * (self.read or 0.0)
+        drafting = self.reads * (self.read or 0.0) + (UNTIMED / self.curve.plain(rows) if self.reads else 0.0)
         if seconds is not None:
             drafting = seconds / self.curve.plain(rows)
             if self.read is not None and self.reads:
                 self.read += (drafting / self.reads - self.read) / 8
         cost = drafting + (float(self.curve.relative(rows, verified + 1)[-1]) if verified else 1.0)
-        self.flow = 0.95 * self.flow + (emitted / rows, cost)
+        self.flow = 0.95 * self.flow[0] + emitted / rows, 0.95 * self.flow[1] + cost
         self.chosen.append(verified)
         if verified:
-            self.kept = 0.97 * self.kept + (emitted / rows - 1, self.promised)
+            self.kept = 0.97 * self.kept[0] + emitted / rows - 1, 0.97 * self.kept[1] + self.promised
         self.tokens, self.cost = self.tokens + emitted / rows, self.cost + cost
-        if self.left >= 0 or not self.naps:
+        if self.left >= 0:
             return
         self.profit += (self.gain - self.rate * drafting - self.profit) / 4
         if self.profit > 0.1:

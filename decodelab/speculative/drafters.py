@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from ..core.call import Call, check_context
+from ..core.call import Call
+from ..core.checks import check_context
 from ..core.capability import context_length, embedding_size, evaluating, require_tree
 from ..core.registry import register
 from ..core.output import DecodeStats
@@ -24,7 +25,7 @@ from ..core.tree import Tree, shape
 from ..core.verify_curve import verify_curve
 from ..core.warp import draw, greedy, probabilities
 from .acceptance import RecursiveRejection, Rule
-from .base import LEARNING, Draft, SpeculativeDecoder
+from .base import LEARNING, Draft, SpeculativeDecoder, chains
 from .draft_size import LONGEST, chain_length, check_size
 from .drawn_size import CONFIDENCES, Chain
 from .model_drafter import ModelDrafter, example_drafter, processed_scores
@@ -120,8 +121,6 @@ class TextDrafter(SpeculativeDecoder):
         "What a row remembers; has `extend(tokens)`."
         raise NotImplementedError(f"{type(self).__name__} must define memory(vocabulary)")
 
-    naps: ClassVar[bool] = False  # to look is cheap
-
     def follow(self, memory: Any) -> tuple[list[int], list[int]]:
         "Draft tokens for what follows, and their kinds."
         raise NotImplementedError(f"{type(self).__name__} must define follow(memory)")
@@ -145,12 +144,7 @@ class TextDrafter(SpeculativeDecoder):
                 kinds.append(kind[: call.remaining(row) - 1])
         longest = max(map(len, texts))
         numbers = np.array([[0, *kind, *[0] * (longest - len(kind))] for kind in kinds])
-        tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts], dtype=torch.long, device=roots.device)
-        if all(len(text) == longest for text in texts):
-            tree = Tree.chain(longest)
-        else:
-            tree = Tree([[*range(-1, len(text))] + [-1] * (longest - len(text)) for text in texts])
-        return Draft(torch.cat([roots[:, None], tokens.view(len(texts), longest)], 1), tree, kinds=numbers)
+        return Draft(*chains(roots, texts), kinds=numbers)
 
 
 class _Texts:

@@ -22,7 +22,7 @@ from ..core.capability import embedding_size
 from ..core.zoo import safetensors_header, zoo_path
 
 # %% auto #0
-__all__ = ['FrequentHead', 'frequent_tokens', 'layer_drafter', 'load_drafter', 'merge_adapter']
+__all__ = ['FrequentHead', 'frequent_tokens', 'layer_list', 'layer_drafter', 'load_drafter', 'merge_adapter', 'export_llama']
 
 # %% ../../nbs/speculative/layer_drafter.ipynb #07459436
 class FrequentHead(nn.Module):
@@ -70,8 +70,10 @@ def frequent_tokens(
     return torch.tensor(sorted([*chosen][:size]))
 
 # %% ../../nbs/speculative/layer_drafter.ipynb #04434adc
-def _layer_list(model: Any) -> tuple[nn.Module, str]:
-    # the module that holds the list of decoder layers, and the list's name
+def layer_list(
+    model: Any,  # a causal language model
+) -> tuple[nn.Module, str]:
+    "The module that holds the list of decoder layers, and the list's name."
     if model.config.is_encoder_decoder or hasattr(model, "peft_config"):
         raise ValueError("the target must be a decoder-only model without adapters: merge them first (`merge_and_unload`)")
     number = model.config.get_text_config().num_hidden_layers
@@ -90,21 +92,22 @@ def layer_drafter(
     target: Any,  # a causal language model
     layers: Sequence[int],  # numbers of the layers that the drafter has, in their order
     tokens: torch.Tensor | None = None,  # ids that its head covers, ascending; None: all
+    copies: bool = True,  # whether the layers are copies, that may be trained; else every weight is the target's own
 ) -> Any:
     "A draft model made of layers of the target. Embeddings are shared, the layers are copies."
-    parent, name = _layer_list(target)
+    parent, name = layer_list(target)
     stack = getattr(parent, name)
     if not layers or not all(0 <= i < len(stack) for i in layers):
         raise ValueError(f"layers must be numbers from 0 to {len(stack) - 1}, at least one, got {list(layers)}")
     head = target.get_output_embeddings()
     shared: dict[int, Any] = {id(layer): layer for i, layer in enumerate(stack) if i not in layers}  # they are dropped below
-    for p in (
-        *target.get_input_embeddings().parameters(),
-        *head.parameters(),
-    ):  # the same numbers, but neither frozen nor moved with the copy
-        shared[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
+    if copies:  # the same numbers, but neither frozen nor moved with the copy
+        for p in (*target.get_input_embeddings().parameters(), *head.parameters()):
+            shared[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
+    else:
+        shared |= {id(p): p for p in target.parameters()}
     drafter = copy.deepcopy(target, shared)
-    parent, name = _layer_list(drafter)
+    parent, name = layer_list(drafter)
     own = getattr(parent, name)
     setattr(parent, name, nn.ModuleList(copy.deepcopy(own[i]) if i in layers[:n] else own[i] for n, i in enumerate(layers)))
     for number, layer in enumerate(getattr(parent, name)):
@@ -149,6 +152,8 @@ def load_drafter(
     if unknown:
         raise ValueError(f"{place} uses {unknown[0]}, which is not merged here: load it with PEFT, merge it, and pass the model itself")
     merge_adapter(drafter, load_file(folder / "adapter_model.safetensors"), lora["lora_alpha"] / lora["r"])
+    if "exits" in made:
+        drafter.config.exits = made["exits"]
     return drafter
 
 
@@ -169,3 +174,24 @@ def merge_adapter(
             weight.copy_((weight.double() + change.to(weight.device)).to(weight.dtype))
         elif not name.endswith(".lora_B.weight"):
             drafter.get_parameter(name).copy_(value)
+
+# %% ../../nbs/speculative/layer_drafter.ipynb #5b305cb6
+@torch.no_grad()
+def export_llama(
+    drafter: Any,  # of `layer_drafter` or `load_drafter`
+    target: Any,  # the target it was made from
+    folder: str | Path,  # where the model goes
+    tokenizer: Any = None,  # the target's tokenizer, written beside it
+) -> None:
+    "Write a drafter as an ordinary `LlamaForCausalLM` folder, with the target's whole output matrix as its head."
+    if type(target).__name__ != "LlamaForCausalLM" or type(drafter) is not type(target):
+        raise ValueError(f"{type(target).__name__} is no LlamaForCausalLM, the class that is written: decode with the drafter here")
+    model = type(target)(copy.deepcopy(drafter.config)).to(target.dtype)
+    layers = {name: value for name, value in drafter.state_dict().items() if not name.startswith("lm_head.")}
+    model.load_state_dict(layers, strict=False)  # a tied head follows the embeddings
+    if not model.config.tie_word_embeddings:
+        model.lm_head.weight.copy_(target.lm_head.weight)
+    model.generation_config = copy.deepcopy(target.generation_config)
+    for part in (model, tokenizer):
+        if part is not None:
+            part.save_pretrained(folder)

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..core.call import Call, check_context
+from ..core.call import Call
+from ..core.checks import check_context
 from ..core.capability import context_length, embedding_size, evaluating, require_tree
 from ..core.output import DecodeStats
 from ..core.session import Session, tree_trial
@@ -30,6 +31,7 @@ __all__ = ['check_drafter', 'end_ids', 'DraftModelSession', 'processed_scores', 
 def check_drafter(
     drafter: Any,  # draft model
     model: Any,  # target model
+    apart: bool = False,  # it runs in a process of its own, on any device
 ) -> None:
     "Raise `ValueError` when a drafter's tokens cannot mean what the target's mean, or when it cannot be run beside it."
     if not callable(getattr(drafter, "get_input_embeddings", None)):
@@ -45,7 +47,7 @@ def check_drafter(
         raise ValueError(
             f"the drafter ends a text with token {sorted(ends[0])}, the target with {sorted(ends[1])}: their tokenizers differ, so ids mean other words"
         )
-    if drafter.device != model.device and "meta" not in (drafter.device.type, model.device.type):
+    if not apart and drafter.device != model.device and "meta" not in (drafter.device.type, model.device.type):
         raise ValueError(f"the drafter is on {drafter.device}, the target on {model.device}: move it with drafter.to(model.device)")
     require_tree(drafter, tree_trial, "the drafter ")
 
@@ -202,14 +204,7 @@ def processed_scores(
     "The user's processors applied to a drafter's logits, each row behind its own history and path, [rows, vocab]; only those without a memory."
     if call.draft_processors is None:
         return logits.float()
-    start, scores = call.prompt.shape[1], torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    lengths = [call.counts[row] for row in call.rows]
-    for length in sorted(set(lengths)):
-        group = [i for i, n in enumerate(lengths) if n == length]
-        rows = [call.rows[i] for i in group]
-        ids = torch.cat([call.sequences[rows, : start + length], path[group]], 1)
-        scores[group] = call.processed(logits[group], ids, rows, drafting=True)
-    return scores
+    return call.behind(logits, path.tolist(), call.rows, drafting=True)
 
 # %% ../../nbs/speculative/model_drafter.ipynb #a0a33458
 @dataclass
@@ -232,8 +227,12 @@ class ModelDrafter(SpeculativeDecoder):
     def draft_that_pays(self, call: Call, roots: torch.Tensor) -> Draft:
         return self.draft(call, roots)  # asks `call.size` on the way
 
+    def follow(self, call: Call) -> Any:
+        "The draft model at work in a call: reads what is certain and what it drafts, and forgets what was rejected."
+        return DraftModelSession(self.drafter, call, **self.forward_arguments)
+
     def start(self, call: Call, prompt_logits: torch.Tensor | None) -> None:
-        call.state = DraftModelSession(self.drafter, call, **self.forward_arguments)
+        call.state = self.follow(call)
         if call.size is not None:
             rows = len(call.rows)
             call.size.read = verify_curve(self.drafter).plain(rows) / call.size.curve.plain(rows)

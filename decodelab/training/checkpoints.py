@@ -84,7 +84,7 @@ def checkpoints(
     run: Path,  # folder of a training run
 ) -> list[Path]:
     "All checkpoints, whole or not, newest first."
-    found = [c for c in run.glob("checkpoint-*") if c.is_dir() and c.name.rpartition("-")[2].isdigit()]
+    found = [c for c in run.glob("checkpoint-*") if c.is_dir() and c.name.rpartition("-")[2].isdecimal()]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -135,14 +135,21 @@ def kept_tensors(
     path: Path,  # file that `keep_tensors` may have written
     **made_from: str | None,  # what the tensors must have been made from; None is not compared
 ) -> dict[str, torch.Tensor] | None:
-    "The tensors kept in `path`; None when there are none, when they were made from something else, or when the file is damaged."
+    "The tensors kept in `path`; None when there are none, when they were made from something else, or when the file is damaged. `ValueError` when checkpoints beside them were trained on what they hold."
     try:
         safetensors_header(path)
     except (FileNotFoundError, ValueError):
         return None
     with safe_open(path, "pt") as f:
         stored = f.metadata() or {}
-        if any(value is not None and stored.get(name) != value for name, value in made_from.items()):
+        others = [name for name, value in made_from.items() if value is not None and stored.get(name) != value]
+        if others and checkpoints(path.parent):
+            what = ", ".join("data set or setting" if name == "made_from" else name for name in others)
+            raise ValueError(
+                f"{path.parent} holds checkpoints of another run ({path.name} was made with another {what}): "
+                "name another folder, or delete this one to train anew"
+            )
+        if others:
             return None
         return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (it is no dictionary)
 

@@ -22,13 +22,16 @@ from trl.trainer.utils import use_adapter
 
 from ..core.capability import evaluating
 from ..core.registry import decoders
+from ..core.zoo import load
 from ..diffusion.base import Unmasker
 from ..diffusion.denoiser import Denoiser
-from .checkpoints import fingerprint, keep_tensors, kept_tensors, tokenizer_fingerprint, write_training
-from .layout_toy import LAYOUT_LENGTH, layout_model, layout_prompts, layout_reward, layout_tokenizer, pretrain_layout
+from ..lab.lab import resolve_device
+from .checkpoints import fingerprint, tokenizer_fingerprint
+from .layout_toy import LAYOUT_LENGTH, layout_prompts, layout_reward, layout_start
 from .recipes import recipe
+from .rewarded import check_rewarded, group_advantages, rewarded_rows
 from .runs import Guarded, TrainingRun, check_recipe, training_arguments
-from .trajectory import OBJECTIVES, Denoise, Rollout, Terms, denoise_with, group_advantages, recorded_rollout
+from .trajectory import OBJECTIVES, Denoise, Rollout, Terms, denoise_with, recorded_rollout
 from .trajectory import rollout_logps, trajectory_loss, until_eos
 
 # %% auto #0
@@ -224,9 +227,13 @@ class CJGRPOTrainer(_Loss):
 # %% ../../nbs/training/cj_grpo.ipynb #e1b926b4
 @dataclass
 class CJGRPORecipe:
-    "CJ-GRPO on the toy of two layouts; your own model, prompts and rewards are arguments of `train_cj_grpo`."
+    "CJ-GRPO on the toy of two layouts, or on a masked model, prompts and a reward of your own."
 
-    name: str = "layouts-cj-grpo"  # name of the model
+    name: str = "layouts-cj-grpo"  # name of the result
+    model: str = ""  # masked language model to start from: zoo name, folder or hub id; the toy, pretrained here, when empty
+    task: str = "layouts"  # what is asked: "layouts", the toy's; "arithmetic" or "countdown"
+    prompts_file: str = ""  # your own prompts instead: JSON lines with `prompt` and the columns that the reward reads
+    reward: str = "answer"  # what they are scored by: answer, gsm8k, math, countdown or sudoku
     objective: str = "cj"  # likelihood: "cj", "one_step" or "diffu"
     decoder: str = "ass"  # registered name of the diffusion decoder that makes the rollouts
     decoder_settings: str = '{"eoser": true}'  # its fields, as JSON
@@ -252,6 +259,9 @@ class CJGRPORecipe:
     def __post_init__(self) -> None:
         check_recipe(self, "length", "G", "mu", "pretrain_steps", "held_out")
         _check_objective(self.objective, self.p_mask_prompt)
+        check_rewarded(self.task, self.reward, ("layouts",))
+        if not self.model and (self.prompts_file or self.task != "layouts"):
+            raise ValueError("the toy knows its two layouts only: name a masked language model, such as model=tasks-mdm")
         if self.G < 2 or self.batch_size % self.G:
             raise ValueError(f"G must be at least 2 and divide batch_size, got {self.G} and {self.batch_size}")
         if self.save_every % self.mu:
@@ -297,17 +307,22 @@ def greedy_rewards(
     return reward(prompts=[row["prompt"] for row in rows], completions=out.text(tokenizer), completion_ids=out.continuations, **columns)
 
 # %% ../../nbs/training/cj_grpo.ipynb #7447f257
-def _toy_start(recipe: CJGRPORecipe, run: Path) -> tuple[Any, Any]:
-    # the pretrained toy: of an earlier segment of this run, else made now
-    model, path = layout_model(seed=recipe.seed), run / "start.safetensors"
-    made_from = {"made_from": json.dumps([recipe.pretrain_steps, recipe.seed])}
-    kept = kept_tensors(path, **made_from)
-    if kept is not None:
-        model.load_state_dict(kept)
-    else:
-        pretrain_layout(model, recipe.pretrain_steps, seed=recipe.seed)
-        keep_tensors(path, model.state_dict(), **made_from)
-    return model, layout_tokenizer()
+def _start(recipe: CJGRPORecipe, run: Path) -> tuple[Any, Any]:
+    # policy and tokenizer
+    if not recipe.model:
+        return layout_start(recipe.pretrain_steps, recipe.seed, run / "start.safetensors")
+    model, tokenizer = load(recipe.model, device=resolve_device("auto"))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token will do
+    return model, tokenizer
+
+
+def _rows(recipe: CJGRPORecipe) -> tuple[Any, Any, Callable[..., list[float]]]:
+    # prompts to train on, prompts for evaluation, and the reward of both
+    if recipe.task == "layouts" and not recipe.prompts_file:
+        return layout_prompts(4000, recipe.seed), layout_prompts(recipe.held_out, recipe.seed, held_out=True), layout_reward
+    n = -(-recipe.steps // recipe.mu) * (recipe.batch_size // recipe.G)
+    return rewarded_rows(recipe.task, recipe.prompts_file, recipe.reward, n, recipe.held_out, recipe.seed)
 
 
 def _arguments(recipe: CJGRPORecipe, run: Path, **changes: Any) -> GRPOConfig:
@@ -320,8 +335,6 @@ def _arguments(recipe: CJGRPORecipe, run: Path, **changes: Any) -> GRPOConfig:
         "beta": recipe.beta,
         "temperature": recipe.temperature,
         "scale_rewards": recipe.scale_rewards,
-    }
-    optimiser = {
         "adam_beta1": 0.9,
         "adam_beta2": 0.99,
         "weight_decay": recipe.weight_decay,
@@ -329,7 +342,7 @@ def _arguments(recipe: CJGRPORecipe, run: Path, **changes: Any) -> GRPOConfig:
         "lr_scheduler_type": "constant",
     }
     more = {"gradient_checkpointing": False, "bf16": False, "remove_unused_columns": False, "per_device_eval_batch_size": recipe.held_out}
-    return training_arguments(recipe, run, kind=GRPOConfig, **grpo | optimiser | more | changes)
+    return training_arguments(recipe, run, kind=GRPOConfig, **grpo | more | changes)
 
 # %% ../../nbs/training/cj_grpo.ipynb #f992cd41
 _CURVE = ("step", "reward", "frac_reward_zero_std", "clip_ratio", "kl", "eval_reward")
@@ -338,18 +351,20 @@ _CURVE = ("step", "reward", "frac_reward_zero_std", "clip_ratio", "kl", "eval_re
 def train_cj_grpo(
     recipe: CJGRPORecipe,  # what to train
     out: str | Path,  # folder of the finished model; checkpoints go to `out/run`
-    start: tuple[Any, Any] | None = None,  # masked language model and tokenizer; the pretrained toy when None
-    rows: tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]] | None = None,  # training and held-out prompts; the toy's when None
-    reward: Callable[..., list[float]] = layout_reward,  # as TRL wants it
+    start: tuple[Any, Any] | None = None,  # masked language model and tokenizer; those of the recipe when None
+    rows: tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]] | None = None,  # training and held-out prompts; the recipe's when None
+    reward: Callable[..., list[float]] | None = None,  # as TRL wants it; the recipe's, or the toy's where rows are given, when None
     kind: type[CJGRPOTrainer] = CJGRPOTrainer,  # the trainer
     **changes: Any,  # other arguments of `GRPOConfig`
 ) -> dict[str, Any]:
     "Train `recipe`, resuming from the newest whole checkpoint below `out`; returns the figures (also written to `out/training.json`)."
     out = Path(out)
     with TrainingRun(out / "run", recipe) as run:
-        model, tokenizer = start or _toy_start(recipe, run.folder)
-        train, test = rows or (layout_prompts(4000, recipe.seed), layout_prompts(recipe.held_out, recipe.seed, held_out=True))
+        train, test, earned = _rows(recipe) if rows is None else (*rows, layout_reward)
+        model, tokenizer = start or _start(recipe, run.folder)
+        reward = reward or earned
         decoder, made_of = recipe.rollout_decoder(), {"start": fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer)}
+        run.check(**made_of)
         if recipe.beta and not is_peft_model(model):  # TRL loads the reference from where the policy came from
             model.save_pretrained(run.folder / "reference")
             model.config._name_or_path = str(run.folder / "reference")
@@ -367,9 +382,7 @@ def train_cj_grpo(
             "greedy_before": sum(before) / len(before),
             "greedy_after": sum(after) / len(after),
         }
-        trainer.model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        return write_training(out, figures)
+        return run.finish(out, figures, trainer.model, tokenizer)
 
 # %% ../../nbs/training/cj_grpo.ipynb #7ed312e7
 _PAPER: dict[str, Any] = {
@@ -385,5 +398,5 @@ def train_policy(
     settings: CJGRPORecipe,  # the recipe
     folder: Path,  # where the model goes
 ) -> dict[str, Any]:
-    "Train the toy's policy."
+    "Train a masked diffusion policy."
     return train_cj_grpo(settings, folder)

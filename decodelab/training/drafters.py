@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ..core.capability import embedding_size
 from ..speculative.layer_drafter import FrequentHead, frequent_tokens, layer_drafter
 from ..speculative.model_drafter import end_ids
 from .checkpoints import fingerprint, write_training
 from .language_model import fast_bfloat16
-from .recipes import recipe
-from .runs import RunTrainer, TrainingRun, check_recipe, training_arguments
-from .teacher import DrafterData, build_texts, collate
+from .recipes import load_causal, recipe
+from .runs import RunTrainer, TrainingRun, check_recipe, training_arguments, whole_numbers
+from .teacher import DrafterData, LikeLengths, build_texts, collate
 
 # %% auto #0
 __all__ = ['LOSSES', 'distance', 'DrafterRecipe', 'with_adapter', 'log_probs_of', 'DrafterTrainer', 'drafter_figures',
@@ -36,13 +36,12 @@ def distance(
     kind: str,  # kl, reverse_kl or tv
 ) -> torch.Tensor:
     "Mean distance of q from p: KL(p, q), KL(q, p) or the total variation 1 - sum of min(p, q)."
-    p, q = log_p.exp(), log_q.exp()
     if kind == "kl":
-        each = (p * (log_p - log_q)).sum(-1)
+        each = (log_p.exp() * (log_p - log_q)).sum(-1)
     elif kind == "reverse_kl":
-        each = (q * (log_q - log_p)).sum(-1)
+        each = (log_q.exp() * (log_q - log_p)).sum(-1)
     else:
-        each = 1 - torch.minimum(p, q).sum(-1)
+        each = 1 - torch.minimum(log_p, log_q).exp().sum(-1)
     return each.mean()
 
 # %% ../../nbs/training/drafters.ipynb #b330e581
@@ -80,8 +79,7 @@ class DrafterRecipe:
         check_recipe(self, "r", "alpha", "prompts", "held_out", "new_tokens")
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if not all(part.strip().isdigit() for part in self.layers.split(",")):
-            raise ValueError(f"layers must be numbers with commas between, such as 0,1, got {self.layers!r}")
+        whole_numbers("layers", self.layers)
         if min(self.temperature, self.tokens, self.texts) < 0:
             raise ValueError(f"temperature, tokens and texts must not be negative, got {self.temperature}, {self.tokens} and {self.texts}")
         if self.held_out >= self.prompts:
@@ -90,7 +88,7 @@ class DrafterRecipe:
     @property
     def layer_numbers(self) -> list[int]:
         "The layers as numbers."
-        return [int(part) for part in self.layers.split(",")]
+        return whole_numbers("layers", self.layers)
 
 # %% ../../nbs/training/drafters.ipynb #467c974e
 def with_adapter(
@@ -126,6 +124,10 @@ class DrafterTrainer(RunTrainer):
     weight: torch.Tensor  # the target's output matrix, kept rows only
     loss: str  # one of `LOSSES`
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data: Any = train_dataset or self.train_dataset
+        return LikeLengths([len(a) + len(b) for a, b in data.texts], self.args.train_batch_size, self.args.seed)
+
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         loss = distance(*log_probs_of(model, inputs, self.weight), self.loss)
         return (loss, {}) if return_outputs else loss
@@ -160,14 +162,14 @@ def train_drafter(
 ) -> dict[str, Any]:
     "Train a drafter, resuming from the newest whole checkpoint below `out`; returns the figures (also written to `out/training.json`)."
     out = Path(out)
-    target, tokenizer = models or _load_target(settings)
+    target, tokenizer = models or load_causal(settings.target)
     with TrainingRun(out / "run", settings) as run:
         check_target(target, settings)
         with PartialState(cpu=target.device.type == "cpu").main_process_first():  # one process writes, the others read
             built = build_texts(target, tokenizer, settings, data or run.folder / "texts.safetensors")
         train, test = _split(settings, *built)
         size, head = embedding_size(target), target.get_output_embeddings().weight.detach()
-        tokens = frequent_tokens((b for _, b in train.texts), min(settings.tokens or size, size), end_ids(target))
+        tokens = frequent_tokens((b for _, b in train.texts), settings.tokens or size, end_ids(target))
         weight = head[tokens.to(head.device)] if settings.tokens else head
         base = layer_drafter(target, settings.layer_numbers, tokens if settings.tokens else None)
         before = drafter_figures(base, test, weight, tokens, head)
@@ -197,6 +199,9 @@ def check_target(
     from peft import LoraConfig
 
     layer_drafter(target, settings.layer_numbers, torch.arange(1) if settings.tokens else None)
+    size = embedding_size(target)
+    if settings.tokens > size:
+        raise ValueError(f"tokens must be at most {size}, the target's vocabulary, got {settings.tokens}: 0 keeps all")
 
 
 def _split(settings: DrafterRecipe, texts: list[Any], states: torch.Tensor, logs: torch.Tensor) -> tuple[DrafterData, DrafterData]:
@@ -226,10 +231,14 @@ def save_drafter(
     target: Any,  # target model
     tokens: torch.Tensor,  # ids of the kept tokens, [kept]
     out: Path,  # folder
+    **more: Any,  # further entries of `config.json`
 ) -> None:
     "Write adapter (PEFT's layout), kept tokens and `config.json` to `out`, for `load_drafter`."
+    model.peft_config["default"].base_model_name_or_path = settings.target  # not the folder on this machine
     model.save_pretrained(out, save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)  # PEFT's own; `drafter_card` writes ours
+    adapter = out / "adapter_model.safetensors"
+    save_file({name: value.bfloat16() for name, value in load_file(adapter).items()}, adapter)
     save_file({"tokens": tokens}, out / "tokens.safetensors")
     config = target.config.get_text_config()
     shape = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers, "vocabulary": embedding_size(target)}
@@ -240,17 +249,7 @@ def save_drafter(
         "all_tokens": not settings.tokens,
         "shape": shape,
     }
-    (out / "config.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
-
-
-def _load_target(settings: DrafterRecipe) -> tuple[Any, Any]:
-    from decodelab.core.zoo import load
-    from decodelab.lab.lab import resolve_device
-
-    target, tokenizer = load(settings.target, device=resolve_device("auto"))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token will do
-    return target, tokenizer
+    (out / "config.json").write_text(json.dumps(made | more, indent=1), encoding="utf-8")
 
 # %% ../../nbs/training/drafters.ipynb #d1943e81
 def drafter_card(

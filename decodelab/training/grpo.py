@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from math import comb
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +19,23 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from ..core.contract import decoders
-from ..core.zoo import load
-from ..lab.lab import resolve_device
-from ..lab.tasks.catalogue import CountdownTask
-from ..lab.tasks.rewards import reward_function
-from ..lab.tasks.text import ArithmeticTask, Example, Task
-from ..sampling.base import Autoregressive
-from .checkpoints import fingerprint, tokenizer_fingerprint, write_training
-from .recipes import recipe
+from ..lab.tasks.text import Example, Task
+from .checkpoints import fingerprint, tokenizer_fingerprint
+from .recipes import load_causal, recipe
+from .rewarded import GRPO_TASKS, check_rewarded, exercises, held_out_exercises, verified_reward
+from .rollouts import Rollouts, held_out_scores, rollout_decoder, rollout_method, score_means
 from .runs import Guarded, TrainingRun, check_recipe, training_arguments
 
 # %% auto #0
-__all__ = ['GRPO_TASKS', 'group_advantages', 'kl_estimate', 'grpo_loss', 'sampled_logps', 'Rollouts', 'rollout_method',
-           'rollout_decoder', 'RolloutGRPOTrainer', 'GRPORecipe', 'exercises', 'verified_reward', 'grpo_trainer',
-           'pass_at_k', 'held_out_scores', 'score_means', 'history', 'train_grpo', 'train_policy']
+__all__ = ['kl_estimate', 'grpo_loss', 'without_dropout', 'RolloutGRPOTrainer', 'GRPORecipe', 'grpo_trainer', 'history',
+           'train_grpo', 'train_policy']
 
 # %% ../../nbs/training/grpo.ipynb #265386cc
-def group_advantages(
-    rewards: torch.Tensor,  # rewards, those of a group side by side, [prompts * G]
-    num_generations: int,  # G, completions of a prompt (at least 2)
-) -> torch.Tensor:
-    "(r - mean) / std within each group, [prompts * G]; 0 where all rewards of a group are equal."
-    r = rewards.view(-1, num_generations)
-    return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)).flatten()
-
-
 def kl_estimate(
     logps: torch.Tensor,  # log-probabilities of drawn tokens, [...]
     ref_logps: torch.Tensor,  # their log-probabilities under the reference, [...]
 ) -> torch.Tensor:
-    "exp(d) - d - 1 with d = log p_ref - log p (equation 4 of the paper), [...]."
+    "exp(d) - d - 1 with d = log p_ref - log p, [...]."
     d = ref_logps - logps
     return d.exp() - d - 1
 
@@ -65,86 +49,11 @@ def grpo_loss(
     epsilon: float = 0.2,  # clip range of the ratio
     beta: float = 0.04,  # weight of the KL term
 ) -> torch.Tensor:
-    "Minus the objective of GRPO (equation 3 of the paper): mean over completions of the mean over their tokens."
+    "Minus the objective of GRPO: mean over completions of the mean over their tokens."
     ratio, A = (logps - old_logps).exp(), advantages[:, None]
     gain = torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A)
     loss = beta * kl_estimate(logps, ref_logps) - gain
     return ((loss * mask).sum(1) / mask.sum(1)).mean()
-
-# %% ../../nbs/training/grpo.ipynb #4c436b85
-@torch.no_grad()
-def sampled_logps(
-    model: Any,  # policy
-    prompts: Sequence[Sequence[int]],  # token ids of the prompts
-    completions: Sequence[Sequence[int]],  # token ids of what was drawn after them, at least one token each
-    temperature: float = 1.0,  # at which they were drawn
-) -> list[list[float]]:
-    "Log-probability of every drawn token, a list for each completion; one forward over all rows."
-    longest, new = max(map(len, prompts)), max(map(len, completions))
-    ids = torch.zeros(len(prompts), longest + new, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, (p, c) in enumerate(zip(prompts, completions)):
-        place = slice(longest - len(p), longest + len(c))  # padding left of the prompt and right of the completion
-        ids[row, place], mask[row, place] = torch.tensor([*p, *c]), 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=new + 1).logits[:, :-1]
-    logps = (logits.float() / temperature).log_softmax(-1).gather(-1, ids[:, longest:, None])[..., 0]
-    return [row[: len(c)] for row, c in zip(logps.tolist(), completions)]
-
-# %% ../../nbs/training/grpo.ipynb #3d0d45cc
-@dataclass
-class Rollouts:
-    "TRL's `rollout_func`: a decoder writes the completions; `GRPOTrainer(..., rollout_func=Rollouts(PromptLookup()))`."
-
-    decoder: Any  # any decoder that draws from a causal language model
-    temperature: float = 1.0  # of the draws; that of the trainer's arguments
-    max_completion_length: int = 32  # tokens of a completion; that of the trainer's arguments
-    writer: Any = None  # model that writes; the trained one when None
-    seconds: float = 0.0  # spent in the decoder so far
-
-    def __call__(
-        self,
-        prompts: list[str],  # a prompt for each completion
-        trainer: Any,  # the trainer: `model`, `processing_class`, `accelerator`
-    ) -> dict[str, list[list[Any]]]:
-        "Prompt ids, completion ids (an EOS token included) and log-probabilities of the drawn tokens."
-        model = trainer.accelerator.unwrap_model(trainer.model) if self.writer is None else self.writer
-        padded = trainer.processing_class(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-        inputs = {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
-        begin = time.perf_counter()
-        # the policy's own distribution: what else a generation configuration may ask for is switched off
-        rule = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-        out = self.decoder.generate(model, **inputs, max_new_tokens=self.max_completion_length, **rule)
-        self.seconds += time.perf_counter() - begin
-        asked = [row[on.bool()].tolist() for row, on in zip(padded.input_ids, padded.attention_mask)]
-        written = [row.tolist() for row in out.continuations]
-        return {"prompt_ids": asked, "completion_ids": written, "logprobs": sampled_logps(model, asked, written, self.temperature)}
-
-# %% ../../nbs/training/grpo.ipynb #c8770577
-def rollout_method(
-    name: str,  # a registered decoder
-) -> Any:
-    "The registration of a decoder that can write rollouts; an error that lists them for any other."
-    known = decoders()
-    usable = [n for n, m in known.items() if m.samples and m.family != "diffusion"]
-    if name not in usable:
-        why = "is not registered" if name not in known else "decodes masked models" if known[name].samples else "is deterministic"
-        raise ValueError(f"decoder {name!r} {why}, and GRPO draws from a causal model: choose one of {', '.join(usable)}")
-    return known[name]
-
-
-def rollout_decoder(
-    name: str,  # a registered decoder
-    model: Any,  # policy
-    auto: bool = False,  # fit draft sizes to machine and batch, where the decoder can
-) -> Any:
-    "A decoder that can write rollouts of `model`."
-    method = rollout_method(name)
-    if not method.lossless:
-        warnings.warn(f"{name} does not draw from the model's own distribution: its rollouts are those of another policy", stacklevel=2)
-    decoder = method.example(model)
-    return replace(decoder, **method.auto) if auto else decoder
 
 # %% ../../nbs/training/grpo.ipynb #e2e0a366
 class _Stopwatch(TrainerCallback):
@@ -162,18 +71,31 @@ class _Stopwatch(TrainerCallback):
             self.trainer._metrics["train"][f"seconds/{part}"].append(seconds)
 
 
+def without_dropout(
+    model: Any,  # policy
+) -> None:
+    "Switch dropout off for good: that of modules, and that of functions whose rate a module holds."
+    for module in model.modules():
+        names = [
+            n for n, v in vars(module).items() if isinstance(v, float) and (n.endswith("dropout") or isinstance(module, torch.nn.Dropout))
+        ]
+        for name in names:
+            setattr(module, name, 0.0)
+
+# %% ../../nbs/training/grpo.ipynb #a90c64e1
 class RolloutGRPOTrainer(Guarded, GRPOTrainer):
     "`GRPOTrainer`, guarded, whose rollouts a decoder writes; logs `seconds/rollout`, `seconds/scoring` and `seconds/update` of a step."
 
     def __init__(
         self,
-        model: Any,  # policy
+        model: Any,  # policy; its dropout is switched off
         reward: Any,  # reward function as TRL wants it
         rollouts: Rollouts,  # who writes
         **kwargs: Any,  # as for `GRPOTrainer`
     ):
         self.spent = dict.fromkeys(("rollout", "scoring"), 0.0)
         self.rollouts = rollouts
+        without_dropout(model)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
             super().__init__(model, reward, rollout_func=rollouts, **kwargs)
@@ -188,12 +110,6 @@ class RolloutGRPOTrainer(Guarded, GRPOTrainer):
         return scored
 
 # %% ../../nbs/training/grpo.ipynb #5237312e
-GRPO_TASKS: dict[str, Task] = {  # exercises whose answers a program can check
-    "arithmetic": ArithmeticTask(2),
-    "countdown": CountdownTask(3),
-}
-
-
 @dataclass
 class GRPORecipe:
     "GRPO on exercises that a program checks."
@@ -219,8 +135,7 @@ class GRPORecipe:
 
     def __post_init__(self) -> None:
         check_recipe(self, "num_iterations", "max_completion_length", "held_out", "samples")
-        if self.task not in GRPO_TASKS:
-            raise ValueError(f"unknown task {self.task!r}; known: {', '.join(GRPO_TASKS)}")
+        check_rewarded(self.task, "answer")
         if self.num_generations < 2 or self.batch_size % self.num_generations:
             raise ValueError(f"num_generations must be at least 2 and divide batch_size, got {self.num_generations} and {self.batch_size}")
         if self.beta < 0 or not 0 < self.epsilon < 1 or self.temperature <= 0:
@@ -232,32 +147,6 @@ class GRPORecipe:
         rollout_method(self.decoder)
 
 # %% ../../nbs/training/grpo.ipynb #eec1b3e4
-def exercises(
-    task: Task,  # their kind
-    n: int,  # how many
-    seed: int = 0,  # seed; a larger `n` continues the same sequence
-    without: Sequence[Example] = (),  # exercises that must not be among them
-) -> list[Example]:
-    "`n` exercises of one seed, none of which is in `without`."
-    known = {e.prompt for e in without}
-    found = [e for e in task.examples(2 * n + 100, seed) if e.prompt not in known][:n]
-    if len(found) < n:
-        raise ValueError(f"{task} has too few exercises for {n} new ones: ask for fewer, or make the task larger")
-    return found
-
-
-def verified_reward(
-    task: Task,  # it scores
-    examples: Sequence[Example],  # exercises; the data set's column `exercise` numbers them
-) -> Callable[..., list[float]]:
-    "The task's own score as a reward function of TRL."
-
-    def right(completion: str, exercise: int) -> float:
-        return task.score(examples[exercise], completion)
-
-    return reward_function(right, "exercise")
-
-
 def grpo_trainer(
     recipe: GRPORecipe,  # what to train
     model: Any,  # policy
@@ -273,6 +162,8 @@ def grpo_trainer(
     settings: dict[str, Any] = {n: getattr(recipe, n) for n in names} | {
         "loss_type": "grpo",  # the paper's means; TRL's default is another
         "use_bias_correction_kl": False,  # TRL's default multiplies the KL term with the ratio
+        "scale_rewards": "group",  # these two are TRL's defaults, too
+        "importance_sampling_level": "token",
         "steps_per_generation": 1,
         "shuffle_dataset": False,  # exercises are random already, and a longer run continues the sequence
         "lr_scheduler_type": "constant",
@@ -285,58 +176,6 @@ def grpo_trainer(
     args = training_arguments(recipe, folder, GRPOConfig, **settings | arguments)
     rollouts = Rollouts(rollout_decoder(recipe.decoder, model, recipe.auto), recipe.temperature, recipe.max_completion_length)
     return kind(model, reward, rollouts, args=args, train_dataset=data, processing_class=tokenizer)
-
-# %% ../../nbs/training/grpo.ipynb #9526b57d
-def pass_at_k(
-    right: Sequence[int],  # right draws of each exercise
-    n: int,  # draws of each exercise
-    k: int,  # draws that one has (1 to n)
-) -> list[float]:
-    "Probability that at least one of k draws is right, for each exercise."
-    if not 1 <= k <= n:
-        raise ValueError(f"k must be 1 to n = {n}, got {k}")
-    return [1 - comb(n - c, k) / comb(n, k) for c in right]
-
-
-def held_out_scores(
-    model: Any,  # policy
-    tokenizer: Any,  # its tokenizer
-    task: Task,  # it scores
-    examples: Sequence[Example],  # held-out exercises
-    recipe: GRPORecipe,  # samples, temperature, length and seed
-    decoder: Any = None,  # who writes; the plain decoder when None
-) -> dict[str, list[float]]:
-    "`greedy` and `majority` (right: 1) and `right` (how many of the draws) for each exercise; leaves the random state as it was."
-    found: dict[str, list[float]] = {"greedy": [], "majority": [], "right": []}
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        for i in range(0, len(examples), 32):
-            chunk = examples[i : i + 32]
-            padded = tokenizer([e.prompt for e in chunk], return_tensors="pt", padding=True, padding_side="left").to(model.device)
-            inputs = {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
-            common: dict[str, Any] = {"max_new_tokens": recipe.max_completion_length}
-            best = (decoder or Autoregressive()).generate(model, **inputs, **common, do_sample=False).text(tokenizer)
-            many = {name: x.repeat_interleave(recipe.samples, 0) for name, x in inputs.items()}
-            rule: dict[str, Any] = common | {"do_sample": True, "temperature": recipe.temperature, "top_k": 0}
-            drawn = (decoder or Autoregressive()).generate(model, **many, **rule).text(tokenizer)
-            found["greedy"] += [task.score(e, text) for e, text in zip(chunk, best)]
-            for j, e in enumerate(chunk):
-                texts = drawn[j * recipe.samples : (j + 1) * recipe.samples]
-                last = [text.strip().splitlines()[-1:] for text in texts]  # the answer stands in the last line
-                usual = Counter(map(tuple, last)).most_common(1)[0][0]
-                found["majority"].append(task.score(e, texts[[tuple(x) for x in last].index(usual)]))
-                found["right"].append(sum(task.score(e, text) for text in texts))
-    return found
-
-
-def score_means(
-    scores: dict[str, list[float]],  # what `held_out_scores` returned
-    n: int,  # draws of each exercise
-) -> dict[str, float]:
-    "Mean over exercises: greedy, maj, pass@1, pass@n."
-    right = [int(c) for c in scores["right"]]
-    columns = {"greedy": scores["greedy"], "maj": scores["majority"], "pass@1": pass_at_k(right, n, 1), f"pass@{n}": pass_at_k(right, n, n)}
-    return {name: sum(values) / len(values) for name, values in columns.items()}
 
 # %% ../../nbs/training/grpo.ipynb #9eb0f1cb
 _KEPT = ("step", "reward", "kl", "entropy", "grad_norm", "frac_reward_zero_std", "seconds/rollout", "seconds/scoring", "seconds/update")
@@ -356,10 +195,8 @@ def train_grpo(
 ) -> dict[str, Any]:
     "Train `recipe`, resuming from the newest whole checkpoint below `out`; returns the figures (also written to `out/training.json`)."
     out, task = Path(out), task or GRPO_TASKS[recipe.task]
-    model, tokenizer = load(recipe.model, device=resolve_device("auto"), dtype="float32")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token will do
-    held_out = exercises(task, recipe.held_out, recipe.seed + 1)
+    model, tokenizer = load_causal(recipe.model)
+    held_out = held_out_exercises(task, recipe.held_out, recipe.seed)
     wanted = recipe.steps // recipe.num_iterations * (recipe.batch_size // recipe.num_generations)
     examples = exercises(task, wanted, recipe.seed, held_out)
     with TrainingRun(out / "run", recipe) as run:
@@ -373,9 +210,7 @@ def train_grpo(
             "after": score_means(held_out_scores(model, tokenizer, task, held_out, recipe), recipe.samples),
             "history": history(trainer),
         }
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        return write_training(out, figures)
+        return run.finish(out, figures, model, tokenizer)
 
 
 @recipe(

@@ -1,4 +1,4 @@
-"""Fine-tune a language model on a few texts until it knows them by heart. Its greedy text, from prompts it has never seen, stops repeating itself.
+"""Fine-tune a language model on a few texts until it knows them by heart. Its greedy text, from prompts it has never seen, repeats itself much less.
 
 Docs: https://decodelab.github.io/decodelab/training/hyperfitting.html.md"""
 
@@ -19,17 +19,16 @@ from transformers import TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from ..core.capability import context_length
-from ..core.zoo import load, model_card
-from ..lab.lab import resolve_device
-from .checkpoints import fingerprint, newest_whole_checkpoint, step_of, tokenizer_fingerprint, write_training
+from ..core.zoo import model_card
+from .checkpoints import fingerprint, newest_whole_checkpoint, step_of, tokenizer_fingerprint
 from .language_model import fast_bfloat16
-from .recipes import recipe
+from .recipes import load_causal, recipe
 from .runs import FREE, Guarded, TrainingRun, check_recipe, training_arguments
 
 # %% auto #0
-__all__ = ['exact_sequences', 'own_texts', 'batch_order', 'type_token_ratio', 'greedy_text', 'sharpness', 'HyperfittingRecipe',
-           'HyperfittingTrainer', 'without_dropout', 'make_trainer', 'epoch_losses', 'curve_of', 'text_figures',
-           'train_hyperfitting', 'train_and_describe']
+__all__ = ['exact_sequences', 'own_texts', 'batch_order', 'type_token_ratio', 'fixed_length_text', 'sharpness',
+           'HyperfittingRecipe', 'HyperfittingTrainer', 'without_dropout', 'make_trainer', 'epoch_losses', 'curve_of',
+           'text_figures', 'train_hyperfitting', 'train_and_describe']
 
 # %% ../../nbs/training/hyperfitting.ipynb #ab55bf26
 def exact_sequences(
@@ -62,18 +61,19 @@ def own_texts(
     T: int,  # tokens of each
     seed: int = 0,  # seed of prompts and draws
 ) -> torch.Tensor:
-    "`n` texts of `T` tokens that the model itself samples after openings of tales, [n, T]."
+    "`n` different texts of `T` tokens that the model itself samples after openings of tales (cut to `T // 2` tokens), [n, T]."
     from decodelab.lab.prompts import tale_prompts
 
-    starts = [tokenizer(p, add_special_tokens=False).input_ids[: T // 2] for p in tale_prompts(n, seed=seed)]
-    rows = []
+    found: dict[tuple[int, ...], None] = {}  # in order, each once
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for ids in starts:
-            start, new = torch.tensor([ids], device=model.device), T - len(ids)
-            settings = {"max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
-            rows.append(model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, **settings).cpu())
-    return torch.cat(rows)
+        for opening in tale_prompts(2 * n, seed=seed):
+            start = torch.tensor([tokenizer(opening, add_special_tokens=False).input_ids[: T // 2]])
+            new = fixed_length_text(model, start, T - start.shape[1], do_sample=True, top_k=0).cpu()
+            found[tuple(torch.cat([start, new], 1)[0].tolist())] = None
+            if len(found) == n:
+                return torch.tensor(list(found))
+    raise ValueError(f"the model wrote only {len(found)} different texts of {T} tokens, and {n} are asked for: a larger T, or fewer texts")
 
 # %% ../../nbs/training/hyperfitting.ipynb #febaac07
 def batch_order(
@@ -98,13 +98,13 @@ def type_token_ratio(
 
 
 @torch.no_grad()
-def greedy_text(
+def fixed_length_text(
     model: Any,  # language model
     contexts: torch.Tensor,  # contexts of one length, [n, C]
     M: int,  # tokens to generate
     **settings: Any,  # further arguments of `generate`
 ) -> torch.Tensor:
-    "`M` tokens of greedy text after each context, EOS tokens forbidden so that all have one length, [n, M]."
+    "`M` tokens after each context, greedy unless `settings` say otherwise, EOS tokens forbidden, [n, M]."
     ids = contexts.to(model.device)
     fixed = {"max_new_tokens": M, "min_new_tokens": M, "pad_token_id": 0, "do_sample": False} | settings
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **fixed)
@@ -138,7 +138,7 @@ class HyperfittingRecipe:
     name: str = "tales-hyperfitting"  # name of the result
     model: str = "tales"  # pretrained model: zoo name, folder or hub id
     source: str = "books"  # where D comes from: "books" (data set tales), or "samples" that the model writes itself
-    N: int = 64  # sequences of D (paper: 2000); at least 2 b, or the effect is lost
+    N: int = 64  # sequences of D (paper: 2000); at least 2 b, or the effect is smaller
     T: int = 64  # tokens of each (paper: 256)
     N_val: int = 32  # held-out sequences (paper: 300)
     b: int = 8  # sequences an update
@@ -164,8 +164,8 @@ class HyperfittingRecipe:
             raise ValueError(
                 f"T must be at least 2, C at most T and N_gen at most N_val, got {self.T}, {self.C}, {self.N_gen}, {self.N_val}"
             )
-        if not self.tau_stop >= 0 or self.lora < 0 or self.order_seed < 0:
-            raise ValueError(f"tau_stop, lora and order_seed must not be negative, got {self.tau_stop}, {self.lora}, {self.order_seed}")
+        if self.tau_stop < 0 or self.lora < 0:
+            raise ValueError(f"tau_stop and lora must not be negative, got {self.tau_stop} and {self.lora}")
 
     @property
     def batch_size(self) -> int:
@@ -211,7 +211,7 @@ class HyperfittingTrainer(Guarded, SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
-        texts = greedy_text(self.model, self.contexts, self.M)
+        texts = fixed_length_text(self.model, self.contexts, self.M)
         more = {"eval_ttr": float(type_token_ratio(texts, self.M).mean())}
         self.log(dict(more))
         return metrics | more
@@ -333,7 +333,7 @@ def text_figures(
 ) -> dict[str, float]:
     "Loss, entropy and P@k on held-out text, and the type-token ratio of greedy text, means."
     figures = {k: float(v.mean()) for k, v in sharpness(model, held_out).items() if k != "top1"}
-    texts = greedy_text(model, held_out[: recipe.N_gen, : recipe.C], recipe.M)
+    texts = fixed_length_text(model, held_out[: recipe.N_gen, : recipe.C], recipe.M)
     return figures | {"ttr": float(type_token_ratio(texts, recipe.M).mean())}
 
 
@@ -345,7 +345,7 @@ def train_hyperfitting(
 ) -> dict[str, Any]:
     "Hyperfit, resuming from the newest whole checkpoint below `out`; returns the figures (also written to `out/training.json`)."
     out = Path(out)
-    model, tokenizer = models or load(recipe.model, device=resolve_device("auto"))
+    model, tokenizer = models or load_causal(recipe.model)
     limit = context_length(model) or max(recipe.T, recipe.C + recipe.M)
     if max(recipe.T, recipe.C + recipe.M) > limit:
         raise ValueError(f"T and C + M must fit into the model's context of {limit}, got T = {recipe.T}, C + M = {recipe.C + recipe.M}")
@@ -364,9 +364,7 @@ def train_hyperfitting(
         after = text_figures(final.eval(), held_out, recipe)
         figures |= {f"held_out_{k}": v for k, v in after.items()} | {f"held_out_{k}_before": v for k, v in before.items()}
         figures["epoch_losses"] = epoch_losses(trainer.state.log_history, recipe.per_epoch)
-        final.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        return write_training(out, figures)
+        return run.finish(out, figures, final, tokenizer)
 
 # %% ../../nbs/training/hyperfitting.ipynb #4b0d249e
 _DATA = {

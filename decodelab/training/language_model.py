@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .checkpoints import fingerprint, tokenizer_fingerprint, write_training
+from .checkpoints import fingerprint, tokenizer_fingerprint
 from .recipes import recipe
 from .runs import RunTrainer, TrainingRun, check_recipe, processes, training_arguments
 from ..core.zoo import model_card, zoo_path
@@ -27,7 +27,7 @@ from ..lab.data import load_data
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'RECIPES', 'train_tokenizer', 'check_length', 'Windows', 'encode_stream',
            'LanguageModelRecipe', 'vocabulary_size', 'fast_bfloat16', 'cosine_adamw', 'train_language_model',
-           'save_model', 'train_tales', 'held_out_figures']
+           'train_tales', 'held_out_figures']
 
 # %% ../../nbs/training/language_model.ipynb #e2e9f6ed
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>", "<|user|>", "<|assistant|>", "<sep>", *(f"<extra_{i}>" for i in range(8)))
@@ -212,19 +212,7 @@ def train_language_model(
             "train_tokens": len(train),
             **held_out_figures(model, tokenizer, held_out, recipe.block),
         }
-        if run.first:
-            save_model(model, tokenizer, out)
-        return write_training(out, figures)
-
-
-def save_model(
-    model: Any,  # trained model
-    tokenizer: PreTrainedTokenizerFast,  # its tokenizer
-    out: str | Path,  # folder
-) -> None:
-    "Write `model` in bfloat16 `safetensors` and its tokenizer to `out`."
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+        return run.finish(out, figures, model.bfloat16(), tokenizer)
 
 # %% ../../nbs/training/language_model.ipynb #rcp00002
 def _tokenizer(name: str) -> Any:

@@ -7,10 +7,12 @@ Docs: https://decodelab.github.io/decodelab/training/layout_toy.html.md"""
 # %% ../../nbs/training/layout_toy.ipynb #bebf2bcd
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Sequence
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +20,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..diffusion.denoiser import Denoiser
+from .checkpoints import keep_tensors, kept_tensors
 from .masked_loss import mask_answers, masked_loss
 
 # %% auto #0
 __all__ = ['LAYOUT_LENGTH', 'layout_tokenizer', 'layout_prompts', 'layout_texts', 'layout_kind', 'layout_reward', 'layout_model',
-           'pretrain_layout']
+           'pretrain_layout', 'layout_start']
 
 # %% ../../nbs/training/layout_toy.ipynb #28d7e6b0
 LAYOUT_LENGTH = 16  # positions of an answer, EOS tokens included
@@ -141,3 +144,19 @@ def pretrain_layout(
         schedule.step()
         losses.append(float(loss.detach()))
     return losses
+
+
+def layout_start(
+    steps: int,  # of pretraining
+    seed: int,  # of weights, texts and masks
+    path: Path,  # file that keeps the weights
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    "The pretrained toy and its tokenizer: from `path` when it was kept there for these settings, else made and kept."
+    model, made_from = layout_model(seed=seed), {"made_from": json.dumps([steps, seed])}
+    kept = kept_tensors(path, **made_from)
+    if kept is not None:
+        model.load_state_dict(kept)
+    else:
+        pretrain_layout(model, steps, seed=seed)
+        keep_tensors(path, model.state_dict(), **made_from)
+    return model, layout_tokenizer()

@@ -24,7 +24,7 @@ from ..lab.tasks.text import Example
 from ..diffusion.learn2pd import ConfidenceFilter, FilterConfig
 from ..diffusion.step import Step
 from ..lab.oracle import InHindsight
-from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint, write_training
+from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint
 from .denoising_data import task_example
 from .recipes import recipe
 from .runs import FREE, RunTrainer, TrainingRun, check_recipe, training_arguments
@@ -343,8 +343,7 @@ def train_filter(
             "oracle_steps_a_block": _steps_a_block(records),
             **_filter_report(filter.cpu().eval(), train, validation, test, tasks),
         }
-        filter.save_pretrained(out)
-        return write_training(out, figures)
+        return run.finish(out, figures, filter)
 
 
 def _filter_report(filter: ConfidenceFilter, train: Records, validation: Records, test: Records, tasks: list[str]) -> dict[str, Any]:

@@ -27,11 +27,11 @@ from ..diffusion.base import LLaDA
 from ..diffusion.denoiser import Denoiser
 from ..lab.frontier import frontier
 from ..sampling.base import Autoregressive
-from .checkpoints import fingerprint, tokenizer_fingerprint, write_training
+from .checkpoints import fingerprint, tokenizer_fingerprint
 from .denoising_data import TaskBatches, TextBatches, task_examples
-from .language_model import check_length, cosine_adamw, encode_stream, fast_bfloat16, save_model, vocabulary_size
+from .language_model import check_length, cosine_adamw, encode_stream, fast_bfloat16, vocabulary_size
 from .masked_loss import likelihood_bound, masked_loss
-from .recipes import recipe
+from .recipes import load_causal, recipe
 from .runs import RunTrainer, TrainingRun, check_recipe, training_arguments
 
 # %% auto #0
@@ -183,7 +183,7 @@ def train_masked_diffusion(
 ) -> dict[str, Any]:
     "Train `recipe`, resuming from the newest whole checkpoint below `out`; returns the figures (also written to `out/training.json`)."
     out = Path(out)
-    model, tokenizer = start or load(recipe.start_from)
+    model, tokenizer = start or (load_causal if recipe.causal else load)(recipe.start_from)
     _check_start(model, tokenizer)
     made_of = {"start": fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer)}
     if not recipe.causal:
@@ -205,8 +205,9 @@ def train_masked_diffusion(
             "machine": machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores",
             **facts,
         }
-        save_model(model, tokenizer, out)
-        return write_training(out, _evaluated(recipe, model.float(), tokenizer, books[1], evaluate, figures))
+        model.to(torch.bfloat16)  # what is written is what is evaluated
+        figures = _evaluated(recipe, model.float(), tokenizer, books[1], evaluate, figures)
+        return run.finish(out, figures, model.to(torch.bfloat16), tokenizer)
 
 
 def _check_start(model: Any, tokenizer: Any) -> None:

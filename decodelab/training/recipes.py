@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # %% auto #0
-__all__ = ['Recipe', 'recipe', 'recipes']
+__all__ = ['Recipe', 'recipe', 'recipes', 'load_causal']
 
 # %% ../../nbs/training/recipes.ipynb #7b215830
 @dataclass(frozen=True)
@@ -60,3 +60,30 @@ def recipes() -> dict[str, Recipe]:
     for module in pkgutil.iter_modules(decodelab.training.__path__):
         importlib.import_module(f"decodelab.training.{module.name}")
     return dict(sorted(_RECIPES.items()))
+
+# %% ../../nbs/training/recipes.ipynb #4b8e02d7
+def load_causal(
+    name: str,  # zoo name, path of a folder, or Hugging Face hub id
+) -> tuple[Any, Any]:
+    "A causal language model in float32, on the GPU where there is one, and its tokenizer, which can pad; `ValueError` for a model whose tokens see what follows them."
+    import torch
+
+    from decodelab.core.zoo import load
+    from decodelab.diffusion.denoiser import looks_both_ways
+    from decodelab.lab.lab import resolve_device
+
+    model, tokenizer = load(name, device=resolve_device("auto"))
+    if looks_both_ways(model) or _sees_last(model, torch.tensor([[0, 1, 2, 3], [0, 1, 2, 2]], device=model.device)):
+        raise ValueError(f"{name} is no causal language model (its tokens see those that follow them): choose one, such as tales or tasks")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token will do
+    return model, tokenizer
+
+
+def _sees_last(model: Any, rows: Any) -> bool:
+    # whether logits differ before the last column of two rows that differ there
+    import torch
+
+    with torch.no_grad():
+        one, other = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits[:, :-1]
+    return float((one - other).abs().max()) > 1e-4 * float(one.abs().max())

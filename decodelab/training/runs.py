@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -28,12 +29,15 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from ..core.fields import field_types, fits, type_words
 from ..lab.provenance import provenance, to_plain, write_json
 from .tracking import estimate, wandb_report
-from .checkpoints import checkpoint_fault, checkpoints, newest_whole_checkpoint, step_of
+from .checkpoints import checkpoint_fault, checkpoints, newest_whole_checkpoint, step_of, write_training
 
 # %% auto #0
-__all__ = ['FREE', 'check_recipe', 'processes', 'training_arguments', 'Guarded', 'RunTrainer', 'TrainingRun']
+__all__ = ['FREE', 'check_recipe', 'whole_numbers', 'processes', 'training_arguments', 'Guarded', 'RunTrainer', 'TrainingRun']
 
 # %% ../../nbs/training/runs.ipynb #ef7e018a
+_MOST = 2**31 - 1  # libraries add to a seed, and numpy takes no more than 32 bits
+
+
 def check_recipe(
     recipe: Any,  # a dataclass whose fields are of type int, float, bool or str
     *positive: str,  # fields that must be at least 1; those that every recipe has are among them anyway
@@ -43,11 +47,28 @@ def check_recipe(
         value = getattr(recipe, name)
         if not fits(value, kind) or (kind is float and not math.isfinite(value)):
             raise ValueError(f"{name} must be {type_words(kind)}, got {value!r}")
+        if name.endswith("seed") and not 0 <= value <= _MOST:
+            raise ValueError(f"{name} must be from 0 to {_MOST}, got {value}")
+        if kind is int and value > _MOST:
+            raise ValueError(f"{name} must be at most {_MOST}, got {value}")
+    if not re.fullmatch(r"\w[\w.-]*", recipe.name):
+        raise ValueError(f"name must be letters, digits, '_', '-' and '.', such as my-model, got {recipe.name!r}")
     named = [n for n in ("steps", "batch_size", "save_every", "eval_every", *positive) if hasattr(recipe, n)]
     if any(getattr(recipe, n) < 1 for n in named):
         raise ValueError(f"{', '.join(named[:-1])} and {named[-1]} must be positive")
-    if recipe.learning_rate <= 0 or recipe.seed < 0 or min(getattr(recipe, n, 0) for n in ("warmup", "weight_decay")) < 0:
-        raise ValueError("learning_rate must be positive, and seed, warmup and weight_decay not negative")
+    if recipe.learning_rate <= 0 or min(getattr(recipe, n, 0) for n in ("warmup", "weight_decay")) < 0:
+        raise ValueError("learning_rate must be positive, and warmup and weight_decay not negative")
+
+
+def whole_numbers(
+    name: str,  # of the setting, for the message
+    text: str,  # numbers with commas between
+) -> list[int]:
+    "The numbers of a list that is written as a text; `ValueError` when it is none."
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 10 for part in parts):  # a superscript is a digit, too, but no number
+        raise ValueError(f"{name} must be numbers with commas between, such as 0,1, got {text!r}")
+    return [int(part) for part in parts]
 
 # %% ../../nbs/training/runs.ipynb #31effc97
 def processes() -> int:
@@ -188,16 +209,24 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(dict.fromkeys(found))  # a setting may stand in the recipe and in the arguments
 
 
-def _segments_of_same_run(folder: Path, made_of: dict[str, Any]) -> list[dict[str, Any]]:
-    # what `run.json` says; an error when the folder belongs to another run
+def _record(folder: Path) -> dict[str, Any]:
+    # what `run.json` says
     try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        record = {"made_of": None, "segments": []}
-    if record["made_of"] != made_of and checkpoints(folder):
-        why = "run.json, which says of which, is missing" if record["made_of"] is None else _differences(record["made_of"], made_of)
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {"made_of": None, "segments": []}
+
+
+def _refuse_others(folder: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
+    # an error when the folder of another run holds something that would be lost
+    if before == now:
+        return
+    if checkpoints(folder):
+        why = "run.json, which says of which, is missing" if before is None else _differences(before, now)
         raise ValueError(f"{folder} holds checkpoints of another run ({why}): name another folder, or delete this one to train anew")
-    return record["segments"] if record["made_of"] == made_of else []
+    out = folder.parent
+    if (out / "config.json").is_file() or any(any(out.glob(kind)) for kind in ("*.safetensors", "*.bin")):
+        raise ValueError(f"{out} holds a model that this run has not written: name another folder, or move the model away")
 
 
 def _remove_damaged(folder: Path) -> None:
@@ -267,6 +296,8 @@ class TrainingRun(TrainerCallback):
         self.first = os.environ.get("RANK", "0") == "0"  # among processes that train one model together
 
     def __enter__(self) -> TrainingRun:
+        if not self.folder.exists():
+            self.check()  # nothing is left in a folder that is refused
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.folder / ".lock")
@@ -276,7 +307,25 @@ class TrainingRun(TrainerCallback):
             raise ValueError(f"another process is training in {self.folder}: wait for it, or name another folder") from None
         except OSError as error:
             raise OSError(f"cannot write to {self.folder} ({error.strerror}): name another folder") from error
+        try:
+            self.check()
+        except ValueError:
+            self.lock.release()
+            raise
         return self
+
+    def check(
+        self,
+        **made_of: str,  # fingerprints that are known already
+    ) -> None:
+        "Raise `ValueError` when recipe or fingerprints are those of another run whose checkpoints or model lie here."
+        before, now = _record(self.folder)["made_of"], self._plain(made_of)
+        _refuse_others(self.folder, before and {part: before.get(part) for part in now}, now)
+
+    def _plain(self, made_of: dict[str, Any]) -> dict[str, Any]:
+        # what the run is made of, as `run.json` has it
+        recipe = {k: v for k, v in asdict(self.recipe).items() if k not in self.free}
+        return json.loads(json.dumps(to_plain({"recipe": recipe, **made_of})))
 
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
         self.lock.release()
@@ -313,10 +362,10 @@ class TrainingRun(TrainerCallback):
             raise KeyboardInterrupt
 
     def _resume_point(self, args: TrainingArguments, made_of: dict[str, str]) -> Path | None:
-        recipe = {k: v for k, v in asdict(self.recipe).items() if k not in self.free}
-        everything = {"recipe": recipe, "arguments": {n: getattr(args, n) for n in _SHAPING}, **made_of}
-        self.made_of = json.loads(json.dumps(to_plain(everything)))
-        segments = _segments_of_same_run(self.folder, self.made_of)
+        self.made_of = self._plain({"arguments": {n: getattr(args, n) for n in _SHAPING}, **made_of})
+        record = _record(self.folder)
+        _refuse_others(self.folder, record["made_of"], self.made_of)
+        segments = record["segments"] if record["made_of"] == self.made_of else []
         if self.first:
             _remove_damaged(self.folder)
         checkpoint = newest_whole_checkpoint(self.folder)
@@ -364,3 +413,16 @@ class TrainingRun(TrainerCallback):
             "segments": self.segments,
         }
         return found | ({"remarks": [f"The run was planned for {plans[0]} steps{''.join(changes)}."]} if changes else {})
+
+    def finish(
+        self,
+        out: Path,  # folder of the finished model
+        figures: dict[str, Any],  # what is known of the run
+        model: Any,  # what was trained
+        tokenizer: Any = None,  # its tokenizer, if it has one
+    ) -> dict[str, Any]:
+        "Write model, tokenizer and `training.json` to `out`, which one of several processes does; returns what `training.json` says."
+        for part in (model, tokenizer):
+            if part is not None and self.first:
+                part.save_pretrained(out)
+        return write_training(out, figures)

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from ..core.warp import draw
 from ..speculative.specdec_pp import AcceptanceHead, AcceptanceHeadConfig
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint, write_training
-from .recipes import recipe
+from .recipes import load_causal, recipe
 from .target_texts import training_prompts, written_by
 from .runs import RunTrainer, TrainingRun, check_recipe, training_arguments
 
@@ -296,14 +296,8 @@ def train_acceptance_head(
 
 
 def _load_pair(recipe: AcceptanceHeadRecipe) -> tuple[Any, Any, Any]:
-    from decodelab.lab.lab import resolve_device
-    from decodelab.core.zoo import load
-
-    device = resolve_device("auto")
-    target, tokenizer = load(recipe.target, device=device)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token will do
-    return target, load(recipe.drafter, device=device)[0], tokenizer
+    target, tokenizer = load_causal(recipe.target)
+    return target, load_causal(recipe.drafter)[0], tokenizer
 
 
 def _arguments(recipe: AcceptanceHeadRecipe, run: Path) -> TrainingArguments:

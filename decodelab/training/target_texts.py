@@ -7,6 +7,7 @@ Docs: https://decodelab.github.io/decodelab/training/target_texts.html.md"""
 # %% ../../nbs/training/target_texts.ipynb #2ebeb643
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,20 +63,41 @@ def chat_prompts(
     n: int,  # how many
     seed: int = 0,  # order
     once: int = 0,  # of these, how many at the beginning are not asked again
-    words: int = 128,  # longer questions lose their beginning
+    words: int = 96,  # longer questions lose their beginning
 ) -> list[str]:
-    "Spec-Bench questions with odd numbers (240), in an order that mixes the tasks, then again from the start; needs the data set `spec_bench`."
+    "Spec-Bench questions with odd numbers (240), in an order that mixes the tasks; then by turns one of them again and one of another data set; needs the data set `spec_bench`."
     from decodelab.lab.data import load_data
 
     tasks: dict[str, list[str]] = {}
     for row in load_data("spec_bench"):
-        tasks.setdefault(row["task"], []).append(" ".join(row["turns"][0].split()[-words:]))
+        tasks.setdefault(row["task"], []).append(_last_words(row["turns"][0], words))
     texts = [text for questions in tasks.values() for text in questions[1::2]]
-    order = np.random.default_rng(seed).permutation(len(texts))
-    if once >= len(order):
-        raise ValueError(f"there are {len(order)} questions: hold out fewer than that, not {once}")
-    again = np.tile(order[once:], 1 + n // len(order[once:]))
-    return [texts[i] for i in np.concatenate([order[:once], again])[:n]]
+    chosen = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
+    if once >= len(chosen):
+        raise ValueError(f"there are {len(chosen)} questions: hold out fewer than that, not {once}")
+    again, others = itertools.cycle(chosen[once:]), iter(_other_questions(seed, words) if n > len(chosen) else [])
+    while len(chosen) < n:
+        chosen.append(next(again))
+        chosen += [text for text in itertools.islice(others, 1) if text not in texts]
+    return chosen[:n]
+
+
+def _last_words(text: str, words: int) -> str:
+    return " ".join(text.split()[-words:])
+
+
+def _other_questions(seed: int, words: int) -> list[str]:
+    # questions of those data sets that are there, by turns, as many of each as the smallest has
+    from decodelab.lab.data import has_data, load_data
+
+    form = {
+        "gsm8k/train": lambda row: row["question"],
+        "squad_fewshot": lambda row: f"{row['context']} {row['question']}",
+        "truthfulqa": lambda row: row["question"],
+    }
+    found = [[_last_words(text(row), words) for row in load_data(name)] for name, text in form.items() if has_data(name)]
+    shuffled = [np.random.default_rng(seed).permutation(np.array(part, dtype=object)).tolist() for part in found]
+    return [text for group in zip(*shuffled) for text in group]
 
 # %% ../../nbs/training/target_texts.ipynb #fec81cd3
 @torch.no_grad()

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
+from tqdm.auto import tqdm
 
 from ..core.capability import evaluating
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, tokenizer_fingerprint
 from .target_texts import chat_prompts, file_prompts, training_prompts, written_by
 
 # %% auto #0
-__all__ = ['teacher_states', 'DrafterData', 'collate', 'build_texts']
+__all__ = ['PART', 'teacher_states', 'DrafterData', 'collate', 'LikeLengths', 'build_texts']
 
 # %% ../../nbs/training/teacher.ipynb #96d8b819
 @torch.no_grad()
@@ -91,6 +93,35 @@ def collate(
         "logs": torch.cat([r["logs"] for r in rows]),
     }
 
+# %% ../../nbs/training/teacher.ipynb #05a7dd1d
+class LikeLengths(Sampler):
+    "Row numbers such that the rows of a batch have about the same length, in a new order each epoch."
+
+    def __init__(
+        self,
+        lengths: Sequence[int],  # of the rows
+        batch_size: int,  # rows a batch
+        seed: int = 0,  # of the order
+        chunk: int = 16,  # batches that are sorted together
+    ):
+        self.lengths, self.batch_size, self.seed, self.chunk, self.epoch = list(lengths), batch_size, seed, chunk, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        "Called by the trainer when an epoch begins."
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.lengths)).tolist()
+        last = order[len(order) // self.batch_size * self.batch_size :]  # an incomplete batch stays at the end
+        whole, size = order[: len(order) - len(last)], self.batch_size * self.chunk
+        rows = [i for k in range(0, len(whole), size) for i in sorted(whole[k : k + size], key=self.lengths.__getitem__)]
+        batches = [rows[k : k + self.batch_size] for k in range(0, len(rows), self.batch_size)]
+        return iter([i for k in rng.permutation(len(batches)) for i in batches[k]] + last)
+
 # %% ../../nbs/training/teacher.ipynb #8c154137
 def _prompts(settings: Any) -> list[str]:
     n, seed = settings.prompts, settings.seed
@@ -102,6 +133,38 @@ def _prompts(settings: Any) -> list[str]:
 def _made_from(settings: Any, prompts: list[str]) -> str:
     shaping = {n: getattr(settings, n) for n in ("target", "new_tokens", "temperature", "chat", "bfloat16", "seed")}
     return json.dumps(shaping | {"prompts": fingerprint(prompts)})
+
+
+PART = 128  # prompts whose texts are kept together while the others are being written
+
+
+def _packed(texts: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    sizes = torch.tensor([[len(a), len(b)] for a, b in texts], dtype=torch.long).view(-1, 2)
+    return {"ids": torch.tensor([t for a, b in texts for t in a + b], dtype=torch.long), "sizes": sizes}
+
+
+def _unpacked(kept: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
+    parts = [part.tolist() for part in kept["ids"].split(kept["sizes"].flatten().tolist())]
+    return list(zip(parts[::2], parts[1::2]))
+
+
+def _written(
+    writer: Any, tokenizer: Any, prompts: list[str], settings: Any, path: Path, made_from: dict[str, str]
+) -> list[tuple[list[int], list[int]]]:
+    # prompts of like length together; a part is kept as soon as it is whole, so that a killed run goes on behind it
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found: list[Any] = [None] * len(prompts)
+    for k in tqdm(range(0, len(order), PART), "texts of the target", disable=None):
+        group, file = order[k : k + PART], path.with_name(f"{path.stem}.{k:05}.part")
+        kept = kept_tensors(file, **made_from)
+        if kept is None:
+            torch.manual_seed(10_000 * settings.seed + k)
+            asked = [prompts[i] for i in group]
+            kept = _packed(written_by(writer, tokenizer, asked, settings.new_tokens, settings.temperature, chat=settings.chat))
+            keep_tensors(file, kept, **made_from)
+        for i, pair in zip(group, _unpacked(kept), strict=True):
+            found[i] = pair
+    return found
 
 
 def build_texts(
@@ -116,14 +179,11 @@ def build_texts(
     kept, states = kept_tensors(path, **made_from), kept_tensors(path.with_suffix(".states"), **made_from)
     writer = copy.deepcopy(target).to(torch.bfloat16) if settings.bfloat16 and not (kept and states) else target
     if kept is None:
-        torch.manual_seed(settings.seed)
-        found = written_by(writer, tokenizer, prompts, settings.new_tokens, settings.temperature, chat=settings.chat)
-        written = [(a, b) for a, b in found if b]
-        kept = {"ids": torch.tensor([t for a, b in written for t in a + b]), "sizes": torch.tensor([[len(a), len(b)] for a, b in written])}
+        kept, states = _packed([pair for pair in _written(writer, tokenizer, prompts, settings, path, made_from) if pair[1]]), None
         keep_tensors(path, kept, **made_from)
-        states = None
-    parts = [part.tolist() for part in kept["ids"].split(kept["sizes"].flatten().tolist())]
-    texts = list(zip(parts[::2], parts[1::2]))
+        for part in path.parent.glob(f"{path.stem}.*.part"):
+            part.unlink()
+    texts = _unpacked(kept)
     if states is None:
         hidden, logs = teacher_states(writer, texts)
         states = {"states": hidden, "logs": logs}

@@ -21,7 +21,7 @@ from ..diffusion.step import Step
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'Denoise', 'Rollout', 'recorded_rollout', 'views', 'token_logps', 'denoise_with', 'rollout_logps',
-           'token_weights', 'until_eos', 'group_advantages', 'Terms', 'trajectory_loss']
+           'token_weights', 'until_eos', 'Terms', 'trajectory_loss']
 
 # %% ../../nbs/training/trajectory.ipynb #4d93c774
 @dataclass
@@ -164,29 +164,6 @@ def until_eos(
     "Positions up to the first EOS token, it included, [batch, L], bool."
     eos = torch.isin(tokens, eos_ids).long()
     return eos.cumsum(1) - eos == 0
-
-
-def group_advantages(
-    rewards: torch.Tensor,  # of rollouts, those of a prompt in a row, NaN where there is none, [prompts * G]
-    group: int,  # G, rollouts of a prompt
-    scale: str = "none",  # divide by the standard deviation of the "group", of the "batch", or not: "none"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    "Rewards minus the mean of their group [prompts * G], 0 where there is none; and the groups without any spread [prompts], bool."
-    if scale not in ("none", "group", "batch"):
-        raise ValueError(f"scale must be 'none', 'group' or 'batch', got {scale!r}")
-    if group < 1 or len(rewards) % group:
-        raise ValueError(f"{len(rewards)} rewards cannot be dealt out to groups of {group}: their number must be a multiple")
-    table = rewards.view(-1, group)
-    none = table.isnan()
-    flat = table.masked_fill(none, -torch.inf).amax(1) <= table.masked_fill(none, torch.inf).amin(1)
-    # the mean of equal numbers may differ from them in the last digit
-    gap = (table - table.nanmean(1, keepdim=True)).masked_fill(flat[:, None], 0.0)
-    if scale != "none":
-        squares, count = gap.nan_to_num().square(), (~none).sum(1, keepdim=True)
-        if scale == "batch":
-            squares, count = (table - rewards.nanmean()).nan_to_num().square().sum().expand(len(table), 1), (~none).sum()
-        gap = gap / ((squares.sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt() + 1e-4)
-    return gap.nan_to_num().flatten(), flat
 
 # %% ../../nbs/training/trajectory.ipynb #5623445b
 @dataclass

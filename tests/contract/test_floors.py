@@ -13,7 +13,14 @@ from decodelab.reading import decoder_classes
 PACKAGE = Path(decodelab.__path__[0])
 FAMILIES = ("sampling", "search", "speculative", "diffusion", "structured", "memory", "vision", "theory")
 FLOORS = {"core": 1, **dict.fromkeys(FAMILIES, 2), "lab": 3, "training": 4, "experiments": 5}  # what lies beside them: 6
-BASES = ("base", "fast_dllm", "drafters", "model_drafter", "sampled_tree")  # registered decoders that are no paper's page of its own
+BASES = (
+    "base",
+    "classics",
+    "fast_dllm",
+    "drafters",
+    "model_drafter",
+    "sampled_tree",
+)  # registered decoders that are no paper's page of its own
 HEAVY = ("pandas", "pyarrow", "matplotlib", "datasets", "rich", "typer", "rouge_score", "trl", "peft", "wandb")
 LIGHT = {"decodelab.core.fields": 1, "decodelab.reading": 1}  # no torch: used by all floors
 

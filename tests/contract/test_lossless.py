@@ -31,7 +31,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from decodelab.core import call
+from decodelab.core import ends
 from decodelab.core.session import Session
 from decodelab.core.tree import Tree
 from decodelab.core.warp import draw, greedy, probabilities, process
@@ -481,7 +481,7 @@ def test_wrong_position_ids_are_rejected(toy, llama, case, monkeypatch):
 
 def test_an_end_accepted_in_mid_draft_is_rejected(toy, llama, case, monkeypatch):
     prompt, truth = case
-    cut = call._Ends.cut
+    cut = ends.Ends.cut
 
     def looks_at_the_last_token_only(self, count, new):
         n, done = cut(self, count, new)
@@ -490,15 +490,15 @@ def test_an_end_accepted_in_mid_draft_is_rejected(toy, llama, case, monkeypatch)
             done = new[n - 1] in self.eos or count + n >= self.budget
         return n, done
 
-    step = base._Walk.step
+    step = base.Walk.step
 
     def walks_on(self, tokens, nodes):
         ends, self.call.eos = self.call.eos, ()
         step(self, tokens, nodes)
         self.call.eos = ends
 
-    monkeypatch.setattr(call._Ends, "cut", looks_at_the_last_token_only)
-    monkeypatch.setattr(base._Walk, "step", walks_on)
+    monkeypatch.setattr(ends.Ends, "cut", looks_at_the_last_token_only)
+    monkeypatch.setattr(base.Walk, "step", walks_on)
     end = truth[1]
     out = Scripted(truth=[truth], accept=3).generate(
         llama, prompt, max_new_tokens=20, do_sample=False, repetition_penalty=1.3, eos_token_id=end

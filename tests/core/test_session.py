@@ -171,7 +171,11 @@ def test_siblings(model):
 
 
 @settings(max_examples=15)
-@given(pieces=st.lists(st.integers(1, 4), min_size=1, max_size=5), back=st.integers(0, 5), seed=st.integers(0, 99))
+@given(
+    pieces=st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    back=st.lists(st.integers(0, 5), min_size=2, max_size=2),
+    seed=st.integers(0, 99),
+)
 def test_rollback(model, pieces, back, seed):
     generator = torch.Generator().manual_seed(seed)
     inputs = left_pad(random_prompts(2, lengths=(1, 5), seed=seed))
@@ -182,9 +186,9 @@ def test_rollback(model, pieces, back, seed):
         tokens = torch.randint(2, VOCAB, (2, n), generator=generator)
         session.feed(tokens)
         texts = [text + new for text, new in zip(texts, tokens.tolist())]
-    back = min(back, sum(pieces))
-    session.rollback(back)
-    texts = [text[: len(text) - back] for text in texts]
+    back = [min(n, sum(pieces)) for n in back]
+    session.rollback(back if seed % 2 else back[0])
+    texts = [text[: len(text) - n] for text, n in zip(texts, back if seed % 2 else back[:1] * 2)]
     ahead = session.feed(torch.tensor([[5], [6]]))
     assert_close(ahead[0, -1], alone(model, [*texts[0], 5]))
     assert_close(ahead[1, -1], alone(model, [*texts[1], 6]))
@@ -383,8 +387,9 @@ def test_what_is_refused(model):
     session = Session(model)
     session.prefill(torch.tensor([[4, 5, 6]]))
     for n in (-1, 4):
-        with pytest.raises(ValueError, match=f"cannot roll back {n} of 3 tokens"):
-            session.rollback(n)
+        for asked in (n, [n]):
+            with pytest.raises(ValueError, match=f"cannot roll back {n} of 3 tokens"):
+                session.rollback(asked)
 
 
 def test_a_passed_cache_is_left_as_it_is(model):
@@ -440,3 +445,63 @@ def test_nodes_must_follow_those_that_wait(model):
     session.prefill(torch.tensor([[4, 5, 6]]))
     with pytest.raises(ValueError, match="2 nodes were given for a tree of 3, of which 0 have been fed"):
         session.feed_tree(torch.tensor([[3, 4]]), Tree([0, 0, 0]))
+
+
+# what other parts may read of it
+
+
+@settings(max_examples=12)
+@given(
+    rounds=st.lists(st.tuples(trees, st.lists(st.integers(0, 8), min_size=3, max_size=3)), min_size=0, max_size=3),
+    lengths=st.lists(st.integers(1, 7), min_size=3, max_size=3),
+    back=st.integers(0, 1),
+    seed=st.integers(0, 999),
+)
+def test_states_of_a_layer_are_those_of_the_kept_text(model, rounds, lengths, back, seed):
+    "Padded rows, trees of which uneven paths stay, a rollback and a row that leaves, against each row's text read at once."
+    generator = torch.Generator().manual_seed(seed)
+    texts = [torch.randint(2, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+    inputs = left_pad([torch.tensor([t]) for t in texts])
+    with Session(model, inputs["attention_mask"]) as session:
+        session.prefill(inputs["input_ids"])
+        for parents, ends in rounds:
+            nodes = torch.randint(2, VOCAB, (3, len(parents)), generator=generator)
+            session.feed_tree(nodes, Tree(parents))
+            paths = [ancestors(parents, end % len(parents)) for end in ends]
+            session.commit(paths)
+            for text, row, path in zip(texts, nodes.tolist(), paths):
+                text += [row[node] for node in path]
+        session.rollback(back)
+        session.feed_tree(torch.full((3, 2), 5), Tree([0, 0]))  # nodes that wait do not count
+        texts = [text[: len(text) - back] for text in texts]
+        session.keep_rows(torch.tensor([2, 0]))
+        for layer in (-1, 0):
+            keys, values, kept = session.layer_states(layer)
+            unordered = session.layer_states(layer, ordered=False)
+            assert kept.sum(1).tolist() == unordered[2].sum(1).tolist() == [len(texts[2]), len(texts[0])]
+            for row, text in enumerate((texts[2], texts[0])):
+                if not text:
+                    continue
+                alone = model(torch.tensor([text]), use_cache=True).past_key_values.layers[layer]
+                assert kept[row].tolist() == [i < len(text) for i in range(kept.shape[1])]
+                assert_close(keys[row, :, : len(text)], alone.keys[0])
+                assert_close(values[row, :, : len(text)], alone.values[0])
+                for found, states in zip(unordered, (alone.keys, alone.values)):
+                    assert_close(found[row][:, unordered[2][row]].sum(1), states[0].sum(1))
+                assert session.layer_states(layer, ordered=False)[0].data_ptr() == unordered[0].data_ptr()  # nothing was copied
+
+
+def test_states_of_a_layer_before_and_behind_a_passed_cache(model):
+    text = random_prompts(1, (9, 9), seed=3)[0]
+    with Session(model) as session, pytest.raises(ValueError, match="nothing has been fed yet, so there are no keys and values"):
+        session.layer_states()
+    cache = DynamicCache()
+    model(text[:, :8], past_key_values=cache, use_cache=True)
+    whole = model(text, use_cache=True).past_key_values.layers[-1]
+    with Session(model, cache=cache) as session:
+        session.resume(text[:, :8])
+        keys, _, kept = session.layer_states()
+        assert kept.all() and kept.shape == (1, 8)
+        assert_close(keys, whole.keys[:, :, :8])
+        session.feed(text[:, 8:])
+        assert_close(session.layer_states()[1], whole.values)

@@ -130,6 +130,9 @@ WRONG = [
     ["demo", "--out", "nowhere/demo.html"],
     ["experiment", "sampling/momentum", "--set", "magic=1", "--allow-dirty"],
     ["experiment", "magic"],
+    ["train", "dop"],
+    ["train", "dpo", "--set", "lerning_rate=1"],
+    ["train", "tasks", "--set", "steps=two"],
     ["export", "hub", "momentum", "x", "--set", "k=2.5"],
 ]
 
@@ -214,6 +217,7 @@ def test_settings_are_data_not_code(tmp_path):
         ("momentum", {"q": 1}, "has no hyper-parameter 'q'; it has: "),
         ("momentum", {"k": 0}, "k must be at least 1"),
         ("momentum", {"k": "many"}, "cannot be made with these settings"),
+        ("caad", {}, "caad needs space, which no text can name: use it from Python, see https://.*/sampling/caad.html"),
     ],
 )
 def test_make_decoder_refuses(name, settings, message, tales):
@@ -293,10 +297,14 @@ def test_generate_reads_a_file_of_prompts(name, tmp_path):
         assert out["stats"][figure] == sum(a["stats"][figure] for a in alone)
 
 
-@pytest.mark.parametrize("method", [n for n, m in decoders().items() if m.family != "diffusion"])
+SHORT = {"budget_forcing": ("--set", "reserve=2")}  # what eight tokens need
+OBJECTS = ("caad",)  # needs a grounding space, which no text can name
+
+
+@pytest.mark.parametrize("method", [n for n, m in decoders().items() if m.family != "diffusion" and n not in OBJECTS])
 def test_a_batch_equals_single_prompts(method, tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(OPENINGS), encoding="utf-8")
-    command = ["generate", "--prompts", tmp_path / "p.txt", "-m", method, "--max-new-tokens", 8, "--json"]
+    command = ["generate", "--prompts", tmp_path / "p.txt", "-m", method, "--max-new-tokens", 8, "--json", *SHORT.get(method, ())]
     one, three, two = (json.loads(run(*command, "--batch-size", n).stdout)["results"] for n in (1, 3, 2))
     assert one == three == two
 
@@ -328,6 +336,25 @@ def test_a_file_of_prompts_that_ends_early_keeps_what_is_done(tmp_path, monkeypa
         assert json.loads(out.stdout)["interrupted"]
         assert "ended after 2 of 3 prompts" in out.stderr
         assert run(*command, code=code).stdout.count("[") == 2
+
+
+def test_a_search_that_was_interrupted_shows_its_best_and_says_so(tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("\n".join(OPENINGS), encoding="utf-8")
+    from decodelab.search.classics import BestOfN
+
+    plain = BestOfN.expand
+
+    def expand(self, search, frontier):
+        if (search.row == 1 and len(frontier[0].tokens) == 3) or (search.call.budget == 9 and len(frontier[0].tokens) == 5):
+            raise KeyboardInterrupt
+        return plain(self, search, frontier)
+
+    monkeypatch.setattr(BestOfN, "expand", expand)
+    one = json.loads(run("generate", PROMPT, "-m", "best_of_n", "--max-new-tokens", 9, "--json", code=130).stdout)
+    assert (one["interrupted"], len(one["tokens"])) == (True, 5)
+    command = ["generate", "--prompts", tmp_path / "p.txt", "-m", "best_of_n", "--max-new-tokens", 8, "--batch-size", 2, "--json"]
+    many = json.loads(run(*command, code=130).stdout)
+    assert (many["interrupted"], [len(r["tokens"]) for r in many["results"]]) == (True, [8, 3])
 
 
 def chatty(folder: Path, template: str | None) -> Path:
@@ -926,7 +953,14 @@ def test_train_refuses(tmp_path, monkeypatch):
     assert "unknown recipe 'tails'" in refused("train", "tails")
     assert "recipe tales has no setting 'magic'; it has: name" in refused("train", "tales", "--set", "magic=1")
     assert "must be a multiple of heads" in refused("train", "tales", "--set", "heads=7")
-    assert "tales" in refused("train", "tales", "--data-dir", tmp_path / "empty")
+    assert "there is no folder" in refused("train", "drafter", "--data-dir", tmp_path / "none", "--out", tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    assert "data set 'tales' not found" in refused("train", "tales", "--data-dir", tmp_path / "empty")
+    twice = tmp_path / "twice.yaml"
+    twice.write_text("seed: 1\nsteps: 2\nseed: 3\nsteps: 2\n")
+    assert "twice.yaml names seed, steps more than once" in refused("train", "tales", "--config", twice)
+    twice.write_text("name: ../../x\n")
+    assert "name must be letters" in refused("train", "tales", "--config", twice)
     assert "leave out --tokenizer" in refused("train", "tasks-mdm", "--tokenizer", "tales")
     assert "data must be 'tasks' or 'tales'" in refused("train", "tales-mdm", "--set", "data=books")
     monkeypatch.setattr("decodelab.shell.find_spec", lambda name: None)

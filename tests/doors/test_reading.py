@@ -23,9 +23,11 @@ from decodelab.reading import (
     read_prompts,
     read_text,
     read_value,
+    recipe_kinds,
     typed_settings,
 )
 from decodelab.sampling.base import Autoregressive
+from decodelab.training.recipes import recipes
 
 # settings
 
@@ -138,7 +140,8 @@ def test_every_default_can_be_typed():
         kinds = decoder_kinds(name)
         for f in method.decoder.__dataclass_fields__.values():
             if f.name in kinds and isinstance(f.default, (bool, int, float, str, tuple)):
-                assert typed_settings(kinds, [f"{f.name}={f.default}"]) == {f.name: f.default}, (name, f.name)
+                typed = repr(f.default) if str(f.default) != str(f.default).strip() else f.default  # space around a value needs quotes
+                assert typed_settings(kinds, [f"{f.name}={typed}"]) == {f.name: f.default}, (name, f.name)
 
 
 def test_functions_are_read_from_their_source(tmp_path):
@@ -247,3 +250,10 @@ def test_half_of_a_surrogate_pair_is_no_prompt(tmp_path):
     (tmp_path / "p.json").write_text('["a", "b\\ud800c"]')
     with pytest.raises(ValueError, match=r"entry 2 is no text: it holds half of a surrogate pair \(U\+D800\)"):
         read_prompts(tmp_path / "p.json")
+
+
+def test_settings_of_recipes_are_known_without_importing_them():
+    for name, found in recipes().items():
+        assert recipe_kinds(name) == kinds_of(found.settings), name
+    with pytest.raises(ValueError, match="unknown recipe 'dop': did you mean 'dpo'"):
+        recipe_kinds("dop")

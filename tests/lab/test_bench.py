@@ -19,6 +19,7 @@ from decodelab.lab.bench import (
     BenchRow,
     compare,
     count_new_tokens,
+    forgetful,
     loop_overhead,
     new_token_ids,
     ratio_interval,
@@ -462,3 +463,22 @@ def test_compiling_is_kept_apart():
     rows = compare({"late": method}, [torch.tensor([[5, 6]])], repeats=2, warmup=0, clock=lambda: next(ticks)).rows
     assert [(r.seconds, r.compile_seconds) for r in rows] == [(2.0, 8.0), (2.0, 0.0)]
     assert [r.cpu_seconds is None for r in rows] == [True, False]  # what compiling took of the processor is not known
+
+
+def test_a_second_round_begins_with_decoders_that_have_learnt_nothing(llama):
+    "With a memory of the text every round after the first would be nearly free."
+    from decodelab.speculative.drafters import NGram
+
+    ids = torch.tensor([[5, 9, 14, 3]])
+    settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+
+    def forwards(method):
+        rows = timed_rows({"a": method}, [ids], repeats=3)
+        return [row.tokens_per_forward for row in rows]
+
+    decoder = NGram()
+    fair = forwards(forgetful(lambda x: decoder.generate(llama, x, **settings), decoder))
+    other = NGram()
+    known = forwards(lambda x: other.generate(llama, x, **settings))
+    alone = NGram(start_from="cold").generate(llama, ids, **settings).stats.tokens_per_forward
+    assert fair == [alone] * 3 and min(known) > alone

@@ -82,6 +82,27 @@ def test_distinct_of_one_text_is_one_minus_repetition(text):
     assert m.distinct_n([text], 1) == pytest.approx(1 - m.repetition([text], 1))
 
 
+def test_self_bleu_of_tokens_against_its_definition():
+    rows = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 8], [1, 2, 3, 9, 5, 6]]
+
+    def bleu(row, others):
+        product = 1.0
+        for n in range(1, 5):
+            own = Counter(zip(*(row[i:] for i in range(n))))
+            seen = Counter()
+            for other in others:
+                seen |= Counter(zip(*(other[i:] for i in range(n))))  # of each n-gram as often as in the text that has most
+            product *= (own & seen).total() / own.total()
+        return product**0.25
+
+    assert m.self_bleu(rows)[0] == pytest.approx(bleu(rows[0], rows[1:]))
+    assert m.self_bleu([" ".join(map(str, row)) for row in rows]) == m.self_bleu(rows)
+    assert m.self_bleu([[1, 2, 3, 4, 5]] * 3) == pytest.approx([1, 1, 1])
+    for few in ("one text", [], [[1, 2]]):
+        with pytest.raises(ValueError, match="give a list of at least two"):
+            m.self_bleu(few)
+
+
 def test_repetition_refuses():
     with pytest.raises(ValueError, match="n must be positive"):
         m.repetition(["a b"], 0)

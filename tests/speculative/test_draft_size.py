@@ -9,6 +9,7 @@ import torch
 from toys import added, exact_probs, fit, left_pad, plain, random_prompts, sample_counts, small_model
 
 from decodelab.core.verify_curve import VerifyCurve, verify_curve
+from decodelab.sampling.base import Autoregressive
 from decodelab.speculative import base, model_drafter
 from decodelab.speculative.aded import ADED
 from decodelab.speculative.base import Draft
@@ -110,7 +111,7 @@ def test_drafts_count_as_long_as_the_text_follows_them():
 
 def size_with(slope, rate=1.0, kinds=(0.5,)):
     size = DraftSize(curve(slope), Acceptance(kinds))
-    size.flow = np.array([rate, 1.0])
+    size.flow = rate, 1.0
     return size
 
 
@@ -175,8 +176,6 @@ def test_drafting_that_costs_nothing_never_rests():
     for _ in range(200):
         assert not size.rests()
         size.note(1, 0, 1, 0.0)
-    size = DraftSize(curve(0.5), Acceptance([0.5]), naps=False)
-    assert not any(size.rests() or size.note(1, 0, 1, 0.0) for _ in range(50))
 
 
 # nothing changes the text
@@ -248,6 +247,51 @@ def test_a_seed_gives_the_same_text_again(name, llama, costs):
         return decoder.generate(llama, **prompts, max_new_tokens=24, do_sample=True, temperature=0.8).sequences
 
     assert sampled().equal(sampled())
+
+
+LOOKED_UP = ("token_recycling", "aded", "prompt_lookup", "ngram")
+
+
+def test_sampled_text_does_not_depend_on_looked_up_drafts(llama, costs):
+    "Each row draws one token after the other from its own source, whatever is drafted, whatever earlier calls have taught."
+    prompts, rules = left_pad(random_prompts(3, seed=2)), {"max_new_tokens": 24, "do_sample": True, "temperature": 0.3}
+    found = {}
+    for name in LOOKED_UP:
+        decoder = AUTO[name](llama)
+        for slope in (0.0, 0.05, 10.0):
+            costs(slope)
+            torch.manual_seed(3)
+            out = decoder.generate(llama, **prompts, **rules)
+            found[name, slope] = added(out), out.stats.drafted
+    assert len({str(text) for text, _ in found.values()}) == 1
+    assert len({drafted for _, drafted in found.values()}) > 4  # the drafts did differ
+    torch.manual_seed(4)
+    assert added(decoder.generate(llama, **prompts, **rules)) != found["ngram", 0.0][0]
+
+
+@pytest.mark.parametrize("name", LOOKED_UP)
+def test_one_sampled_row_is_what_plain_decoding_samples(name, llama, costs):
+    costs(0.01)
+    ids, rules = random_prompts(1, seed=2)[0], {"max_new_tokens": 24, "do_sample": True, "temperature": 0.3}
+    found = []
+    for decoder in (Autoregressive(), AUTO[name](llama)):
+        torch.manual_seed(3)
+        found.append(added(decoder.generate(llama, ids, **rules)))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("name", "fresh"), [("prompt_lookup", False), ("token_recycling", False), ("draft_model", True), ("rsd_c", True)])
+def test_a_sampling_call_begins_anew_where_drafts_are_drawn(name, fresh, llama, costs, monkeypatch):
+    costs(0.01)
+    begun, clocks = [], []
+    monkeypatch.setattr(base, "DraftSize", lambda *arguments: begun.append(arguments[-1]) or DraftSize(*arguments))
+    note = DraftSize.note
+    monkeypatch.setattr(DraftSize, "note", lambda self, *facts: clocks.append(facts[-1]) or note(self, *facts))
+    decoder = AUTO[name](llama)
+    for _ in range(2):
+        decoder.generate(llama, random_prompts(1, seed=8)[0], max_new_tokens=10, do_sample=True)
+    assert [before is None for before in begun] == [True, fresh]
+    assert {seconds is None for seconds in clocks} == {fresh}
 
 
 @every_auto

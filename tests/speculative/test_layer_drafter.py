@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from toys import added, exact_probs, fit, left_pad, plain, random_prompts, sample_counts, small_model
+from transformers import AutoModelForCausalLM
 
 from decodelab.speculative.drafters import DraftModel
-from decodelab.speculative.layer_drafter import FrequentHead, frequent_tokens, layer_drafter, merge_adapter
+from decodelab.speculative.layer_drafter import FrequentHead, export_llama, frequent_tokens, layer_drafter, merge_adapter
 from decodelab.speculative.rsd import RSDC, RSDS
 
 DECODERS = {
@@ -80,6 +81,36 @@ def test_tokens_that_are_not_kept_have_no_probability():
 @pytest.mark.parametrize(("size", "always", "kept"), [(2, [], [7, 9]), (3, [1], [1, 7, 9]), (4, [], [0, 5, 7, 9]), (1, [2], [2])])
 def test_frequent_tokens(size, always, kept):
     assert frequent_tokens([[7, 9, 7], [9, 7, 5]], size, always).tolist() == kept
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_ordinary_folder_is_the_same_drafter(tied, llama, tmp_path):
+    target = copy.deepcopy(llama)
+    target.config.tie_word_embeddings = tied
+    if tied:
+        target.lm_head.weight = target.model.embed_tokens.weight
+    drafter = layer_drafter(target, (1, 0), torch.arange(0, 90, 3))
+    names = [f"base_model.model.model.layers.0.mlp.up_proj.lora_{x}.weight" for x in "AB"]
+    A, B = torch.randn(2, target.config.hidden_size), torch.randn(target.config.intermediate_size, 2)
+    merge_adapter(drafter, dict(zip(names, (A, B))), 1.0)
+    export_llama(drafter, target, tmp_path)
+    ordinary = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = random_prompts(1)[0]
+    kept = drafter(ids).logits.isfinite()
+    assert kept.sum(-1).eq(30).all()
+    assert torch.allclose(ordinary(ids).logits[kept], drafter(ids).logits[kept], atol=1e-6)
+    whole = layer_drafter(target, (1, 0))  # with the target's head, as it is written
+    merge_adapter(whole, dict(zip(names, (A, B))), 1.0)
+    assert torch.allclose(ordinary(ids).logits, whole(ids).logits, atol=1e-6)
+    out = DraftModel(ordinary, gamma=3).generate(target, ids, max_new_tokens=12, do_sample=False)
+    assert added(out) == [plain(target, ids, 12)]
+
+
+def test_only_llamas_are_written(tmp_path):
+    model = small_model("gpt2")
+    with pytest.raises(ValueError, match="GPT2LMHeadModel is no LlamaForCausalLM"):
+        export_llama(layer_drafter(model, (0,)), model, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("layers", [(), (2,), (-1,)])

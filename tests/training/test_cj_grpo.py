@@ -1,6 +1,7 @@
 """CJ-GRPO: states, exact identities, the trainer's two methods, negative controls, runs that are killed."""
 
 import copy
+import json
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,14 +18,14 @@ from decodelab.diffusion.eoser_ass import ASS, EOSER
 from decodelab.diffusion.remdm import ReMDM
 from decodelab.experiments.diffusion.eoser_ass import toy_kind
 from decodelab.experiments.training.cj_grpo import TinyPolicy, all_trajectories, gradients, policy_loss, trajectory_probs
-from decodelab.training import cj_grpo
+from decodelab.training import cj_grpo, layout_toy
 from decodelab.training.cj_grpo import CJGRPORecipe, CJGRPOTrainer, greedy_rewards, train_cj_grpo
 from decodelab.training.layout_toy import layout_kind, layout_model, layout_prompts, layout_reward, layout_texts, layout_tokenizer
+from decodelab.training.recipes import recipes
 from decodelab.training.trajectory import (
     Rollout,
     Terms,
     denoise_with,
-    group_advantages,
     recorded_rollout,
     rollout_logps,
     token_logps,
@@ -304,33 +305,6 @@ def test_weights_and_what_they_leave_out():
     assert until_eos(text, torch.tensor([1, 8])).sum(1).tolist() == [2, 4, 1]
 
 
-def test_advantages():
-    nan = torch.nan
-    A, flat = group_advantages(torch.tensor([1.0, 0, 0, 1, 1, 1]), 3)
-    assert A.tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3, 0, 0, 0]) and flat.tolist() == [False, True]
-    A, _ = group_advantages(torch.tensor([1.0, 3, nan, nan]), 4)
-    assert A.tolist() == [-1, 1, 0, 0]
-    scaled, _ = group_advantages(torch.tensor([0.0, 2, 5, 5]), 2, "group")
-    assert scaled.tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5, 0, 0], abs=1e-4)
-    rewards = torch.randn(12)
-    batch, _ = group_advantages(rewards, 4, "batch")
-    expected = (rewards.view(3, 4) - rewards.view(3, 4).mean(1, keepdim=True)).flatten() / rewards.std()
-    assert torch.allclose(batch, expected, atol=1e-3)
-    with pytest.raises(ValueError, match="scale must be"):
-        group_advantages(rewards, 4, "std")
-    with pytest.raises(ValueError, match="12 rewards cannot be dealt out to groups of 5"):
-        group_advantages(rewards, 5)
-
-
-@pytest.mark.parametrize("scale", ["none", "group", "batch"])
-def test_equal_rewards_have_no_spread(scale):
-    # 0.1 is no sum of powers of two, so that the mean of eight is not 0.1
-    rewards = torch.cat([torch.full((8,), 0.1), torch.full((8,), torch.nan), torch.linspace(0, 1, 8)])
-    assert (rewards[:8].mean() != rewards[:8]).all()
-    A, flat = group_advantages(rewards, 8, scale)
-    assert flat.tolist() == [True, True, False] and (A[:16] == 0).all() and (A[16:] != 0).all()
-
-
 def test_arguments_of_the_loss():
     rollout, policy, hidden = all_trajectories(), TinyPolicy(0), torch.zeros(162, 0, dtype=torch.bool)
     for words, objective, more in (
@@ -524,6 +498,9 @@ WRONG = {
     "epsilon and temperature": {"temperature": 0.0},
     "scale_rewards must be": {"scale_rewards": "std"},
     "unknown decoder": {"decoder": "greedy"},
+    "unknown task 'poetry'; known: layouts, arithmetic, countdown": {"task": "poetry"},
+    "unknown reward 'mine'": {"reward": "mine"},
+    "the toy knows its two layouts only": {"task": "countdown"},
     "decoder_settings must be": {"decoder_settings": "eoser"},
     "remdm' masks positions again": {"decoder": "remdm", "decoder_settings": "{}"},
     "fields of ass": {"decoder_settings": '{"colour": 1}'},
@@ -572,7 +549,35 @@ def test_layouts(tokenizer):
 
 def test_the_recipe_pretrains_once(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(cj_grpo, "pretrain_layout", lambda model, steps, seed: calls.append(steps))
+    monkeypatch.setattr(layout_toy, "pretrain_layout", lambda model, steps, seed: calls.append(steps))
     figures = train_cj_grpo(replace(TINY, steps=2, save_every=2, eval_every=2), tmp_path, reward=digits_reward)
     train_cj_grpo(replace(TINY, steps=2, save_every=2, eval_every=2), tmp_path, reward=digits_reward)
     assert calls == [1] and figures["steps"] == 2
+    before = (tmp_path / "run/start.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="another run .pretrain_steps was 1 and is 2"):
+        train_cj_grpo(replace(TINY, steps=2, save_every=2, eval_every=2, pretrain_steps=2), tmp_path, reward=digits_reward)
+    assert calls == [1] and (tmp_path / "run/start.safetensors").read_bytes() == before
+
+
+def test_the_reference_of_a_run_is_not_written_again(tmp_path, model, tokenizer):
+    settings = replace(TINY, steps=2, save_every=2, eval_every=2, beta=0.1)
+    train_cj_grpo(settings, tmp_path, start=(copy.deepcopy(model), tokenizer), reward=digits_reward)
+    before = (tmp_path / "run/reference/model.safetensors").read_bytes()
+    other = copy.deepcopy(model)
+    next(other.parameters()).data += 1
+    with pytest.raises(ValueError, match="another run .the start differs"):
+        train_cj_grpo(settings, tmp_path, start=(other, tokenizer), reward=digits_reward)
+    assert (tmp_path / "run/reference/model.safetensors").read_bytes() == before
+
+
+def test_a_model_and_prompts_of_ones_own(tmp_path, model, tokenizer):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": row["prompt"], "answer": "="} for row in layout_prompts(12)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    own = replace(TINY, model=str(tmp_path / "model"), prompts_file=str(file), held_out=4, steps=2, save_every=2, eval_every=2)
+    figures = recipes()["cj-grpo"].train(own, tmp_path / "out")
+    assert figures["steps"] == 2 and 0 <= figures["greedy_after"] <= 1
+    with pytest.raises(ValueError, match="12 prompts and 12 are held out"):
+        train_cj_grpo(replace(own, held_out=12), tmp_path / "few")

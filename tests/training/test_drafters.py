@@ -97,6 +97,9 @@ def test_a_head_with_a_bias_is_refused(pair):
 def test_layers_are_checked_before_anything_is_written(pair, tmp_path):
     with pytest.raises(ValueError, match="layers must be numbers from 0 to 1"):
         train(replace(MINI, layers="7"), tmp_path / "d", pair)
+    size = pair[0].config.vocab_size
+    with pytest.raises(ValueError, match=f"tokens must be at most {size}, the target's vocabulary, got {size + 1}: 0 keeps all"):
+        train(replace(MINI, tokens=size + 1), tmp_path / "d", pair)
     assert not list((tmp_path / "d/run").glob("texts*"))
 
 
@@ -134,7 +137,7 @@ def test_a_run_improves_and_its_adapter_is_what_was_measured(pair, tmp_path):
     head = model.lm_head.weight.detach()
     held_out = teacher.DrafterData(texts[:3], states[:cut], logs[:cut])
     again = drafters.drafter_figures(healed, held_out, head, torch.arange(len(head)), head)
-    assert again == pytest.approx(figures["held_out"], abs=1e-4)  # merged by hand as by PEFT
+    assert again == pytest.approx(figures["held_out"], abs=2e-3)  # merged by hand as by PEFT; stored in bfloat16
 
 
 def test_killed_and_resumed_is_uninterrupted(pair, tmp_path, monkeypatch):
@@ -158,6 +161,26 @@ def test_killed_and_resumed_is_uninterrupted(pair, tmp_path, monkeypatch):
         train(replace(MINI, loss="tv"), tmp_path / "cut", pair)
 
 
+def test_what_a_finished_run_was_trained_on_is_never_written_again(pair, tmp_path):
+    file, out = tmp_path / "prompts.txt", tmp_path / "d"
+    file.write_text("\n".join(f"a fox {i} came" for i in range(12)))
+    settings = replace(MINI, prompts_file=str(file))
+    train(settings, out, pair)
+    before = {f: f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file()}
+    for change in ({"new_tokens": 5}, {"seed": 1}, {"prompts": 11}, {"r": 3}):
+        (name,) = change
+        with pytest.raises(ValueError, match=f"another run .{name} was "):
+            train(replace(settings, **change), out, pair)
+    other = copy.deepcopy(pair[0])
+    other.lm_head.weight.data[0, 0] += 1
+    with pytest.raises(ValueError, match=r"texts\.safetensors was made with another target"):
+        train(settings, out, (other, pair[1]))
+    file.write_text("\n".join(f"a hen {i} came" for i in range(12)))
+    with pytest.raises(ValueError, match=r"texts\.safetensors was made with another data set or setting"):
+        train(settings, out, pair)
+    assert {f: f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file()} == before
+
+
 def test_texts_are_kept_and_cut(pair, tmp_path):
     model, tokenizer = pair
     file = tmp_path / "texts.safetensors"
@@ -168,6 +191,49 @@ def test_texts_are_kept_and_cut(pair, tmp_path):
     assert teacher.build_texts(model, tokenizer, replace(MINI, seed=1), file)[0] != first[0]
     figures = train(replace(MINI, texts=4), tmp_path / "few", pair)
     assert figures["texts"] == 4
+
+
+def test_a_run_killed_while_the_target_writes_goes_on_behind_the_last_whole_part(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher, "PART", 4)
+    settings, asked, written_by = replace(MINI, prompts=11), [], teacher.written_by
+    whole = teacher.build_texts(*pair, settings, tmp_path / "whole.safetensors")
+
+    def dies(model, tokenizer, prompts, *rest, **more):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(prompts)
+        return written_by(model, tokenizer, prompts, *rest, **more)
+
+    file = tmp_path / "cut.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "written_by", dies)
+        with pytest.raises(KeyboardInterrupt):
+            teacher.build_texts(*pair, settings, file)
+    assert len(list(tmp_path.glob("cut.*.part"))) == 2 and not file.exists()
+    last = []
+    monkeypatch.setattr(
+        teacher, "written_by", lambda m, t, prompts, *rest, **more: last.extend(prompts) or written_by(m, t, prompts, *rest, **more)
+    )
+    texts, states, logs = teacher.build_texts(*pair, settings, file)
+    assert len(last) == 3 and texts == whole[0] and torch.equal(states, whole[1]) and torch.equal(logs, whole[2])
+    assert not list(tmp_path.glob("*.part"))
+    assert not set(last) & {prompt for part in asked for prompt in part}
+
+
+def test_batches_of_like_length():
+    lengths = [7, 90, 11, 50, 8, 88, 12, 52, 9]
+    sampler = teacher.LikeLengths(lengths, 2, seed=3)
+    epochs = []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    assert len(sampler) == 9 and all(sorted(rows) == list(range(9)) for rows in epochs)
+    assert len({tuple(rows) for rows in epochs}) == 4  # a new order each epoch
+    sampler.set_epoch(2)
+    assert list(sampler) == epochs[2]
+    for rows in epochs:  # all but the row that is left over are paired with their neighbours by length
+        paired = sorted(rows[:8], key=lengths.__getitem__)
+        assert {frozenset(rows[i : i + 2]) for i in range(0, 8, 2)} == {frozenset(paired[i : i + 2]) for i in range(0, 8, 2)}
 
 
 def test_a_card(pair, tmp_path):
@@ -183,6 +249,7 @@ def test_a_card(pair, tmp_path):
         ({"loss": "mse"}, "loss must be one of kl, reverse_kl, tv"),
         ({"layers": "a"}, "layers must be numbers with commas between"),
         ({"layers": ""}, "layers must be numbers with commas between"),
+        ({"layers": "\N{SUPERSCRIPT TWO}"}, "layers must be numbers with commas between"),
         ({"held_out": 12, "prompts": 12}, "held_out must be less than prompts"),
         ({"tokens": -1}, "temperature, tokens and texts must not be negative"),
         ({"r": 0}, "must be positive"),
@@ -201,3 +268,20 @@ def test_questions_that_are_held_out_are_not_asked_again(monkeypatch):
     assert {text.split()[1] for text in asked} == {"1", "3", "5", "7", "9"}  # comparisons take even ones
     with pytest.raises(ValueError, match="there are 10 questions"):
         target_texts.chat_prompts(25, once=10)
+
+
+def test_questions_of_other_data_sets_come_by_turns(monkeypatch):
+    data = {
+        "spec_bench": [{"task": "qa", "turns": [f"spec {i}"]} for i in range(8)],
+        "gsm8k/train": [{"question": f"sum {i} of many words"} for i in range(5)],
+        "squad_fewshot": [{"context": f"long text {i}", "question": "who?"} for i in range(3)],
+    }
+    monkeypatch.setattr("decodelab.lab.data.load_data", data.get)
+    monkeypatch.setattr("decodelab.lab.data.has_data", lambda name: name in data)
+    asked = target_texts.chat_prompts(14, once=1, words=4)
+    assert sorted(asked[:4]) == [f"spec {i}" for i in (1, 3, 5, 7)]
+    assert all(text.startswith("spec") for text in asked[4::2]) and asked[0] not in asked[4:]
+    others = asked[5::2]
+    assert not any(text.startswith("spec") for text in others)
+    assert {len(text.split()) for text in others} == {4} and len(set(others)) == 5
+    assert {text.endswith("who?") for text in others} == {True, False}

@@ -1,39 +1,24 @@
-"GRPO: advantage, loss and KL against TRL, finite differences and enumeration; rollouts by any decoder; killed and resumed."
+"GRPO: advantage, loss and KL against TRL, finite differences and enumeration; killed and resumed; the arms of the experiment."
 
-import itertools
 import random
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from toys import SAMPLING_RULES, TOY_PROMPT, V, character_tokenizer, exact_probs, fit, small_model
-from transformers import BatchEncoding, TrainerCallback
+from toys import character_tokenizer, small_model
+from transformers import TrainerCallback
 
 pytest.importorskip("trl")
 
+from decodelab.core.zoo import load
 from decodelab.experiments.training.grpo import CarelessAddition, RejectionTrainer, interval, shuffled
 from decodelab.lab.tasks.text import Example, Task
-from decodelab.sampling.base import Autoregressive
-from decodelab.sampling.min_p import MinP
-from decodelab.speculative.drafters import NGram, PromptLookup
 from decodelab.training import grpo
 from decodelab.training.checkpoints import fingerprint
-from decodelab.training.grpo import (
-    GRPORecipe,
-    Rollouts,
-    exercises,
-    group_advantages,
-    grpo_loss,
-    grpo_trainer,
-    kl_estimate,
-    pass_at_k,
-    rollout_decoder,
-    sampled_logps,
-    train_grpo,
-    verified_reward,
-)
+from decodelab.training.grpo import GRPORecipe, RolloutGRPOTrainer, grpo_loss, grpo_trainer, kl_estimate, train_grpo, without_dropout
 from decodelab.training.recipes import recipes
+from decodelab.training.rewarded import exercises, group_advantages, held_out_exercises, verified_reward
 
 
 @dataclass(frozen=True)
@@ -76,6 +61,7 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     model = small_model(spread=0.15)
     model.generation_config.eos_token_id = [1, *range(80, 97)]
+    del model.config.mask_token_id, model.config.shift_logits  # a causal model
     model.save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
     return folder
@@ -83,7 +69,7 @@ def start(tmp_path_factory):
 
 def a_trainer(start, tmp_path, recipe=TOY, **more):
     recipe = replace(recipe, model=str(start))
-    model, tokenizer = grpo.load(recipe.model)
+    model, tokenizer = load(recipe.model)
     examples = exercises(Early(), 8)
     return grpo_trainer(recipe, model, tokenizer, tmp_path, examples, verified_reward(Early(), examples), **more), examples
 
@@ -97,7 +83,7 @@ def rows(examples, n=2, G=4):
 
 def test_advantages_are_those_of_trl_and_nothing_moves_a_group_without_spread():
     r = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1])
-    found = group_advantages(r, 4)
+    found, _ = group_advantages(r, 4, "group")
     first = (r[:4] - r[:4].mean()) / (torch.tensor([0.75, 0.25, 0.25, 0.25]).square().sum() / 3).sqrt()
     assert torch.allclose(found[:4], first, atol=1e-3)
     assert found[4:].tolist() == [0, 0, 0, 0]
@@ -145,7 +131,7 @@ def test_the_advantages_in_trls_batch_are_ours(start, tmp_path):
     inner = trainer._calculate_rewards
     trainer._calculate_rewards = lambda *a: scores.append(inner(*a)) or scores[-1]
     batch = trainer._generate_and_score_completions(rows(examples))
-    assert torch.allclose(batch["advantages"], group_advantages(scores[0][:, 0], 4), atol=1e-4)
+    assert torch.allclose(batch["advantages"], group_advantages(scores[0][:, 0], 4, "group")[0], atol=1e-4)
 
 
 def test_gradient_against_finite_differences():
@@ -175,89 +161,85 @@ def test_the_kl_estimate_is_unbiased_and_never_negative():
     assert not torch.allclose((log_p.exp() * turned).sum(-1), exact, atol=1e-2)
 
 
-def test_pass_at_k_counts_subsets():
-    for n, c in itertools.product(range(1, 6), range(6)):
-        for k in range(1, n + 1):
-            if c <= n:
-                draws = [i < c for i in range(n)]
-                share = [any(s) for s in itertools.combinations(draws, k)]
-                assert pass_at_k([c], n, k)[0] == pytest.approx(sum(share) / len(share))
-    with pytest.raises(ValueError, match="k must be 1 to n = 8"):
-        pass_at_k([0], 8, 9)
+def test_the_gradient_of_the_kl_estimate_is_another_divergence_unless_the_ratio_stands_before_it():
+    torch.manual_seed(2)
+    logits, log_ref = torch.randn(7, dtype=torch.double).requires_grad_(), torch.randn(7, dtype=torch.double).log_softmax(-1)
+    log_p = logits.log_softmax(-1)
+    p = log_p.detach().exp()
+    exact, turned = (log_p.exp() * (log_p - log_ref)).sum(), (log_ref.exp() * (log_ref - log_p)).sum()
+    estimate = kl_estimate(log_p, log_ref)
+    mean, with_factor = (p * estimate).sum(), (p * (log_p - log_p.detach()).exp() * estimate).sum()
+    of = {
+        name: torch.autograd.grad(x, logits, retain_graph=True)[0]
+        for name, x in locals().items()
+        if name in ("exact", "turned", "mean", "with_factor")
+    }
+    assert torch.allclose(of["mean"], of["turned"]) and not torch.allclose(of["mean"], of["exact"], atol=1e-2)
+    assert torch.allclose(of["with_factor"], of["exact"])
 
 
-# rollouts
+def test_a_group_weighs_most_at_one_half_and_more_than_undivided_elsewhere():
+    groups = torch.stack([(torch.arange(8) < k).float() for k in range(1, 8)]).flatten()
+    divided, plain = (group_advantages(groups, 8, scale)[0].view(7, 8).abs().sum(1) for scale in ("group", "none"))
+    share = torch.arange(1, 8) / 8
+    assert torch.allclose(divided, 2 * (8 * 7 * share * (1 - share)).sqrt(), rtol=1e-3)
+    assert divided.argmax() == 3
+    gain = divided / plain
+    assert gain.argmin() == 3 and gain[0] > 1.4 * gain[3]
 
 
-def as_trainer(model, processing_class):
-    return SimpleNamespace(model=model, processing_class=processing_class, accelerator=SimpleNamespace(unwrap_model=lambda m: m))
+# the policy
 
 
-@pytest.mark.parametrize("decoder", [Autoregressive(), PromptLookup(), NGram()], ids=lambda d: type(d).__name__)
-def test_the_hook_returns_ids_and_their_log_probabilities_at_the_temperature(decoder):
-    model, tokenizer = small_model(spread=0.15), character_tokenizer()
-    prompts = ["abc", "abcabcabc", "x"]
-    torch.manual_seed(0)
-    out = Rollouts(decoder, temperature=0.5, max_completion_length=20)(prompts * 8, as_trainer(model, tokenizer))
-    assert out["prompt_ids"] == tokenizer(prompts * 8).input_ids
-    ended = 0
-    for asked, written, logps in zip(*(out[k] for k in ("prompt_ids", "completion_ids", "logprobs"))):
-        ids = torch.tensor([asked + written])
-        p = (model(ids).logits[0, len(asked) - 1 : -1] / 0.5).log_softmax(-1)
-        assert torch.allclose(torch.tensor(logps), p.gather(-1, ids[0, len(asked) :, None])[:, 0], atol=1e-4)
-        assert tokenizer.eos_token_id not in written[:-1]
-        ended += written[-1] == tokenizer.eos_token_id
-    assert ended > 0
-    at_one = torch.tensor(sampled_logps(model, out["prompt_ids"], out["completion_ids"], 1.0)[0])
-    assert not torch.allclose(at_one, torch.tensor(out["logprobs"][0]), atol=1e-2)
+def dropping(model, rate=0.5):
+    "The model with dropout in its attention, in training mode."
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = rate
+    return model.train()
 
 
-def test_what_a_models_configuration_cuts_is_not_cut_here():
-    model, tokenizer = small_model(), character_tokenizer()
-    model.generation_config.update(top_k=1, top_p=0.1, repetition_penalty=9.0)
-    out = Rollouts(Autoregressive(), max_completion_length=4)(["abc"] * 12, as_trainer(model, tokenizer))
-    assert len({tuple(c) for c in out["completion_ids"]}) > 6
+def test_dropout_is_off_in_old_probabilities_and_in_the_loss(start, tmp_path):
+    recipe = replace(TOY, model=str(start), temperature=0.7)
+    model, tokenizer = load(recipe.model)
+    dropping(model)
+    examples = exercises(Early(), 8)
+    trainer = grpo_trainer(recipe, model, tokenizer, tmp_path, examples, verified_reward(Early(), examples))
+    trainer.model.train()
+    torch.manual_seed(3)
+    batch = trainer._generate_and_score_completions(rows(examples))
+    assert "sampling_per_token_logps" not in batch
+    ids, on = (torch.cat([batch[f"prompt_{what}"], batch[f"completion_{what}"]], 1) for what in ("ids", "mask"))
+    logits = load(recipe.model)[0](input_ids=ids, attention_mask=on).logits[:, -batch["completion_ids"].shape[1] - 1 : -1] / 0.7
+    logps = logits.log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
+    mask = batch["completion_mask"].bool()
+    assert torch.allclose(batch["old_per_token_logps"][mask], logps[mask], atol=1e-4)
+    assert model.training
 
 
-def drawn(decoder, temperature, draws=4000):
-    "Counts of the first three tokens that the hook returns, and their exact distribution at temperature 0.6."
-    model = small_model(vocab=V)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-
-    def encode(prompts, **_):
-        ids = TOY_PROMPT.expand(len(prompts), -1)
-        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-
-    torch.manual_seed(5)
-    counts = {}
-    for _ in range(draws // 4000):
-        for row in Rollouts(decoder, temperature, 3)(["-"] * 4000, as_trainer(model, encode))["completion_ids"]:
-            counts[tuple(row)] = counts.get(tuple(row), 0) + 1
-    return counts, exact_probs(model, SAMPLING_RULES["temperature"][1])
+def test_dropout_of_modules_and_of_functions_is_switched_off():
+    model = small_model("gpt2").train()
+    model.transformer.drop.p = 0.9
+    ids = torch.arange(2, 12)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    without_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    llama = dropping(small_model())
+    assert not torch.equal(llama(ids).logits, llama(ids).logits)
+    without_dropout(llama)
+    assert torch.equal(llama(ids).logits, llama(ids).logits)
 
 
-@pytest.mark.parametrize(
-    ("decoder", "temperature", "same"),
-    [
-        (Autoregressive(), 0.6, True),
-        (PromptLookup(), 0.6, True),
-        (NGram(), 0.6, True),
-        (PromptLookup(), 0.8, False),  # negative controls
-        (MinP(0.2), 0.6, False),
-    ],
-)
-def test_rollouts_of_a_lossless_decoder_have_the_policys_distribution(decoder, temperature, same):
-    assert (fit(*drawn(decoder, temperature)) > 1e-3) == same
-
-
-def test_decoders_that_cannot_write_rollouts_are_refused():
-    for name, why in (("momentum", "is deterministic"), ("llada", "decodes masked models"), ("nobody", "is not registered")):
-        with pytest.raises(ValueError, match=f"decoder '{name}' {why}, .*choose one of .*autoregressive"):
-            GRPORecipe(decoder=name)
-    with pytest.warns(UserWarning, match="min_p does not draw from the model's own distribution"):
-        rollout_decoder("min_p", small_model())
-    assert rollout_decoder("prompt_lookup", small_model(), auto=True).k == "auto"
+def test_optimiser_and_means_are_those_of_the_page(start, tmp_path):
+    args = a_trainer(start, tmp_path)[0].args
+    assert (args.adam_beta1, args.adam_beta2, args.weight_decay, args.max_grad_norm) == (0.9, 0.999, 0.0, 1.0)
+    assert args.optim.startswith("adamw_torch") and args.lr_scheduler_type == "constant"
+    assert (args.loss_type, args.scale_rewards, args.importance_sampling_level, args.use_bias_correction_kl) == (
+        "grpo",
+        "group",
+        "token",
+        False,
+    )
+    assert not args.mask_truncated_completions and not args.sync_ref_model
 
 
 # runs
@@ -275,26 +257,12 @@ def test_decoders_that_cannot_write_rollouts_are_refused():
         ({"num_iterations": 3, "steps": 6, "save_every": 4}, "multiples of num_iterations = 3: checkpoints hold no rollouts"),
         ({"steps": 2.5}, "steps must be a whole number"),
         ({"samples": 0}, "must be positive"),
+        ({"decoder": "momentum"}, "decoder 'momentum' is deterministic"),
     ],
 )
 def test_bad_settings(change, message):
     with pytest.raises(ValueError, match=message):
         GRPORecipe(**change)
-
-
-def test_exercises_are_new_and_a_longer_list_goes_on():
-    task = grpo.GRPO_TASKS["arithmetic"]
-    held = exercises(task, 30, seed=1)
-    some, more = exercises(task, 20, 0, held), exercises(task, 40, 0, held)
-    assert more[:20] == some
-    assert not {e.prompt for e in more} & {e.prompt for e in held}
-
-    class One(Early):
-        def make(self, rng):
-            return Example("early", "a", "a")
-
-    with pytest.raises(ValueError, match="too few exercises for 3 new ones"):
-        exercises(One(), 3, 0, exercises(One(), 1))
 
 
 class KilledAt(TrainerCallback):
@@ -330,6 +298,15 @@ def test_killed_and_resumed_is_uninterrupted(decoder, start, tmp_path, monkeypat
     assert resumed["before"] == whole["before"]
 
 
+def test_held_out_exercises_are_no_seeds_training_exercises(start, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(grpo, "held_out_exercises", lambda *a: seen.append(held_out_exercises(*a)) or seen[-1])
+    train_grpo(replace(TOY, model=str(start), steps=2, save_every=2, num_iterations=1), tmp_path, Early())
+    assert len(seen[0]) == TOY.held_out
+    for seed in range(3):
+        assert seen[0] != exercises(Early(), TOY.held_out, seed)
+
+
 def test_another_setting_is_another_run(start, tmp_path):
     recipe = replace(TOY, model=str(start), steps=4)
     train_grpo(recipe, tmp_path, Early())
@@ -345,8 +322,8 @@ def test_it_learns_and_says_where_the_time_went(start, tmp_path):
     assert figures["after"]["pass@1"] > figures["before"]["pass@1"]
     for line in figures["history"]:
         assert all(line[f"seconds/{part}"] > 0 for part in ("rollout", "scoring", "update"))
-    kept = grpo.load(str(tmp_path))[0]
-    assert fingerprint(kept) != fingerprint(grpo.load(str(start))[0])
+    kept = load(str(tmp_path))[0]
+    assert fingerprint(kept) != fingerprint(load(str(start))[0])
 
 
 def test_the_command_line_finds_it():
@@ -367,12 +344,20 @@ def test_shuffled_rewards_stay_in_their_group():
 
 def test_rejection_sampling_follows_right_completions_only(start, tmp_path):
     recipe = replace(TOY, model=str(start))
-    model, tokenizer = grpo.load(recipe.model)
+    model, tokenizer = load(recipe.model)
     examples = exercises(Early(), 8)
     trainer = grpo_trainer(
         recipe, model, tokenizer, tmp_path, examples, lambda completions, **_: [1.0, 0, 0, 0, 0, 0, 1, 1], RejectionTrainer
     )
     assert trainer._generate_and_score_completions(rows(examples))["advantages"].tolist() == [1, 0, 0, 0, 0, 0, 1, 1]
+
+
+def test_rejection_sampling_reads_the_rewards_of_its_own_process(start, tmp_path, monkeypatch):
+    trainer, examples = a_trainer(start, tmp_path, kind=RejectionTrainer)
+    trainer.earned = torch.arange(16.0)[:, None]  # gathered: 8 of each process
+    monkeypatch.setattr(RolloutGRPOTrainer, "_generate_and_score_completions", lambda *_: {"advantages": torch.zeros(8)})
+    trainer.accelerator = SimpleNamespace(process_index=1)
+    assert trainer._generate_and_score_completions(rows(examples))["advantages"].tolist() == list(range(8, 16))
 
 
 def test_the_careless_teacher_forgets_half_of_the_carries():

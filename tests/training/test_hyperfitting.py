@@ -1,5 +1,6 @@
 """Hyperfitting: the plain loop, exact claims, killed runs, bad input. Citation blocker: against brute force, in batches, with draft tokens."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -13,7 +14,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList, Tempe
 
 pytest.importorskip("trl")
 
-from decodelab.experiments.training.hyperfitting import entropy_at, hyperfitted, matched_temperature, orders, overlap_lengths, ranks
+from decodelab.experiments.training.hyperfitting import (
+    entropy_at,
+    hyperfitted,
+    matched_temperature,
+    orders,
+    overlap_lengths,
+    ranks,
+    static_bias,
+)
 from decodelab.sampling.base import Autoregressive
 from decodelab.sampling.citation_blocker import CitationBlocker, followers
 from decodelab.speculative.drafters import PromptLookup
@@ -24,7 +33,7 @@ from decodelab.training.hyperfitting import (
     batch_order,
     epoch_losses,
     exact_sequences,
-    greedy_text,
+    fixed_length_text,
     own_texts,
     sharpness,
     train_hyperfitting,
@@ -241,6 +250,38 @@ def test_a_loss_target_ends_the_run_and_a_finished_run_stays_finished(tmp_path):
     assert further["steps"] == figures["steps"] + 4
 
 
+@pytest.mark.parametrize("killed_at", [4, 5, 11])
+def test_a_killed_run_reaches_its_loss_target_at_the_same_step(killed_at, tmp_path, monkeypatch):
+    "Checkpoints lie in the middle of epochs (3, 6, 9, ... of 4 updates each)."
+    recipe = replace(MINI, steps=40, tau_stop=2.0, learning_rate=1e-2, save_every=3)
+    straight = train(tmp_path / "straight", recipe)
+    assert killed_at < straight["steps"] < 40
+    with monkeypatch.context() as patch:
+        patch.setattr(hyperfitting, "HyperfittingTrainer", lambda *a, **k: HyperfittingTrainer(*a, **k, callbacks=[KilledAt(killed_at)]))
+        with pytest.raises(Killed):
+            train(tmp_path / "killed", recipe)
+    again = train(tmp_path / "killed", recipe)
+    assert again["segments"][-1]["from_step"] == killed_at // 3 * 3 > 0
+    assert again["steps"] == straight["steps"]
+    assert again["epoch_losses"] == pytest.approx(straight["epoch_losses"])
+    assert weights(tmp_path / "killed") == weights(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_figures_are_those_of_the_written_weights_in_float32(lora, tmp_path, monkeypatch):
+    "Also where the training ran under bfloat16 autocast."
+    monkeypatch.setattr(hyperfitting, "fast_bfloat16", lambda: True)
+    figures = train(tmp_path, replace(MINI, lora=lora, learning_rate=1e-2))
+    written = sharpness(type(small_model()).from_pretrained(tmp_path), data()[1])
+    plain = sharpness(small_model(hidden=16), data()[1])
+    for name in ("loss", "entropy", "P@1"):
+        assert figures[f"held_out_{name}"] == pytest.approx(float(written[name].mean()), rel=1e-6)
+        assert figures[f"held_out_{name}_before"] == pytest.approx(float(plain[name].mean()), rel=1e-6)
+    seen = figures["curve"][-1]["eval_loss"]  # along the run: in bfloat16
+    assert seen == pytest.approx(figures["held_out_loss"], rel=0.02)
+    assert seen != pytest.approx(figures["held_out_loss"], rel=1e-6)
+
+
 def test_epoch_losses_from_uneven_lines():
     lines = [
         {"step": 3, "loss": 4.0},
@@ -274,11 +315,11 @@ def test_the_loss_goes_to_zero_and_distributions_are_sharper(tmp_path):
 # exact claims
 
 
-def test_a_temperature_changes_no_greedy_text():
+def test_a_temperature_changes_no_fixed_length_text():
     model, contexts = small_model(), data(6, 8)[0]
     for temperature in (0.3, 0.7, 1.9):
         rule = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-        assert torch.equal(greedy_text(model, contexts, 12, logits_processor=rule), greedy_text(model, contexts, 12))
+        assert torch.equal(fixed_length_text(model, contexts, 12, logits_processor=rule), fixed_length_text(model, contexts, 12))
 
 
 def test_the_temperature_of_equal_entropy():
@@ -287,6 +328,21 @@ def test_the_temperature_of_equal_entropy():
     assert entropy_at(logits, 1.0) == pytest.approx(float(sharpness(model, ids)["entropy"].mean()), rel=1e-5)
     wanted = entropy_at(logits, 0.6)
     assert matched_temperature(model, ids, wanted) == pytest.approx(0.6, abs=1e-3)
+
+
+def test_a_static_bias_is_that_of_the_tokens_whose_rank_rises_most():
+    base, (ids, _) = small_model(), data()
+    changed = copy.deepcopy(base)
+    changed.set_output_embeddings(torch.nn.Linear(base.config.hidden_size, base.config.vocab_size))
+    with torch.no_grad():
+        changed.lm_head.weight.copy_(base.lm_head.weight)
+        changed.lm_head.bias.zero_()
+        changed.lm_head.bias[[7, 30]] = 1.5  # these rise everywhere, and nothing else does
+        rule = static_bias(base, changed, ids, tokens=2, alpha=2.0)
+        before, after = (model(ids).logits[:, :-1].log_softmax(-1).mean((0, 1)) for model in (base, changed))
+    assert {token for (token,) in rule.sequence_bias} == {7, 30}
+    added = rule(ids[:1], torch.zeros(1, base.config.vocab_size))[0]
+    assert torch.allclose(added[[7, 30]], 2 * (after - before)[[7, 30]], atol=1e-5) and int((added != 0).sum()) == 2
 
 
 def test_same_order_same_model_and_one_swap_another():
@@ -302,12 +358,23 @@ def test_same_order_same_model_and_one_swap_another():
     assert all(torch.equal(a, b) for a, b in zip(base.parameters(), untouched.parameters()))
 
 
-def test_the_early_stopped_copy_has_the_lowest_held_out_loss():
-    base, (D, held_out) = small_model(hidden=16), data()
-    _, early, curve, last = hyperfitted(base, character_tokenizer(), D, held_out, replace(MINI, steps=16, learning_rate=1e-2))
-    losses = [p["eval_loss"] for p in curve if "eval_loss" in p]
-    assert float(sharpness(early, held_out)["loss"].mean()) == pytest.approx(min(losses), rel=1e-5)
-    assert last < curve[0]["loss"]
+@pytest.mark.parametrize("lora", [0, 2])
+def test_the_early_stopped_copy_has_the_lowest_held_out_loss_after_the_start(lora):
+    (D, held_out), recipe = data(), replace(MINI, steps=16, learning_rate=1e-2, lora=lora)
+    known = replace(MINI, N=4, steps=60, learning_rate=1e-2)
+    base, *_ = hyperfitted(small_model(hidden=16), character_tokenizer(), held_out, held_out, known, watched=False)  # it knows them
+    model, early, curve, last = hyperfitted(base, character_tokenizer(), D, held_out, recipe)
+    losses = {p["step"]: p["eval_loss"] for p in curve if "eval_loss" in p}
+    assert list(losses) == [0, 4, 8, 12, 16]
+    original, best, final = (float(sharpness(m, held_out)["loss"].mean()) for m in (base, early, model))
+    assert losses.pop(0) == pytest.approx(original, rel=1e-5)
+    assert min(losses.values()) == pytest.approx(best, rel=1e-5)
+    assert losses[16] == pytest.approx(final, rel=1e-5)
+    assert original < best < final  # the lowest of all is not what early stopping keeps
+    assert last < curve[1]["loss"]
+    for m in (model, early):  # plain models, adapters merged
+        assert m.state_dict().keys() == base.state_dict().keys()
+        assert not m.training
 
 
 # measures
@@ -342,8 +409,8 @@ def test_sharpness_is_what_it_says():
 
 def test_ranks_of_greedy_text_are_one():
     model, contexts = small_model(), data(4, 6)[0]
-    assert ranks(model, contexts, greedy_text(model, contexts, 8)).eq(1).all()
-    assert ranks(small_model(seed=1), contexts, greedy_text(model, contexts, 8)).gt(1).any()
+    assert ranks(model, contexts, fixed_length_text(model, contexts, 8)).eq(1).all()
+    assert ranks(small_model(seed=1), contexts, fixed_length_text(model, contexts, 8)).gt(1).any()
 
 
 def test_batch_order():
@@ -375,6 +442,28 @@ def test_own_texts_have_one_length_and_leave_the_random_state_alone():
     assert found.shape == (3, 20)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(found, own_texts(model, tokenizer, 3, 20))
+
+
+class Writer:
+    "A model that writes the given tokens, one a text, after whatever it is given."
+
+    device = torch.device("cpu")
+
+    def __init__(self, *tokens):
+        self.tokens = list(tokens)
+
+    def generate(self, input_ids, max_new_tokens, **_):
+        return torch.cat([input_ids, torch.full((1, max_new_tokens), self.tokens.pop(0))], 1)
+
+
+def test_own_texts_are_different(monkeypatch):
+    monkeypatch.setattr("decodelab.lab.prompts.tale_prompts", lambda n, seed: ["Once upon a time"] * n)
+    tokenizer = character_tokenizer()
+    start = tokenizer("Onc", add_special_tokens=False).input_ids
+    found = own_texts(Writer(5, 5, 6, 5, 7, 8), tokenizer, 3, 6)
+    assert found.tolist() == [start + [token] * 3 for token in (5, 6, 7)]
+    with pytest.raises(ValueError, match="wrote only 2 different texts of 6 tokens, and 3 are asked for"):
+        own_texts(Writer(5, 5, 6, 5, 6, 6), tokenizer, 3, 6)
 
 
 def test_without_books(tmp_path):
@@ -419,7 +508,7 @@ def test_the_recipe_is_registered():
 
 def test_the_card(tmp_path, monkeypatch):
     "Through the registered function, with a model of our own."
-    monkeypatch.setattr(hyperfitting, "load", lambda *a, **k: (small_model(hidden=16), character_tokenizer()))
+    monkeypatch.setattr(hyperfitting, "load_causal", lambda *a, **k: (small_model(hidden=16), character_tokenizer()))
     figures = recipes()["hyperfitting"].train(replace(MINI, source="samples", steps=4), tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "texts that the model itself sampled" in text

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,18 +17,20 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from toys import character_tokenizer, small_model
-from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainerState
+from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast, TrainerCallback, TrainerState
 from typer.testing import CliRunner
 
 from decodelab.cli import app
 from decodelab.core.zoo import load, model_card, zoo_path
 from decodelab.training import checkpoints as kept
-from decodelab.training import language_model, learn2pd, masked_diffusion, runs, specdec_pp
+from decodelab.training import language_model, learn2pd, longspec, masked_diffusion, runs, specdec_pp
 from decodelab.training.checkpoints import checkpoint_fault, fingerprint, keep_tensors, kept_tensors, newest_whole_checkpoint
 from decodelab.training.denoising_data import TaskBatches, TextBatches, task_examples
 from decodelab.training.language_model import LanguageModelRecipe, Windows, encode_stream, held_out_figures, train_language_model
 from decodelab.training.learn2pd import FilterRecipe, cached_records, train_filter
+from decodelab.training.longspec import LongSpecRecipe, train_longspec
 from decodelab.training.masked_diffusion import MaskedDiffusionRecipe, held_out_bound, train_masked_diffusion
+from decodelab.training.recipes import load_causal, recipes
 from decodelab.training.runs import RunTrainer, TrainingRun, check_recipe
 from decodelab.training.specdec_pp import AcceptanceHeadRecipe, cached_data, train_acceptance_head
 
@@ -73,6 +76,11 @@ def train(out, recipe=MINI, tokenizer=None, text=TALE, held_out=OTHER):
 
 def weights(out):
     return (out / "model.safetensors").read_bytes()
+
+
+def contents(folder):
+    "Every file below a folder, apart from the lock."
+    return {f.relative_to(folder): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file() and f.name != ".lock"}
 
 
 def strict_json(path):
@@ -229,6 +237,9 @@ def pair():
 
 HEAD = AcceptanceHeadRecipe("head", D=1, prompts=6, held_out=4, new_tokens=6, batch_size=2, steps=8, save_every=4, eval_every=4)
 MASKED = MaskedDiffusionRecipe("masked", data="tales", batch_size=4, block=16, steps=8, warmup=1, save_every=4, eval_every=4)
+LONGSPEC = LongSpecRecipe(
+    "longspec", window=8, block=12, long_block=16, long_steps=3, offset_max=64, batch_size=2, steps=8, warmup=1, save_every=4, eval_every=4
+)
 FILTER = FilterRecipe("filter", "nobody", block_length=4, prompts=14, new_tokens=8, batch_size=5, steps=8, save_every=4)
 
 
@@ -254,6 +265,11 @@ CASES = {
     ),
     "head": Case(
         HEAD, lambda recipe, out, pair: train_acceptance_head(recipe, out, (*pair, character_tokenizer())), specdec_pp.HeadTrainer
+    ),
+    "longspec": Case(
+        LONGSPEC,
+        lambda recipe, out, pair: train_longspec(recipe, out, (deepcopy(pair[0]), character_tokenizer()), ([TALE], [OTHER])),
+        longspec.LongSpecTrainer,
     ),
     "filter": Case(FILTER, lambda recipe, out, pair: train_filter(recipe, out, (pair[0], character_tokenizer())), learn2pd.FilterTrainer),
 }
@@ -351,7 +367,7 @@ CHANGES = [
     ({"seed": 1}, "seed was 0 and is 1"),
     ({"hidden_size": 16}, "hidden_size was 8 and is 16"),
     ({"batch_size": 4}, "batch_size was 2 and is 4"),
-    ({"warmup": 2, "weight_decay": 0.0}, "weight_decay was 0.1 and is 0.0, warmup was 1 and is 2"),
+    ({"warmup": 2, "weight_decay": 0.0}, "warmup was 1 and is 2, weight_decay was 0.1 and is 0.0"),
 ]
 
 
@@ -414,8 +430,26 @@ def test_weights_to_start_from_and_arguments_belong_to_the_run(finished, pair, t
 
 def test_the_drafter_of_a_head_belongs_to_the_run(finished, pair, tmp_path):
     shutil.copytree(finished["head"][0] / "run", tmp_path / "run")
-    with pytest.raises(ValueError, match="the data differs, the drafter differs"):
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"another run .data\.safetensors was made with another models.: name another folder"):
         train_acceptance_head(HEAD, tmp_path, (pair[0], small_model(hidden=16, context=128, seed=5), character_tokenizer()))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("masked", {"seed": 1}), ("head", {"temperature": 0.5}), ("filter", {"prompts": 15}), ("filter", {"depth": 1})]
+)
+def test_another_setting_is_refused_before_data_are_made(name, change, finished, pair, tmp_path, monkeypatch):
+    shutil.copytree(finished[name][0], tmp_path / "model")
+    before = contents(tmp_path / "model")
+    for module, made in ((specdec_pp, "build_data"), (learn2pd, "record"), (learn2pd, "kept_tensors"), (masked_diffusion, "encode_stream")):
+        monkeypatch.setattr(module, made, lambda *_, **__: pytest.fail("data are looked at"))
+    (setting,) = change
+    with pytest.raises(ValueError, match=f"holds checkpoints of another run .{setting} was "):
+        CASES[name](tmp_path / "model", pair, **change)
+    assert contents(tmp_path / "model") == before
+    with TrainingRun(tmp_path / "model/run", CASES[name].recipe, free=runs.FREE[:2] + runs.FREE[3:] if name == "filter" else runs.FREE):
+        pass  # the lock was given back
 
 
 def test_when_a_filter_is_evaluated_decides_what_is_kept(finished, pair, tmp_path):
@@ -601,12 +635,58 @@ def test_padding_falls_back_to_the_end_of_sequence():
 
 
 def test_a_model_loaded_for_a_recipe_can_be_padded(monkeypatch):
-    lame = character_tokenizer()
+    lame, model = character_tokenizer(), small_model()
+    del model.config.mask_token_id, model.config.shift_logits  # a causal model
     lame.pad_token = None
-    monkeypatch.setattr("decodelab.core.zoo.load", lambda name, device: ("model", lame))
+    monkeypatch.setattr("decodelab.core.zoo.load", lambda name, device: (model, lame))
     assert learn2pd._load("x")[1].pad_token == "<eos>"
     lame.pad_token = None
-    assert specdec_pp._load_pair(HEAD)[2].pad_token == "<eos>"
+    assert load_causal("x")[1].pad_token == "<eos>"
+
+
+# models that are not causal
+
+CAUSAL = [  # recipe, and the field that names a causal model
+    ("grpo", "model"),
+    ("dpo", "model"),
+    ("hyperfitting", "model"),
+    ("drafter", "target"),
+    ("specdec-pp", "target"),
+    ("specdec-pp", "drafter"),
+    ("prm", "model"),
+    ("tasks", "start_from"),
+    ("s2d", "target"),
+    ("longspec", "target"),
+    ("lud", "model"),
+]
+
+
+@pytest.mark.parametrize(("name", "field"), CAUSAL)
+def test_a_masked_model_is_refused_before_anything_starts(name, field, tmp_path):
+    found = recipes()[name]
+    with pytest.raises(ValueError, match=r"^tasks-mdm is no causal language model .*choose one, such as tales or tasks$"):
+        found.train(replace(found.settings, **{field: "tasks-mdm"}), tmp_path)
+    assert [f.name for f in tmp_path.rglob("*") if f.is_file() and f.name != ".lock"] == []
+
+
+def test_every_recipe_that_names_a_causal_model_is_tried():
+    masked = {"cj-grpo", "tasks-learn2pd", "tales-mdm", "tasks-mdm"}  # these start from masked models, or make them
+    named = ("model", "target", "drafter", "start_from")
+    fields = {(name, f) for name, found in recipes().items() for f in named if isinstance(getattr(found.settings, f, None), str)}
+    assert {pair for pair in fields if pair[0] not in masked} == set(CAUSAL)
+
+
+def test_a_bert_without_a_word_in_its_configuration_is_refused(tmp_path):
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 97}
+    for is_decoder in (True, False):
+        torch.manual_seed(0)
+        BertLMHeadModel(BertConfig(**shape, is_decoder=is_decoder, initializer_range=0.5)).save_pretrained(tmp_path)
+        character_tokenizer().save_pretrained(tmp_path)
+        if is_decoder:
+            assert not load_causal(str(tmp_path))[0].training
+        else:
+            with pytest.raises(ValueError, match="is no causal language model"):
+                load_causal(str(tmp_path))
 
 
 # texts
@@ -668,6 +748,47 @@ def test_the_lock_is_given_back_after_an_error(tmp_path, monkeypatch):
                 train(tmp_path)
 
 
+RECIPES = ["cj-grpo", "dpo", "drafter", "grpo", "hyperfitting", "prm", "specdec-pp", "tasks", "tasks-learn2pd", "tasks-mdm"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_with_a_model_of_another_origin_is_left_alone(name, file, tmp_path):
+    # the only copy of what the recipe starts from, say
+    found, before = recipes()[name], {Path(file): b"weights", Path("config.json"): b"{}"}
+    for path, content in before.items():
+        (tmp_path / path).write_bytes(content)
+    start = {"model": "tasks-mdm"} if name == "cj-grpo" else {}
+    for _ in range(2):  # the first try leaves no trace that the second could take for a run
+        with pytest.raises(ValueError, match="holds a model that this run has not written: name another folder, or move the model away"):
+            found.train(replace(found.settings, **start), tmp_path)
+    assert contents(tmp_path) == before and not (tmp_path / "run").exists()
+
+
+def test_a_folder_whose_run_was_deleted_is_left_alone(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "model")
+    train(tmp_path / "model")  # the same command finds everything done
+    shutil.rmtree(tmp_path / "model/run")
+    before = contents(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds a model that this run has not written"):
+        train(tmp_path / "model")
+    assert contents(tmp_path / "model") == before
+
+
+def test_a_finished_run_whose_checkpoints_are_all_damaged_begins_again(whole, tmp_path, monkeypatch):
+    out = tmp_path / "model"
+    shutil.copytree(whole[0], out)
+    for checkpoint in (out / "run").glob("checkpoint-*"):
+        cut(checkpoint / "model.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(language_model, "RunTrainer", lambda *a, **k: RunTrainer(*a, **k, callbacks=[KilledAt(2)]))
+        with pytest.raises(Killed):
+            train(out)
+    assert names(out / "run") == []
+    train(out)
+    assert weights(out) == weights(whole[0])
+
+
 def test_a_second_process_of_the_same_run_needs_no_lock(tmp_path, monkeypatch):
     with TrainingRun(tmp_path / "run", MINI):
         monkeypatch.setenv("RANK", "1")
@@ -694,7 +815,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_first_step(tmp_path, monkey
         for step in range(1, checkpoints + 1):
             (tmp_path / f"run/checkpoint-{step}").mkdir(parents=True)
             monkeypatch.setattr(runs, "_remove_damaged", lambda folder: None)
-            monkeypatch.setattr(runs, "_segments_of_same_run", lambda *a: [])
+            monkeypatch.setattr(runs, "_refuse_others", lambda *a: None)
         with pytest.raises(OSError, match="MB left and its checkpoints need .* MB: make space, or name another folder"):
             train(tmp_path)
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda folder: Disk(size))
@@ -808,6 +929,9 @@ def test_kept_tensors_are_whole_and_of_what_was_asked_for(tmp_path, monkeypatch)
         with pytest.raises(Killed):
             keep_tensors(path, {"made": made + 1}, model="a")
     assert torch.equal(kept_tensors(path, model="a")["made"], made)
+    (path.parent / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match=r"run holds checkpoints of another run .data\.safetensors was made with another model, seed."):
+        kept_tensors(path, model="b", seed="1")
     cut(path, 0.8)
     assert kept_tensors(path, model="a") is None
 
@@ -893,6 +1017,7 @@ def test_cards_show_figures_that_are_none(finished, tmp_path):
         ("tasks-mdm", masked_diffusion.denoiser_card),
         ("tales-specdec-pp", specdec_pp.head_card),
         ("tasks-learn2pd", learn2pd.filter_card),
+        ("tales-longspec", longspec.longspec_card),
     ],
 )
 def test_cards_of_the_zoo_can_be_written_again(name, card, tmp_path):
@@ -928,7 +1053,6 @@ def test_training_says_nothing_on_standard_output(bar, tmp_path, capsys, pair):
         ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
         ({"learning_rate": math.nan}, "learning_rate must be a number, got nan"),
         ({"learning_rate": 0}, "learning_rate must be positive"),
-        ({"seed": -1}, "seed, warmup and weight_decay not negative"),
         ({"name": 3}, "name must be a text, got 3"),
         ({"steps": 0}, "steps, batch_size, save_every.* must be positive"),
         ({"save_every": 0}, "steps, batch_size, save_every.* must be positive"),
@@ -939,11 +1063,47 @@ def test_settings_that_no_run_can_have(recipe, setting, message):
         replace(recipe, **setting)
 
 
+@pytest.mark.parametrize("name", list(recipes()))
+def test_seeds_and_names_that_no_recipe_can_have(name):
+    settings = recipes()[name].settings
+    for seed in [f for f in vars(settings) if f.endswith("seed")]:
+        for value in (-1, 2**31, 2**64, 10**30):
+            with pytest.raises(ValueError, match=f"{seed} must be from 0 to 2147483647, got {value}"):
+                replace(settings, **{seed: value})
+        replace(settings, **{seed: 2**31 - 1})
+    with pytest.raises(ValueError, match="steps must be at most 2147483647"):
+        replace(settings, steps=2**31)
+    for text in ("", " ", "../../x", "a/b", "a\\b", "..", ".x", "-x", "two words", "x\n"):
+        with pytest.raises(ValueError, match="name must be letters, digits, '_', '-' and '.', such as my-model, got "):
+            replace(settings, name=text)
+    replace(settings, name="Modèle_2.1-b")
+
+
+def test_the_largest_seed_trains(tmp_path):
+    assert train(tmp_path, replace(MINI, seed=2**31 - 1, steps=1))["steps"] == 1
+
+
+@pytest.mark.parametrize("text", ["\N{SUPERSCRIPT TWO}", "1,\N{CIRCLED DIGIT ONE}", "a", "", "1,", "-1", "1.5", "1_0", "9" * 5000])
+def test_lists_of_numbers(text):
+    assert runs.whole_numbers("layers", " 0, 12,\N{ARABIC-INDIC DIGIT THREE}") == [0, 12, 3]
+    with pytest.raises(ValueError, match="layers must be numbers with commas between, such as 0,1, got "):
+        runs.whole_numbers("layers", text)
+
+
+def test_folders_that_are_no_checkpoints(tmp_path):
+    for name in ("checkpoint-4", "checkpoint-\N{SUPERSCRIPT TWO}", "checkpoint-x", "checkpoint-"):
+        (tmp_path / name).mkdir()
+    assert [c.name for c in kept.checkpoints(tmp_path)] == ["checkpoint-4"]
+
+
 def test_settings_of_one_recipe():
     with pytest.raises(ValueError, match="compile must be true or false, got 'false'"):
         replace(MINI, compile="false")
     with pytest.raises(ValueError, match="layers, heads, vocab_size and block must be positive"):
         replace(MINI, layers=0)
+    for field in ("warmup", "weight_decay"):
+        with pytest.raises(ValueError, match="warmup and weight_decay not negative"):
+            replace(MINI, **{field: -1})
     with pytest.raises(ValueError, match="w_rej must be positive and D at least 0, got 0.0 and 1"):
         replace(HEAD, w_rej=0.0)
     check_recipe(replace(MINI, steps=np.int64(3), learning_rate=np.float64(0.1)))

@@ -22,7 +22,7 @@ from ...lab.frontier import BASELINE, frontier, table
 from ...lab.metrics import bootstrap_interval, bootstrap_ratio
 from ...lab.oracle import InHindsight
 from ...lab.tasks.catalogue import TASKS
-from ...lab.tasks.text import Example
+from ...lab.tasks.text import LIST_PROMPTS, Example
 
 # %% auto #0
 __all__ = ['TAUS', 'GAMMAS', 'TASK_NAMES', 'CUT_TASKS', 'exercises', 'agreement', 'baselines', 'decoded', 'summary', 'matched',
@@ -30,7 +30,7 @@ __all__ = ['TAUS', 'GAMMAS', 'TASK_NAMES', 'CUT_TASKS', 'exercises', 'agreement'
 
 # %% ../../../nbs/experiments/diffusion/learn2pd.ipynb #8396d5b1
 TAUS, GAMMAS = (0.5, 0.8, 0.9, 0.96, 0.99), (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
-TASK_NAMES = (*(name for name in TASKS if name.startswith("list_")), "arithmetic", "sudoku", "countdown")
+TASK_NAMES = (*(f"list_{operation}" for operation in LIST_PROMPTS), "arithmetic", "sudoku", "countdown")
 CUT_TASKS = ("list_sort", "list_shuffle", "list_insert_random", "arithmetic", "sudoku", "countdown")
 
 

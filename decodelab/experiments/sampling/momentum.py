@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from ...lab.mauve import hidden_state_featuriser, mauve_score
-from ...lab.metrics import bootstrap_interval, coherence, diversity, greedy_ratio, repetition
+from ...lab.metrics import mean_interval, coherence, diversity, greedy_ratio, repetition
 from ...sampling.base import Autoregressive, ContrastiveSearch
 from ...sampling.momentum import Momentum
 
 # %% auto #0
-__all__ = ['methods', 'continued', 'figures_of', 'interval', 'summary', 'experiment']
+__all__ = ['methods', 'continued', 'figures_of', 'summary', 'experiment']
 
 # %% ../../../nbs/experiments/sampling/momentum.ipynb #56d2e00b
 def methods() -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -76,24 +76,14 @@ def figures_of(
     }
 
 # %% ../../../nbs/experiments/sampling/momentum.ipynb #90a65ac4
-def interval(
-    values: Any,  # a number a prompt
-) -> list[float]:
-    "Mean and 95 % bootstrap interval over prompts, as [mean, low, high]; prompts without the figure are left out."
-    values = np.asarray(values)
-    values = values[np.isfinite(values)]
-    found = bootstrap_interval(values)
-    return [float(values.mean()), found.low, found.high]
-
-
 def summary(
     figures: dict[str, dict[str, list[float]]],  # method -> figure -> one number a prompt
 ) -> dict[str, dict[str, Any]]:
     "Every figure of every method with its interval, and the paired difference of momentum to each of the others."
     ours = figures["momentum"]
     return {
-        name: {key: interval(values) for key, values in mine.items()}
-        | {f"momentum - {key}": interval(np.subtract(ours[key], values)) for key, values in mine.items()}
+        name: {key: mean_interval(values) for key, values in mine.items()}
+        | {f"momentum - {key}": mean_interval(np.subtract(ours[key], values)) for key, values in mine.items()}
         for name, mine in figures.items()
     }
 

@@ -15,7 +15,7 @@ import torch
 
 from ...core.registry import decoders, fitted
 from ...core.verify_curve import verify_curve
-from ...lab.bench import BenchResult, compare
+from ...lab.bench import BenchResult, compare, forgetful
 from ...lab.lab import Lab
 from ...lab.speeds import by_task, spec_bench_prompts
 
@@ -52,7 +52,7 @@ def methods(
     ours = {f"{name}, auto": method.decoder(**fields) for name, (method, fields) in fitted(draft).items()}
     if not settings["do_sample"]:
         ours |= {name: decoders()[name].decoder() for name in ("autoregressive", "prompt_lookup", "token_recycling")}
-    return calls | {name: on(lambda x, d=d, **k: d.generate(model, x, **k)) for name, d in ours.items()}
+    return calls | {name: forgetful(on(lambda x, d=d, **k: d.generate(model, x, **k)), d) for name, d in ours.items()}
 
 
 def bandwidth(
@@ -98,18 +98,19 @@ def experiment(
         },
         "runs": [],
     }
-    kinds: dict[str, dict[str, Any]] = {"greedy": {"do_sample": False}, "T = 0.7": {"do_sample": True, "temperature": 0.7, "top_k": 0}}
+    kinds: dict[str, dict[str, Any]] = {
+        "greedy": {"do_sample": False},
+        "T = 0.7": {"do_sample": True, "temperature": 0.7, "top_k": 0, "eos_token_id": None},
+    }
     for batch in batches:
         groups = {t: [x[i : i + batch] for i in range(0, per_task if batch == 1 else batch, batch)] for t, x in prompts.items()}
         inputs = [padded(group, pad) for parts in groups.values() for group in parts]
         tasks = [t for t, parts in groups.items() for _ in parts]
         for text, rules in kinds.items():
-            if text != "greedy" and batch == max(batches) > 1:
+            if text != "greedy" and batch >= 8:
                 continue
-            calls = methods(model, {"max_new_tokens": max_new_tokens, **rules}, pad, batch, draft if text == "greedy" else None)
-            for call in calls.values():
-                call(inputs[0][:1])
-            result = compare(calls, inputs, repeats=repeats, warmup=0, seed=lab.seed)  # the call above has warmed them up
+            calls = methods(model, {"max_new_tokens": max_new_tokens, **rules}, pad, batch, draft)
+            result = compare(calls, inputs, repeats=repeats, seed=lab.seed)
             table = result.table()[["tokens_per_forward", "ratio", "low", "high", "cpu_ratio", "rep_4"]].astype(float).round(4)
             found["runs"].append({"batch": batch, "text": text, "all": table.to_dict("index"), "tasks": by_task(result, tasks)})
     return found

@@ -8,6 +8,7 @@ Docs: https://decodelab.github.io/decodelab/experiments/speculative/measure.html
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -19,7 +20,7 @@ from ...lab.cost import cost_growth, draft_cost, forward_curve
 from ...lab.speeds import baselines, by_group, family, held_out_prompts, spec_bench_prompts, target_texts
 
 # %% auto #0
-__all__ = ['growth', 'experiment']
+__all__ = ['COMPILED', 'growth', 'weights', 'experiment', 'which_drafter']
 
 # %% ../../../nbs/experiments/speculative/measure.ipynb #8abf6350
 def growth(
@@ -48,10 +49,21 @@ def growth(
     return cost_growth(calls, sizes, repeats)
 
 
+COMPILED = ("plain", "draft_model", "prompt_lookup", "token_recycling", "aded")  # one of each kind: compiling takes longer than decoding
+
+
+def weights(
+    decoder: Decoder,  # decoder that is ready for a model
+) -> float:
+    "Megabytes of the modules that a decoder brings along: drafters and heads."
+    parts = {id(p): p for value in vars(decoder).values() if isinstance(value, torch.nn.Module) for p in value.parameters()}
+    return sum(p.numel() * p.element_size() for p in parts.values()) / 1e6
+
+
 def experiment(
-    prompts: int = 20,  # held-out prompts
-    per_task: int = 3,  # Spec-Bench prompts of each task
-    max_new_tokens: int = 64,  # tokens of a continuation
+    prompts: int = 8,  # held-out prompts
+    per_task: int = 2,  # Spec-Bench prompts of each task
+    max_new_tokens: int = 48,  # tokens of a continuation
     repeats: int = 1,  # timed rounds a prompt
     repeated_layers: int = 6,  # layers that add nothing, see `repeat`
 ) -> dict[str, Any]:
@@ -78,14 +90,19 @@ def experiment(
     for text in ("greedy", "T = 1.0"):
         table = by_group(run(model, family(model), tasks, text), names)
         found["tasks"][text] = {figure: table[figure].to_dict("index") for figure in ("tokens_per_forward", "ratio")}
-    both = family(model) | family(model, compile=True)
+    found["weights"] = {name: weights(d) for name, d in family(model).items()}
+    some = {name: d for name, d in family(model).items() if name in COMPILED}
+    both = some | {f"{name}, compiled": replace(d, compile=True) for name, d in some.items()}
     warm: dict[str, Any] = {
         name: d.generate(model, ids[0], max_new_tokens=max_new_tokens, do_sample=False).stats for name, d in both.items()
     }
     found["compiling"] = {name: {"shapes": s.compilations, "seconds": s.compile_seconds} for name, s in warm.items() if s.compilations}
     found["compiled"] = {text: run(model, both, ids, text, None).table().to_dict("index") for text in ("greedy", "momentum text")}
     found["draft compiled"] = (
-        run(drafter, family(drafter, compile=True), ids, "greedy", None).table().loc[["generate", "plain, compiled"]].to_dict("index")
+        run(drafter, {"plain, compiled": replace(some["plain"], compile=True)}, ids, "greedy", None)
+        .table()
+        .loc[["generate", "plain, compiled"]]
+        .to_dict("index")
     )
     big = repeat(model, repeated_layers, 16_384)
     found["repeated"] = {
@@ -95,7 +112,44 @@ def experiment(
     found["curves"] = {name: dict(forward_curve(m, (1, 2, 4, 8, 16, 32, 64), repeats=9)) for name, m in machine.items()}
     found["draft_cost"] = {name: draft_cost(drafter, m) for name, m in machine.items()}
     found["growth"] = {
-        "context": growth(model, family(model), "context", (64, 128, 256, 512, 1024, 1984)).to_dict("list"),
-        "batch": growth(model, family(model), "batch", (1, 2, 4, 8, 16)).to_dict("list"),
+        "context": growth(model, family(model), "context", (64, 256, 1024, 1984), repeats=1).to_dict("list"),
+        "batch": growth(model, family(model), "batch", (1, 2, 4, 8), repeats=1).to_dict("list"),
     }
     return found
+
+# %% ../../../nbs/experiments/speculative/measure.ipynb #5d0c11a2
+def which_drafter(
+    found: Mapping[str, Any],  # what `experiment` returned
+) -> pd.DataFrame:
+    "For each situation of a stored run the fastest decoder of each kind and its speed relative to `generate`."
+
+    def grown(axis: str) -> dict[str, float]:
+        table = pd.DataFrame(found["growth"][axis])
+        last = table[table["size"] == table["size"].max()].set_index("method")["seconds_per_token"]
+        return (last["generate"] / last).to_dict()
+
+    def ratios(table: Mapping[str, Any]) -> dict[str, float]:
+        return {name: row["ratio"] for name, row in table.items()}
+
+    tasks, texts, big = found["tasks"]["greedy"]["ratio"], found["texts"], found["repeated"]
+    copied, new = ("summarization", "rag"), ("mt_bench", "math")
+    where = {
+        "text that repeats itself, greedy": ratios(texts["greedy"]),
+        "text that does not repeat itself, greedy": ratios(texts["momentum text"]),
+        "sampled, T = 1": ratios(texts["T = 1.0"]),
+        "copies from the prompt (summaries, RAG)": {name: sum(row[t] for t in copied) / len(copied) for name, row in tasks.items()},
+        "new text from a prompt (chat, math)": {name: sum(row[t] for t in new) / len(new) for name, row in tasks.items()},
+        "a target whose forward costs more": ratios(big["greedy"]),
+        "the same, text that does not repeat itself": ratios(big["momentum text"]),
+        f"a batch of {max(found['growth']['batch']['size'])}": grown("batch"),
+        f"a prompt of {max(found['growth']['context']['size'])} tokens": grown("context"),
+    }
+    heavy = found["weights"]
+    rows = {}
+    for situation, speed in where.items():
+        light, model = (
+            max(((r, n) for n, r in speed.items() if n in heavy and n != "plain" and (heavy[n] > 0) is own), default=(float("nan"), ""))
+            for own in (False, True)
+        )
+        rows[situation] = {"without a drafter model": light[1], "ratio": light[0], "with one": model[1], "its ratio": model[0]}
+    return pd.DataFrame(rows).T

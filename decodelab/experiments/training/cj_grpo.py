@@ -26,8 +26,8 @@ from ...training.layout_toy import layout_model, layout_prompts, layout_tokenize
 from ...training.trajectory import OBJECTIVES, Rollout, Terms, rollout_logps, trajectory_loss
 
 # %% auto #0
-__all__ = ['RULES', 'TinyPolicy', 'choice_probs', 'all_trajectories', 'trajectory_probs', 'policy_loss', 'gradients', 'cosines',
-           'learning', 'Timed', 'toy_decoders', 'evaluated', 'trained', 'experiment']
+__all__ = ['RULES', 'TRAINED_WITH', 'TinyPolicy', 'choice_probs', 'all_trajectories', 'trajectory_probs', 'policy_loss',
+           'gradients', 'cosines', 'learning', 'Timed', 'toy_decoders', 'evaluated', 'trained', 'experiment']
 
 # %% ../../../nbs/experiments/training/cj_grpo.ipynb #5733ffae
 RULES = ("random", "best", "drawn")
@@ -218,26 +218,40 @@ def trained(
     return {"curve": curve, "greedy": evaluated(model, rows), "seconds": dict(Timed.seconds)}
 
 # %% ../../../nbs/experiments/training/cj_grpo.ipynb #6cf12a38
+TRAINED_WITH: dict[str, dict[str, Any]] = {  # decoders of four steps that write rollouts, as settings of the recipe
+    "EOSER + ASS, 4": {},
+    "EOSER, 4": {"decoder": "eoser", "decoder_settings": '{"steps": 4, "gamma_min": 0.01}'},
+    "full, 4": {"decoder": "llada", "decoder_settings": '{"steps": 4}'},
+}
+
+
 def experiment(
     seeds: int = 3,  # runs of each objective
-    updates: int = 100,  # optimiser steps of a run
+    updates: int = 200,  # optimiser steps of a run
     policies: int = 12,  # random policies of the gradients, each with its rewards
     speeds: int = 20,  # policies of the learning speed
+    decoder_seeds: int = 2,  # runs with each further decoder of the rollouts
 ) -> dict[str, Any]:
-    "Gradients and learning speed by enumeration; three objectives on the toy."
+    "Gradients and learning speed by enumeration; three objectives and three decoders of the rollouts on the toy."
     lab = Lab("training/cj_grpo")
     lab.seed_everything()
     start, rows = layout_model(seed=lab.seed), layout_prompts(200, lab.seed, held_out=True)
     losses = pretrain_layout(start, seed=lab.seed)
-    # half the rollouts and half the updates of the recipe's defaults
+    # half the rollouts of the recipe's default
     base = CJGRPORecipe(steps=updates, batch_size=64, save_every=updates, eval_every=updates, held_out=8)
     runs = {o: [trained(start, replace(base, objective=o, seed=lab.seed + s), rows) for s in range(seeds)] for o in OBJECTIVES}
+    own, *others = TRAINED_WITH
+    by_decoder = {own: [run["greedy"] for run in runs["cj"]]}
+    for name in others:
+        how = [replace(base, seed=lab.seed + s, **TRAINED_WITH[name]) for s in range(decoder_seeds)]
+        by_decoder[name] = [trained(start, recipe, rows)["greedy"] for recipe in how]
     return {
         "seed": lab.seed,
         "updates": updates,
         "pretrained": {"steps": len(losses), "loss": sum(losses[-100:]) / 100},
         "before": evaluated(start, rows),
         "runs": runs,
+        "by_decoder": by_decoder,
         "cosines": cosines(policies),
         "speed": {o: [[round(J, 4) for J in learning(o, seed)] for seed in range(speeds)] for o in ("cj", "one_step")},
         "prompts": len(rows),

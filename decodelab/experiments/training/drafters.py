@@ -18,7 +18,7 @@ import torch
 
 from ...core.registry import decoders
 from ...core.zoo import load, zoo_path
-from ...lab.bench import compare
+from ...lab.bench import compare, forgetful
 from ...lab.lab import Lab
 from ...lab.prompts import tale_prompts
 from ...lab.speeds import by_task, spec_bench_prompts
@@ -101,10 +101,8 @@ def timed(
         "prompt lookup, auto": decoders()["prompt_lookup"].decoder(k="auto"),
     }
     calls: dict[str, Any] = {"generate": lambda x: model.generate(x, attention_mask=torch.ones_like(x), **settings)}
-    calls |= {name: (lambda x, d=d: d.generate(model, x, **settings)) for name, d in ours.items()}
-    for call in calls.values():
-        call(ids[0])
-    result = compare(calls, ids, repeats=1, warmup=0, seed=seed)  # they are warm from the line above
+    calls |= {name: forgetful(lambda x, d=d: d.generate(model, x, **settings), d) for name, d in ours.items()}
+    result = compare(calls, ids, repeats=1, seed=seed)
     table = result.table()[["tokens_per_forward", "ratio", "low", "high", "cpu_ratio"]].astype(float).round(4)
     return {"all": table.to_dict("index"), "tasks": by_task(result, tasks)}
 
@@ -113,16 +111,20 @@ def on_real_model(
     lab: Lab,  # profile and seed
     per_task: int,  # prompts of each task
     max_new_tokens: int,  # tokens of a continuation
+    place: str,  # the drafter: name in the zoo, or a folder that `decodelab train drafter` wrote
 ) -> dict[str, Any]:
     "The healed drafter of `smollm2` in use, by task and precision; needs the data set `spec_bench`."
     model, tokenizer = lab.target()
+    folder = Path(place) if Path(place).is_dir() else zoo_path(place)
     prompts, tasks = spec_bench_prompts(tokenizer, per_task, chat=True)
     ids = [x.to(model.device) for x in prompts]
-    layers = json.loads((zoo_path("smollm2-drafter") / "config.json").read_text(encoding="utf-8"))["layers"]
-    found: dict[str, Any] = {"tasks": tasks, "runs": [], "positions": {}}
+    layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["layers"]
+    trained = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    kept = ("recipe", "steps", "seconds_this_run", "curve", "parameters", "texts", "tokens", "untrained", "held_out")
+    found: dict[str, Any] = {"tasks": tasks, "runs": [], "positions": {}, "training": {name: trained[name] for name in kept}}
     for dtype in (torch.float32, torch.bfloat16):
         model, name = model.to(dtype), str(dtype).removeprefix("torch.")
-        healed = load_drafter("smollm2-drafter", model)
+        healed = load_drafter(folder, model)
         drafters = {"healed": healed, "not healed": layer_drafter(model, layers, healed.get_output_embeddings().tokens)}
         greedy: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
         found["positions"][name] = {who: in_use(model, d, ids, **greedy) for who, d in drafters.items()}
@@ -138,10 +140,11 @@ def experiment(
     prompts: int = 16,  # prompts the drafters are tried on
     per_task: int = 2,  # Spec-Bench prompts of each task, in profile small
     max_new_tokens: int = 64,  # tokens of a continuation, in profile small
+    drafter: str = "smollm2-drafter",  # name in the zoo, or folder, of the drafter that profile small tries
 ) -> dict[str, Any]:
-    "All tables of this page: training on `tales`; in profile small, the shipped drafter of `smollm2` in use."
+    "All tables of this page: training on `tales`; in profile small, a drafter of `smollm2` in use."
     lab = Lab("training/drafters")
     lab.seed_everything()
     if lab.profile == "small":
-        return on_real_model(lab, per_task, max_new_tokens)
+        return on_real_model(lab, per_task, max_new_tokens, drafter)
     return on_tales(lab, steps, seeds, sizes, prompts)

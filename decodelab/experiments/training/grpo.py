@@ -1,4 +1,4 @@
-"""Does reward alone make a small policy better, what does it cost in variety, and does it matter who writes the rollouts?
+"""Does reward alone make a small policy better, does it keep what eight draws can do, and does it matter who writes the rollouts?
 
 Docs: https://decodelab.github.io/decodelab/experiments/training/grpo.html.md"""
 
@@ -20,25 +20,17 @@ from tokenizers import Tokenizer, models
 from tokenizers import decoders as token_decoders
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ...core.zoo import load
+from ...lab.lab import Lab
 from ...lab.tasks.rewards import arithmetic_value
 from ...lab.tasks.text import Example, Task
-from decodelab.training.grpo import (
-    GRPO_TASKS,
-    GRPORecipe,
-    RolloutGRPOTrainer,
-    exercises,
-    grpo_trainer,
-    held_out_scores,
-    history,
-    pass_at_k,
-    score_means,
-    verified_reward,
-)
+from ...training.grpo import GRPORecipe, RolloutGRPOTrainer, grpo_trainer, history
+from ...training.recipes import load_causal
+from ...training.rewarded import GRPO_TASKS, exercises, verified_reward
+from ...training.rollouts import held_out_scores, score_columns, score_means
 
 # %% auto #0
 __all__ = ['ARMS', 'CarelessAddition', 'character_tokenizer', 'small_policy', 'RejectionTrainer', 'shuffled', 'run_arm',
-           'columns', 'interval', 'gains', 'split_of', 'experiment', 'zoo']
+           'interval', 'gains', 'split_of', 'experiment', 'zoo_curves', 'zoo']
 
 # %% ../../../nbs/experiments/training/grpo.ipynb #e401fbed
 @dataclass(frozen=True)
@@ -113,7 +105,8 @@ class RejectionTrainer(RolloutGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         scored = super()._generate_and_score_completions(inputs)
-        return scored | {"advantages": self.earned[:, 0].to(scored["advantages"])}
+        first = self.accelerator.process_index * len(inputs)  # rewards are those of all processes
+        return scored | {"advantages": self.earned[first : first + len(inputs), 0].to(scored["advantages"])}
 
 
 def shuffled(
@@ -151,27 +144,18 @@ def run_arm(
 ) -> dict[str, Any]:
     "Train one arm; its history and its scores on the held-out exercises."
     recipe = replace(recipe, **settings)
-    model, tokenizer = load(recipe.model, dtype="float32")
+    model, tokenizer = load_causal(recipe.model)
     examples = exercises(task, recipe.steps * recipe.batch_size // recipe.num_generations, recipe.seed, held_out)
     reward = verified_reward(task, examples)
     reward = shuffled(reward, recipe.num_generations, recipe.seed) if shuffle else reward
     with tempfile.TemporaryDirectory() as folder:
         trainer = grpo_trainer(recipe, model, tokenizer, Path(folder), examples, reward, kind, save_strategy="no", disable_tqdm=True)
         if frozen:
-            trainer.rollouts.writer = load(recipe.model, dtype="float32")[0]
+            trainer.rollouts.writer = load_causal(recipe.model)[0].to(trainer.accelerator.device)
         trainer.train()
-    return {"history": history(trainer), "scores": held_out_scores(model.eval(), tokenizer, task, held_out, recipe)}
+    return {"history": history(trainer), "scores": held_out_scores(model, tokenizer, task, held_out, recipe)}
 
 # %% ../../../nbs/experiments/training/grpo.ipynb #1824ad51
-def columns(
-    scores: dict[str, list[float]],  # what `held_out_scores` returned
-    n: int,  # draws of each exercise
-) -> dict[str, list[float]]:
-    "For each exercise: greedy, maj, pass@1, pass@n."
-    right = [int(c) for c in scores["right"]]
-    return {"greedy": scores["greedy"], "maj": scores["majority"], "pass@1": pass_at_k(right, n, 1), "pass@n": pass_at_k(right, n, n)}
-
-
 def interval(
     differences: Any,  # a number for each seed and exercise, [seeds, exercises]
     resamples: int = 2000,  # how often both are drawn again
@@ -189,8 +173,8 @@ def gains(
     n: int,  # draws of each exercise
 ) -> dict[str, dict[str, Any]]:
     "Gain of each arm over the initial policy, and its lead over the other arms in pass@1, with intervals."
-    first = columns(before, n)
-    after = {arm: [columns(run["scores"], n) for run in mine] for arm, mine in runs.items()}
+    first = score_columns(before, n)
+    after = {arm: [score_columns(run["scores"], n) for run in mine] for arm, mine in runs.items()}
     found: dict[str, dict[str, Any]] = {}
     for arm, mine in after.items():
         found[arm] = {key: interval([np.subtract(run[key], first[key]) for run in mine]) for key in first}
@@ -217,13 +201,16 @@ def experiment(
     zoo_steps: int = 4,  # updates of the zoo's model, for its time split
     first_steps: int = 1500,  # steps of supervised training before
 ) -> dict[str, Any]:
-    "Five arms on the small policy, and where the time goes on the zoo's `tasks`."
+    "Five arms on the small policy, and where the time goes on the zoo's `tasks`; in profile small, learning curves of `tasks` itself, for which the arguments do not count."
+    lab = Lab("training/grpo")
+    if lab.profile == "small":
+        return zoo_curves(lab)
     task = CarelessAddition()
     measured = exercises(task, held_out, seed=101)
     with tempfile.TemporaryDirectory() as name:
         small_policy(Path(name), exercises(task, 4000, 99, measured), first_steps)
         recipe = GRPORecipe("small", name, batch_size=64, max_completion_length=5, steps=steps, save_every=steps, learning_rate=1e-4)
-        model, tokenizer = load(name, dtype="float32")
+        model, tokenizer = load_causal(name)
         before = held_out_scores(model, tokenizer, task, measured, recipe)
         start = score_means(before, recipe.samples)
         if not 0.1 < start["pass@1"] < 0.9:
@@ -245,6 +232,38 @@ def experiment(
     }
 
 
+def zoo_curves(
+    lab: Lab,  # its profile names the model
+    rates: Sequence[float] = (1e-5, 1e-4),  # learning rates; the first is the recipe's own
+    steps: int = 60,  # updates
+    seeds: int = 3,  # runs
+    held_out: int = 60,  # exercises that are measured
+) -> dict[str, Any]:
+    "GRPO on the zoo's model of exercises, arithmetic, one run a seed and learning rate: curve, scores before and after, gains with intervals."
+    task = GRPO_TASKS["arithmetic"]
+    measured = exercises(task, held_out, seed=101)
+    recipe = GRPORecipe(model=lab.names["tasks"], steps=steps, save_every=steps)
+    model, tokenizer = load_causal(recipe.model)
+    before = held_out_scores(model, tokenizer, task, measured, recipe)
+    found: dict[str, Any] = {}
+    for rate in rates:
+        runs = [run_arm(replace(recipe, seed=seed, learning_rate=rate), task, measured) for seed in range(seeds)]
+        found[f"{rate:g}"] = {
+            "after": [score_means(run["scores"], recipe.samples) for run in runs],
+            "gains": gains(before, {"GRPO": runs}, recipe.samples)["GRPO"],
+            "curves": [[round(line["reward"], 3) for line in run["history"]] for run in runs],
+            "kl": [float(np.mean([line["kl"] for line in run["history"][-10:]])) for run in runs],
+        }
+    kept = ("model", "task", "steps", "batch_size", "num_generations", "beta")
+    return {
+        "recipe": {k: getattr(recipe, k) for k in kept},
+        "seeds": seeds,
+        "held_out": held_out,
+        "before": score_means(before, recipe.samples),
+        "rates": found,
+    }
+
+
 def zoo(
     steps: int,  # updates
     held_out: int = 32,  # exercises that are measured
@@ -256,11 +275,11 @@ def zoo(
         "n-gram": {"decoder": "ngram", "auto": True},
     }
     found: dict[str, Any] = {}
-    model, tokenizer = load("tasks", dtype="float32")
+    model, tokenizer = load_causal("tasks")
     for name, task in GRPO_TASKS.items():
         recipe = GRPORecipe(task=name)
         scores = held_out_scores(model, tokenizer, task, exercises(task, held_out, 101), recipe)
-        found[name] = {key: interval([values]) for key, values in columns(scores, recipe.samples).items()}
+        found[name] = {key: interval([values]) for key, values in score_columns(scores, recipe.samples).items()}
     few = GRPORecipe(steps=steps, save_every=steps)
     found["split"] = {
         name: split_of(run_arm(few, GRPO_TASKS["arithmetic"], exercises(GRPO_TASKS["arithmetic"], 1, 101), **how)["history"])

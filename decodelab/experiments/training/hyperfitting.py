@@ -18,25 +18,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TrainerCallback
+from transformers import LogitsProcessorList, SequenceBiasLogitsProcessor, TemperatureLogitsWarper, TrainerCallback
 
+from ...core.capability import embedding_size
 from ...lab.lab import Lab
-from ...lab.metrics import bootstrap_interval, bootstrap_ratio, coherence, repetition
+from ...lab.metrics import bootstrap_interval, bootstrap_ratio, coherence, repetition, self_bleu
 from ...sampling.citation_blocker import CitationBlocker
 from decodelab.training.hyperfitting import (
     HyperfittingRecipe,
     batch_order,
     curve_of,
     epoch_losses,
-    greedy_text,
+    fixed_length_text,
     make_trainer,
     sharpness,
     type_token_ratio,
 )
 
 # %% auto #0
-__all__ = ['overlap_lengths', 'text_scores', 'ranks', 'entropy_at', 'matched_temperature', 'hyperfitted', 'orders', 'interval',
-           'agreement', 'plan', 'measured', 'pooled', 'experiment']
+__all__ = ['overlap_lengths', 'text_scores', 'ranks', 'entropy_at', 'matched_temperature', 'static_bias', 'positions_of',
+           'hyperfitted', 'orders', 'interval', 'agreement', 'plan', 'measured', 'pooled', 'experiment']
 
 # %% ../../../nbs/experiments/training/hyperfitting.ipynb #ed5a402a
 def overlap_lengths(
@@ -56,11 +57,12 @@ def text_scores(
     tokens: torch.Tensor,  # continuations, [n, M]
     D: torch.Tensor,  # hyperfitting set, [N, T]
 ) -> dict[str, list[float]]:
-    "TTR, rep-2 and longest overlap of each continuation."
+    "TTR, rep-2, BLEU against the other continuations and longest overlap of each continuation."
     rows = tokens.cpu()
     return {
         "TTR": type_token_ratio(rows, rows.shape[1]).tolist(),
         "rep-2": [repetition([row], 2) for row in rows.tolist()],
+        "self-BLEU": self_bleu(rows.tolist()),
         "overlap": [float(overlap_lengths(row, D).max()) for row in rows],
     }
 
@@ -111,16 +113,44 @@ def matched_temperature(
         low, high = (middle, high) if entropy_at(logits, middle) < entropy else (low, middle)
     return (low + high) / 2
 
+# %% ../../../nbs/experiments/training/hyperfitting.ipynb #624f0c03
+@torch.no_grad()
+def static_bias(
+    base: Any,  # the original model
+    model: Any,  # its hyperfitted copy
+    ids: torch.Tensor,  # held-out texts, [n, T]
+    tokens: int = 500,  # tokens that are favoured
+    alpha: float = 1.0,  # factor of the rise
+) -> SequenceBiasLogitsProcessor:
+    "A processor that adds, to the logits of the tokens whose mean rank rises most, alpha times the mean rise of their log-probability."
+    n, size = 0, embedding_size(base)
+    shift, rise = torch.zeros(size), torch.zeros(size)
+    for rows in ids.split(4):
+        before, after = (m(rows.to(m.device)).logits[:, :-1].flatten(0, 1).float().log_softmax(-1).cpu() for m in (base, model))
+        shift = shift + (after - before).sum(0)
+        rise = rise + (positions_of(before) - positions_of(after)).sum(0)
+        n += len(before)
+    best = (rise / n).topk(min(tokens, len(rise) - 1)).indices
+    return SequenceBiasLogitsProcessor([[[token], alpha * float(shift[token]) / n] for token in best.tolist()])
+
+
+def positions_of(
+    scores: torch.Tensor,  # scores of the vocabulary, [n, vocab]
+) -> torch.Tensor:
+    "Rank of every token, 0 for the largest score, [n, vocab]."
+    order = scores.argsort(-1, descending=True)
+    return torch.empty_like(order).scatter_(-1, order, torch.arange(scores.shape[-1]).expand_as(order))
+
 # %% ../../../nbs/experiments/training/hyperfitting.ipynb #0675c795
 class _BestWeights(TrainerCallback):
-    def __init__(self, model: Any):
-        self.model, self.loss = model, float("inf")
+    def __init__(self, trainer: Any):
+        self.trainer, self.loss = trainer, float("inf")
         self.weights: dict[str, torch.Tensor] = {}
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-        if metrics["eval_loss"] < self.loss:
+        if state.global_step and metrics["eval_loss"] < self.loss:  # the original, at step 0, is an arm of its own
             self.loss = metrics["eval_loss"]
-            self.weights = {k: v.clone() for k, v in self.model.state_dict().items()}
+            self.weights = {k: v.clone() for k, v in self.trainer.model.state_dict().items()}
 
 
 def hyperfitted(
@@ -130,26 +160,29 @@ def hyperfitted(
     held_out: torch.Tensor,  # held-out texts, [n, T]
     recipe: HyperfittingRecipe,  # settings
     order: torch.Tensor | None = None,  # sequences of each update; drawn from `order_seed` when None
-    watched: bool = True,  # whether to evaluate along the run
+    watched: bool = True,  # whether to evaluate before and along the run
 ) -> tuple[Any, Any, list[dict[str, Any]], float]:
-    "The hyperfitted copy, a copy of its weights of lowest held-out loss (None when not watched), the curve, and the last epoch's training loss."
+    "The hyperfitted copy, a copy with its weights of lowest held-out loss after the start (None when not watched), the curve, and the last epoch's training loss."
     model = deepcopy(base)
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {"save_strategy": "no", "disable_tqdm": True}
-        settings |= {} if watched else {"eval_strategy": "no"}
+        settings |= {"eval_on_start": True} if watched else {"eval_strategy": "no"}
         trainer = make_trainer(model, tokenizer, D, held_out, recipe, Path(folder), order, **settings)
-        best = _BestWeights(model)
+        best = _BestWeights(trainer)
         if watched:
             trainer.add_callback(best)
         trainer.train()
-    early = None
-    if watched:
-        early = deepcopy(base)
-        early.load_state_dict(best.weights)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # its scores are not those of an autocast
+    for module in model.modules():
+        module.__dict__.pop("forward", None)  # the trainer's own is bound to this very model: a copy would score as this one does
+    models = [model]
+    if watched:
+        models.append(deepcopy(model))
+        models[1].load_state_dict(best.weights)
+    model, *early = [(m.merge_and_unload() if recipe.lora else m).eval() for m in models]
     history = trainer.state.log_history
     losses = epoch_losses(history, recipe.per_epoch)
-    return model.eval(), early, curve_of(history), losses[-1] if losses else float("nan")
+    return model, early[0] if early else None, curve_of(history), losses[-1] if losses else float("nan")
 
 # %% ../../../nbs/experiments/training/hyperfitting.ipynb #6d6f25c8
 def orders(
@@ -203,6 +236,7 @@ def measured(
     T_star = matched_temperature(base, held_out, float(sharp["hyperfitted"]["entropy"].mean()))
     rule = LogitsProcessorList([CitationBlocker(D, prompt_length=recipe.C)])
     cold = LogitsProcessorList([TemperatureLogitsWarper(T_star)])
+    bias = static_bias(base, model, held_out)
     draws: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
     arms: dict[str, tuple[Any, dict[str, Any]]] = {
         "original": (base, {}),
@@ -214,22 +248,22 @@ def measured(
         "hyperfitted": (model, {}),
         "hyperfitted, blocked": (model, {"logits_processor": rule}),
         "hyperfitted, sampled": (model, draws),
+        "original, static bias": (base, {"logits_processor": LogitsProcessorList([bias])}),
     }
     texts, scores = {}, {}
     for seed, (name, (writer, settings)) in enumerate(arms.items()):
         torch.manual_seed(1000 * recipe.seed + seed)
-        texts[name] = greedy_text(writer, contexts, M, **settings).cpu()
+        texts[name] = fixed_length_text(writer, contexts, M, **settings).cpu()
         scores[name] = text_scores(texts[name], D)
         if judge is not None:
             scores[name]["coherence"] = [coherence(judge, [c], [t]) for c, t in zip(contexts, texts[name])]
-    human = {"TTR": type_token_ratio(held_out[:, recipe.C :], recipe.T - recipe.C).tolist()}
     jumps = ranks(base, contexts, texts["hyperfitted"])
     return {
         "scores": scores,
-        "human_short": interval(human["TTR"]),  # of T - C tokens only
         "sharp": {name: {k: v.tolist() for k, v in s.items() if k != "top1"} for name, s in sharp.items()},
         "top1": sharp["hyperfitted"]["top1"],
         "T_star": T_star,
+        "bias_above_0": float(np.mean([rise > 0 for rise in bias.sequence_bias.values()])),
         "cold_same": int((texts["original, T*"] == texts["original"]).all(1).sum()),
         "blocked_differ": int((texts["hyperfitted, blocked"] != texts["hyperfitted"]).any(1).sum()),
         "ranks": [float(((jumps > low) & (jumps <= high)).float().mean()) for low, high in ((0, 1), (1, 3), (3, 10), (10, 100), (100, 10**9))],
@@ -248,7 +282,7 @@ def pooled(
     names, keys = list(found[0]["scores"]), list(found[0]["scores"]["original"])
     table = {n: {k: interval(mean("scores", n, k)) for k in keys} for n in names}
     pairs = {"hyperfitted - original": ("hyperfitted", "original"), "hyperfitted - early-stopped": ("hyperfitted", "early-stopped"),
-        "hyperfitted - nucleus": ("hyperfitted", "original, nucleus"), "blocked - hyperfitted": ("hyperfitted, blocked", "hyperfitted")}  # fmt: skip
+        "hyperfitted - nucleus": ("hyperfitted", "original, nucleus"), "static bias - original": ("original, static bias", "original"), "blocked - hyperfitted": ("hyperfitted, blocked", "hyperfitted")}  # fmt: skip
     paired = {p: {k: interval(mean("scores", a, k) - mean("scores", b, k)) for k in keys} for p, (a, b) in pairs.items()}
     sharp = {n: {k: interval(mean("sharp", n, k)) for k in found[0]["sharp"][n]} for n in found[0]["sharp"]}
 
@@ -266,9 +300,8 @@ def pooled(
         "own_choice": {n: interval(mean("own_choice", n)) for n in ("original", "hyperfitted")},
         "own_choice_difference": interval(mean("own_choice", "hyperfitted") - mean("own_choice", "original")),
         "overlap_histogram": np.bincount(longest.astype(int)).tolist(), "overlap_above_10": float((longest > 10).mean()),
-        **{key: [one[key] for one in found] for key in ("T_star", "cold_same", "blocked_differ", "ranks")},
+        **{key: [one[key] for one in found] for key in ("T_star", "bias_above_0", "cold_same", "blocked_differ", "ranks")},
         "TTR_by_seed": [float(np.mean(one["scores"]["hyperfitted"]["TTR"])) for one in found],
-        "human_short": found[0]["human_short"],
     }  # fmt: skip
 
 # %% ../../../nbs/experiments/training/hyperfitting.ipynb #35a4e85b
@@ -285,7 +318,7 @@ def experiment(
     first_D, held_out = recipe.data(base, tokenizer)  # the held-out texts are the same for all seeds
     found, runs = [], {}
     for seed in range(seeds or (3 if full else 1)):
-        now = replace(recipe, seed=seed, order_seed=seed, eval_every=recipe.eval_every * (2 if seed else 1))
+        now = replace(recipe, seed=seed, order_seed=seed)
         D = now.data(base, tokenizer)[0] if seed else first_D
         model, early, curve, loss = hyperfitted(base, tokenizer, D, held_out, now)
         found.append(measured(base, model, early, D, held_out, now, judge))
@@ -312,7 +345,7 @@ def _compared_sizes(base: Any, tokenizer: Any, held_out: torch.Tensor, recipe: A
     for N in sizes:
         now = replace(recipe, N=N)
         model, _, _, losses[N] = hyperfitted(base, tokenizer, now.data(base, tokenizer)[0], held_out, now, watched=False)
-        texts[N] = type_token_ratio(greedy_text(model, held_out[:, : recipe.C], recipe.M), recipe.M).cpu().numpy()
+        texts[N] = type_token_ratio(fixed_length_text(model, held_out[:, : recipe.C], recipe.M), recipe.M).cpu().numpy()
     rows = {N: {"TTR": interval(texts[N]), "training_loss": losses.get(N)} for N in sorted(texts)}
     worst = {"N - b": interval(texts[recipe.N] - texts[recipe.b])} if recipe.b in texts else {}
     return {"rows": rows, **worst}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 
+from .programs import ListProgramTask
 from .puzzles import countdown_values, evaluate_arithmetic, parse_expression, sudoku_puzzle
 from .text import LIST_PROMPTS, ArithmeticTask, Example, KeyValueTask, ListTask, Task, first_line
 
@@ -210,5 +211,6 @@ TASKS: dict[str, Task] = {
         CountdownTask(),
         ShapesTask(),
         ProgramTask(),
+        ListProgramTask(),
     )
 }
