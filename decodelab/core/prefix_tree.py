@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from .capability import require_tree
@@ -77,7 +76,7 @@ class PrefixTree(Session):
         self.slot: dict[int, int] = {}  # of every node that has been fed
         self.peak = 0  # most nodes that were stored at a time
         self._known: OrderedDict[int, torch.Tensor] = OrderedDict()  # logits behind recent nodes, the newest last
-        self._sights: OrderedDict[int, np.ndarray] = OrderedDict()  # slots that recent nodes see besides the prompt's
+        self._masks, self._row = torch.empty(0, 0), dict[int, int]()  # masks of the nodes that were fed last, [nodes, capacity], and whose is which
 
     def __len__(self) -> int:
         "Nodes whose keys and values are stored."
@@ -150,26 +149,22 @@ class PrefixTree(Session):
         return logits
 
     def _paths_mask(self, nodes: list[int], size: int) -> torch.Tensor:
-        # additive mask of the new nodes, [1, 1, size, slots]
-        width = self.cache.place.width
-        mask = self.bias[:, None, :width].expand(-1, size, -1).clone()
-        seen = np.concatenate([i * width + self._sight(node) for i, node in enumerate(nodes)])
-        mask.view(-1)[torch.from_numpy(seen).to(mask.device)] = 0.0
-        return mask[:, None]
-
-    def _sight(self, node: int) -> np.ndarray:
-        # slots of the node and of its ancestors
-        missing = []
-        while node > 0 and node not in self._sights:
-            missing.append(node)
-            node = self.shape.parent[node]
-        known = self._sights.get(node, np.zeros(0, dtype=np.int64))
-        sight = np.append(known, [self.slot[n] for n in reversed(missing)]).astype(np.int64)
-        if missing:
-            self._sights[missing[0]] = sight
-            if len(self._sights) > 512:
-                self._sights.popitem(last=False)
-        return sight
+        # additive mask of the new nodes, [1, 1, size, slots]: their parents' masks where these were fed last, and their own slots
+        rows = [self._row.get(self.shape.parent[node]) for node in nodes]
+        capacity = self.cache.place.capacity
+        if None in rows:  # paths are walked
+            masks, paths = self.bias.expand(len(nodes), -1).clone(), map(self.shape.path, nodes)
+        else:
+            masks = self._masks if rows == list(range(len(self._masks))) else self._masks[rows]
+            if more := capacity - masks.shape[1]:
+                masks = torch.nn.functional.pad(masks, (0, more), value=torch.finfo(masks.dtype).min)
+            paths = ([node] for node in nodes)
+        seen = [i * capacity + self.slot[node] for i, path in enumerate(paths) for node in path]
+        masks.view(-1).index_fill_(0, torch.tensor(seen, device=masks.device), 0.0)
+        self._masks, self._row = masks, {node: i for i, node in enumerate(nodes)}
+        if spare := size - len(nodes):
+            masks = torch.nn.functional.pad(masks, (0, 0, 0, spare))
+        return masks[None, None, :, : self.cache.place.width]
 
     def _remember(self, nodes: list[int], logits: torch.Tensor) -> None:
         most = max(len(nodes), self.memory // (logits.shape[-1] * logits.element_size()))
@@ -191,7 +186,7 @@ class PrefixTree(Session):
         for node in [n for n in self.slot if n not in stays]:
             self._free[0].append(self.slot.pop(node))
             self._known.pop(node, None)
-            self._sights.pop(node, None)
+            self._row.pop(node, None)
         self._free[0].sort(reverse=True)  # low slots first, so that a forward pass looks at few
         if not self.compiled:
             highest = max(self.slot.values(), default=-1)

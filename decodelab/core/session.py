@@ -229,7 +229,7 @@ class Session:
         lack = n - min(map(len, self._free))
         if lack > 0:
             old = self.cache.place.capacity
-            self.cache.grow(bucket(old + lack))
+            self.cache.grow(bucket(old + max(lack, old)))  # growing copies what is there: seldom
             more = self.cache.place.capacity - old
             self.bias = torch.nn.functional.pad(self.bias, (0, more), value=torch.finfo(self.bias.dtype).min)
             self._at = None if self._at is None else torch.nn.functional.pad(self._at, (0, more))

@@ -7,8 +7,8 @@ Docs: https://decodelab.github.io/decodelab/lab/speeds.html.md"""
 # %% ../../nbs/lab/speeds.ipynb #sp000003
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -40,12 +40,14 @@ def family(
     model: Any,  # target model
     compile: bool = False,  # compiled versions
 ) -> dict[str, Decoder]:
-    "Plain decoding and every registered speculative decoder that is lossless, ready for `model`; one whose trained part is another model's is left out."
+    "Plain decoding and every registered speculative decoder that is lossless, ready for `model`; one that refuses it (its trained part is another model's, say) is left out with a warning that says why."
     known = [m for m in decoders().values() if m.family == "speculative" and m.lossless]
     ready = {"plain": decoders()["autoregressive"].decoder()}
     for m in known:
-        with suppress(ValueError):
+        try:
             ready[m.name] = m.example(model)
+        except ValueError as reason:
+            warnings.warn(f"{m.name} is left out of the family: {reason}", stacklevel=2)
     return {name + ", compiled": replace(d, compile=True) for name, d in ready.items()} if compile else ready
 
 # %% ../../nbs/lab/speeds.ipynb #01d515be

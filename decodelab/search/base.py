@@ -141,8 +141,8 @@ def _value(partial: Partial) -> float:
 
 def _certain(search: Search, frontier: list[Partial]) -> torch.Tensor:
     # the beginning that all outputs which may still win share
-    texts = [p.tokens for p in (*frontier, *search.finished)]
-    if search.call.streamer is None or not texts:
+    texts = [] if search.call.streamer is None else [p.tokens for p in (*frontier, *search.finished)]
+    if not texts:
         return torch.zeros(0, dtype=torch.long)
     length = min(map(len, texts))
     same = next((i for i in range(length) if any(t[i] != texts[0][i] for t in texts)), length)

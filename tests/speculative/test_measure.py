@@ -1,6 +1,7 @@
 """The measuring page of the speculative family, counted baselines and repeated models."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,18 @@ def test_the_family_is_the_registry(llama):
     assert {"plain", "draft_model", "prompt_lookup", "ngram", "token_recycling"} <= set(ready)
     assert all(d.compile for d in family(llama, compile=True).values())
     assert not any(d.compile for d in ready.values())
+
+
+def test_who_is_left_out_of_the_family_is_named(llama, monkeypatch):
+    import decodelab.lab.speeds as page
+
+    def of_another_model(model):
+        raise ValueError("made for another target")
+
+    method = replace(page.decoders()["ngram"], example=of_another_model)
+    monkeypatch.setattr(page, "decoders", lambda known=page.decoders(): known | {"ngram": method})
+    with pytest.warns(UserWarning, match="ngram is left out of the family: made for another target"):
+        assert "ngram" not in family(llama)
 
 
 def test_target_texts():
