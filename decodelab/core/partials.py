@@ -39,6 +39,9 @@ class Budget:
                 raise ValueError(f"Budget: {name} must be positive, or None for no limit, got {value}")
 
 
+_UNLIMITED = Budget()
+
+
 class Spent(Exception):
     "A search has used up its budget; the loop catches it and returns the best so far."
 
@@ -115,6 +118,8 @@ class Search:
         **more: int,  # what is about to be spent: tokens, forwards, scorer_calls
     ) -> None:
         "Raise `Spent` when the budget does not allow it."
+        if self.budget == _UNLIMITED:
+            return
         spent = {"tokens": self.generated, "forwards": self.forwards, "scorer_calls": self.scorer_calls}
         for name, n in more.items():
             limit = getattr(self.budget, name)
@@ -170,9 +175,9 @@ class Search:
         scores = self.scores(partials) if scores is None else scores
         if self.call.do_sample if sample is None else sample:
             p = probabilities(scores)
-            check_finite(p.amax(-1))
             tokens = draw(p, [partial.stream or _global_source(p.device) for partial in partials])
             gained = p.gather(1, tokens[:, None])[:, 0].log()
+            check_finite(gained)  # what is drawn has a positive probability, unless a score is NaN
         else:
             tokens, best = greedy(scores)
             check_finite(best)

@@ -111,7 +111,7 @@ class SearchDecoder(Decoder):
                 self.score(search, new)  # b.
                 frontier = self.choose(search, frontier, new)  # c.
                 self._forget(search, before | {id(p) for p in new}, frontier)
-                if self.streams_early:
+                if self.streams_early and search.call.streamer is not None:
                     search.call.stream(_certain(search, frontier))
                 if line is not None:
                     line.show(frontier)
@@ -141,12 +141,10 @@ def _value(partial: Partial) -> float:
 
 def _certain(search: Search, frontier: list[Partial]) -> torch.Tensor:
     # the beginning that all outputs which may still win share
-    texts = [] if search.call.streamer is None else [p.tokens for p in (*frontier, *search.finished)]
-    if not texts:
-        return torch.zeros(0, dtype=torch.long)
-    length = min(map(len, texts))
+    texts = [p.tokens for p in (*frontier, *search.finished)]
+    length = min(map(len, texts), default=0)
     same = next((i for i in range(length) if any(t[i] != texts[0][i] for t in texts)), length)
-    return torch.tensor(texts[0][:same], dtype=torch.long)
+    return torch.tensor(texts[0][:same] if texts else [], dtype=torch.long)
 
 
 class _Line:
