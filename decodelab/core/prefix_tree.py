@@ -76,7 +76,10 @@ class PrefixTree(Session):
         self.slot: dict[int, int] = {}  # of every node that has been fed
         self.peak = 0  # most nodes that were stored at a time
         self._known: OrderedDict[int, torch.Tensor] = OrderedDict()  # logits behind recent nodes, the newest last
-        self._masks, self._row = torch.empty(0, 0), dict[int, int]()  # masks of the nodes that were fed last, [nodes, capacity], and whose is which
+        self._masks, self._row = (
+            torch.empty(0, 0),
+            dict[int, int](),
+        )  # masks of the nodes that were fed last, [nodes, capacity], and whose is which
 
     def __len__(self) -> int:
         "Nodes whose keys and values are stored."

@@ -66,6 +66,7 @@ def experiment(
     max_new_tokens: int = 48,  # tokens of a continuation
     repeats: int = 1,  # timed rounds a prompt
     repeated_layers: int = 6,  # layers that add nothing, see `repeat`
+    whole: bool = True,  # False: texts, tasks and weights only, for a target that has no draft model of its own
 ) -> dict[str, Any]:
     "All tables of this page; needs the data sets `tales` and `spec_bench`."
     from decodelab.lab.repeat import repeat
@@ -73,7 +74,8 @@ def experiment(
 
     lab = Lab("speculative/measure")
     lab.seed_everything()
-    (model, tokenizer), (drafter, _) = lab.target(), lab.draft()
+    model, tokenizer = lab.target()
+    drafter = lab.draft()[0] if whole else None
     ids = [x.to(model.device) for x in held_out_prompts(tokenizer, prompts)]
     tasks, names = spec_bench_prompts(tokenizer, per_task)
     tasks = [x.to(model.device) for x in tasks]
@@ -91,6 +93,8 @@ def experiment(
         table = by_group(run(model, family(model), tasks, text), names)
         found["tasks"][text] = {figure: table[figure].to_dict("index") for figure in ("tokens_per_forward", "ratio")}
     found["weights"] = {name: weights(d) for name, d in family(model).items()}
+    if not whole:
+        return found
     some = {name: d for name, d in family(model).items() if name in COMPILED}
     both = some | {f"{name}, compiled": replace(d, compile=True) for name, d in some.items()}
     warm: dict[str, Any] = {
