@@ -133,13 +133,14 @@ class PrefixTree(Session):
         fresh = [n for n in nodes if n not in self.slot]
         size = padded_size(len(nodes)) if self.compiled else len(nodes)
         lack = len(fresh) + size - len(nodes)
-        taken = self._take(lack)[0] if lack else []
+        taken = self._take(lack)[0] if lack else []  # the next forward writes there
         self.slot |= zip(fresh, taken)
         spare = taken[len(fresh) :]  # what fills up a compiled shape is written and forgotten
         self._free[0] += spare[::-1]
         tokens, depths = ([part[n] for n in nodes] + [0] * len(spare) for part in (self.shape.token, self.shape.depth))
         device = self.bias.device
-        self.cache.place.slots = torch.tensor([self.slot[n] for n in nodes] + spare, device=device)
+        if len(fresh) < len(nodes):
+            self.cache.place.slots = torch.tensor([self.slot[n] for n in nodes] + spare, device=device)
         positions = self.positions + torch.tensor([depths], device=device) - 1
         if self.limit is not None:
             positions = positions.clamp_max(self.limit - 1)
@@ -171,7 +172,7 @@ class PrefixTree(Session):
 
     def _remember(self, nodes: list[int], logits: torch.Tensor) -> None:
         most = max(len(nodes), self.memory // (logits.shape[-1] * logits.element_size()))
-        for node, row in zip(nodes, logits):
+        for node, row in zip(nodes, logits.unbind(0)):
             self._known[node] = row
         while len(self._known) > most:
             self._known.popitem(last=False)

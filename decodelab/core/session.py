@@ -224,16 +224,24 @@ class Session:
 
     # trees
 
-    def _take(self, n: int) -> list[list[int]]:
-        "`n` free slots of every row; the next forward writes there."
+    def reserve(
+        self,
+        n: int,  # nodes to come
+    ) -> None:
+        "Make room for `n` more nodes of every row at once: growing copies what is there."
         lack = n - min(map(len, self._free))
         if lack > 0:
             old = self.cache.place.capacity
-            self.cache.grow(bucket(old + max(lack, old)))  # growing copies what is there: seldom
+            self.cache.grow(bucket(old + lack))
             more = self.cache.place.capacity - old
             self.bias = torch.nn.functional.pad(self.bias, (0, more), value=torch.finfo(self.bias.dtype).min)
             self._at = None if self._at is None else torch.nn.functional.pad(self._at, (0, more))
             self._free = [[*range(old + more - 1, old - 1, -1), *free] for free in self._free]
+
+    def _take(self, n: int) -> list[list[int]]:
+        "`n` free slots of every row; the next forward writes there."
+        if n > min(map(len, self._free)):
+            self.reserve(n + self.cache.place.capacity)
         taken = [free[: -n - 1 : -1] for free in self._free]
         for free in self._free:
             del free[-n:]

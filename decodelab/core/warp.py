@@ -114,7 +114,9 @@ def draw(
 def _inverted(p: torch.Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> torch.Tensor:
     # the first token whose running sum exceeds a uniform number
     if isinstance(generator, Sequence):
-        uniform = torch.stack([torch.rand(p.shape[1:-1], generator=source, dtype=torch.float64) for source in generator])
+        uniform = torch.empty(p.shape[:-1], dtype=torch.float64)
+        for row, source in zip(uniform, generator, strict=True):
+            row.uniform_(generator=source)
     else:
         uniform = torch.rand(p.shape[:-1], generator=generator, dtype=torch.float64)
     if p.shape[-1] < 2**14 or uniform.ndim != 1:

@@ -178,6 +178,7 @@ class Samples(SearchDecoder):
             warnings.warn(f"without do_sample=True all {self.n} samples of {type(self).__name__} are the greedy text", stacklevel=2)
 
     def begin(self, search: Search) -> list[Partial]:
+        search.tree.reserve(min(self.n * search.call.budget, 2048))  # most texts end early
         return [Partial(stream=stream, info={"sample": i}) for i, stream in enumerate(search.streams(self.n))]
 
     def expand(self, search: Search, frontier: list[Partial]) -> list[Partial]:
