@@ -13,13 +13,14 @@ import sys
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from toys import character_tokenizer, small_model
-from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast, TrainerCallback, TrainerState
+from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast, TrainerCallback, TrainerControl, TrainerState
 from typer.testing import CliRunner
 
 from decodelab.cli import app
@@ -918,6 +919,18 @@ def test_ctrl_c_keeps_the_step_it_came_in(interrupted, whole, tmp_path, capsys, 
     figures = train(tmp_path)
     assert weights(tmp_path) == weights(whole[0])
     assert [(s["from_step"], s["to_step"]) for s in figures["segments"]] == [(0, 3), (3, 8)]
+
+
+def test_ctrl_c_waits_for_the_last_step_on_the_same_rollouts():
+    # a checkpoint between them would make a resumed run draw others
+    interrupt, stops = runs._Interrupt(), []
+    interrupt.asked = True
+    for step in range(1, 7):
+        control = TrainerControl()
+        interrupt.on_step_end(SimpleNamespace(num_iterations=3), SimpleNamespace(global_step=step), control)
+        assert control.should_save == control.should_training_stop
+        stops.append(control.should_save)
+    assert stops == [False, False, True, False, False, True]
 
 
 def test_ctrl_c_twice_stops_at_once(interrupted, tmp_path):
