@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from .checkpoints import fingerprint, tokenizer_fingerprint
 from .recipes import recipe
 from .runs import RunTrainer, TrainingRun, check_recipe, processes, training_arguments
+from .tracking import progress
 from ..core.zoo import model_card, zoo_path
 from ..lab.data import load_data
 
@@ -97,7 +98,7 @@ def encode_stream(
     "All texts as one array of token ids, each between `<bos>` and `<eos>` where the tokenizer has them."
     begin, end = ([i for i in [mark] if i is not None] for mark in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     ids: list[int] = []
-    for text in texts:
+    for text in progress(texts, "encoding"):
         ids += [*begin, *tokenizer(text, add_special_tokens=False, verbose=False).input_ids, *end]
     return np.array(ids, dtype=np.int32)
 

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ..diffusion.denoiser import Denoiser
 from .checkpoints import keep_tensors, kept_tensors
 from .masked_loss import mask_answers, masked_loss
+from .tracking import progress
 
 # %% auto #0
 __all__ = ['LAYOUT_LENGTH', 'layout_tokenizer', 'layout_prompts', 'layout_texts', 'layout_kind', 'layout_reward', 'layout_model',
@@ -132,7 +133,7 @@ def pretrain_layout(
     denoiser, generator, losses = Denoiser(model), torch.Generator().manual_seed(seed), []
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 100) * (1 - s / steps))
-    for _ in range(steps):
+    for _ in progress(range(steps), "pretraining"):
         prompts, answers = layout_texts(batch_size, generator)
         masked, weights = mask_answers(torch.ones_like(answers, dtype=torch.bool), generator)
         canvas = torch.cat([prompts, answers.masked_fill(masked, _MASK)], 1).to(model.device)

@@ -143,7 +143,7 @@ class PRMRecipe:
     ) -> ProcessHead:
         "A freshly initialised head."
         torch.manual_seed(self.seed)
-        made = ProcessHead(ProcessHeadConfig(train.features.shape[1], self.width, Path(self.model).name))
+        made = ProcessHead(ProcessHeadConfig(train.features.shape[1], self.width, self.model))
         made.mean.copy_(train.features.mean(0))
         made.spread.copy_(train.features.std(0).clamp_min(1e-3))
         return made

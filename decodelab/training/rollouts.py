@@ -20,6 +20,7 @@ import torch
 from ..core.contract import decoders
 from ..lab.tasks.text import Example, Task
 from ..sampling.base import Autoregressive
+from .tracking import progress
 
 # %% auto #0
 __all__ = ['UNPROCESSED', 'padded_prompts', 'Rollouts', 'rollout_method', 'rollout_decoder', 'pass_at_k', 'held_out_scores',
@@ -119,7 +120,7 @@ def held_out_scores(
     common = UNPROCESSED | {"max_new_tokens": recipe.max_completion_length}
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        for i in range(0, len(examples), 32):
+        for i in progress(range(0, len(examples), 32), "held-out exercises"):
             chunk = examples[i : i + 32]
             inputs = padded_prompts(tokenizer, [e.prompt for e in chunk], model)
             best = Autoregressive().generate(model, **inputs, **common, do_sample=False).text(tokenizer)

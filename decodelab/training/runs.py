@@ -277,7 +277,8 @@ class _Interrupt(TrainerCallback):
         _tell("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.asked:
+        # a checkpoint holds no rollouts: where several steps share a batch of them, it waits for the last of these
+        if self.asked and state.global_step % getattr(args, "num_iterations", 1) == 0:
             control.should_save = control.should_training_stop = True
 
 # %% ../../nbs/training/runs.ipynb #6163377d

@@ -24,6 +24,7 @@ from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokeniz
 from .recipes import load_causal, recipe
 from .target_texts import training_prompts, written_by
 from .runs import RunTrainer, TrainingRun, check_recipe, training_arguments
+from .tracking import progress
 
 # %% auto #0
 __all__ = ['log_probs', 'acceptance', 'label_batch', 'acceptance_loss', 'pessimistic', 'calibrated', 'AcceptanceHeadRecipe',
@@ -176,7 +177,7 @@ def build_data(
 ) -> HeadData:
     "Let the target continue the prompts, and label what the drafter would have written."
     ids, labels = [], []
-    for i in range(0, len(prompts), batch_size):
+    for i in progress(range(0, len(prompts), batch_size), "texts"):
         written = written_by(target, tokenizer, prompts[i : i + batch_size], recipe.new_tokens, recipe.temperature, batch_size)
         texts, starts = [prompt + answer for prompt, answer in written], [len(prompt) for prompt, _ in written]
         mixed, a = label_batch(target, drafter, texts, starts, recipe.r, recipe.temperature)

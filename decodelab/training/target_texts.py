@@ -17,6 +17,7 @@ import torch
 
 from ..core.capability import evaluating
 from ..speculative.model_drafter import end_ids
+from .tracking import progress
 
 # %% auto #0
 __all__ = ['training_prompts', 'file_prompts', 'chat_prompts', 'written_by']
@@ -119,7 +120,7 @@ def written_by(
         prompts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of like length need little padding
     found: list[Any] = [None] * len(prompts)
-    for i in range(0, len(prompts), batch_size):
+    for i in progress(range(0, len(prompts), batch_size), "texts"):
         group = order[i : i + batch_size]
         asked = tokenizer(
             [prompts[k] for k in group], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chat

@@ -12,19 +12,20 @@ import json
 import os
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from .checkpoints import run_progress
 
 # %% auto #0
 __all__ = ['BLOCK', 'HEADER', 'WHOLE', 'FIRST', 'MIDDLE', 'LAST', 'wandb_report', 'wandb_history', 'run_curves', 'plot_run',
-           'estimate']
+           'estimate', 'progress']
 
 # %% ../../nbs/training/tracking.ipynb #5687f886
 def wandb_report() -> list[str]:
@@ -166,3 +167,11 @@ def _seconds_of_a_step(trainer: Any) -> float:
 
 def _words(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+# %% ../../nbs/training/tracking.ipynb #7d0c51a2
+def progress(
+    items: Iterable[Any],  # what is gone through
+    what: str,  # what is done, in a word or two
+) -> Iterable[Any]:
+    "The items, with a bar on standard error where that is a terminal and they take longer than five seconds."
+    return tqdm(items, what, disable=None, delay=5, leave=False)

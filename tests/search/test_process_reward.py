@@ -163,6 +163,12 @@ def test_labels_of_a_finished_run_are_never_written_again(trained, pair):
     assert {f: f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file()} == before
 
 
+def test_a_head_names_the_model_that_it_reads_as_it_was_given():
+    labels = Labels(torch.rand(4, 5), torch.zeros(4), torch.zeros(4).bool(), torch.arange(4), torch.ones(4))
+    for name in ("tasks", "runs/mine", "somebody/model"):  # what `ProcessReward(folder)` loads
+        assert PRMRecipe(model=name).head(labels).config.backbone == name
+
+
 def test_wrong_settings(tmp_path):
     with pytest.raises(ValueError, match="at least 10 prompts are needed"):
         PRMRecipe(prompts=9)

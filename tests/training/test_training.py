@@ -1,6 +1,8 @@
 """Training runs: killed at every stage, in the wrong folder, diverged, on a full disk, with odd tokenizers and empty texts."""
 
 import errno
+import io
+import itertools
 import json
 import math
 import os
@@ -11,13 +13,14 @@ import sys
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from toys import character_tokenizer, small_model
-from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast, TrainerCallback, TrainerState
+from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast, TrainerCallback, TrainerControl, TrainerState
 from typer.testing import CliRunner
 
 from decodelab.cli import app
@@ -33,6 +36,7 @@ from decodelab.training.masked_diffusion import MaskedDiffusionRecipe, held_out_
 from decodelab.training.recipes import load_causal, recipes
 from decodelab.training.runs import RunTrainer, TrainingRun, check_recipe
 from decodelab.training.specdec_pp import AcceptanceHeadRecipe, cached_data, train_acceptance_head
+from decodelab.training.tracking import progress
 
 pytest.importorskip("accelerate")
 
@@ -748,6 +752,22 @@ def test_the_lock_is_given_back_after_an_error(tmp_path, monkeypatch):
                 train(tmp_path)
 
 
+def test_the_lock_is_given_back_while_the_run_is_still_known(tmp_path):
+    # at once, not when the object is collected as garbage
+    refused, killed, run = (TrainingRun(tmp_path / "run", MINI) for _ in range(3))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a model that this run has not written"):
+        refused.__enter__()
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(Killed), killed:
+        raise Killed
+    with run:
+        pass
+    with TrainingRun(tmp_path / "run", MINI):
+        assert not (refused.lock.is_locked or killed.lock.is_locked or run.lock.is_locked)
+
+
 RECIPES = ["cj-grpo", "dpo", "drafter", "grpo", "hyperfitting", "prm", "specdec-pp", "tasks", "tasks-learn2pd", "tasks-mdm"]
 
 
@@ -901,6 +921,18 @@ def test_ctrl_c_keeps_the_step_it_came_in(interrupted, whole, tmp_path, capsys, 
     assert [(s["from_step"], s["to_step"]) for s in figures["segments"]] == [(0, 3), (3, 8)]
 
 
+def test_ctrl_c_waits_for_the_last_step_on_the_same_rollouts():
+    # a checkpoint between them would make a resumed run draw others
+    interrupt, stops = runs._Interrupt(), []
+    interrupt.asked = True
+    for step in range(1, 7):
+        control = TrainerControl()
+        interrupt.on_step_end(SimpleNamespace(num_iterations=3), SimpleNamespace(global_step=step), control)
+        assert control.should_save == control.should_training_stop
+        stops.append(control.should_save)
+    assert stops == [False, False, True, False, False, True]
+
+
 def test_ctrl_c_twice_stops_at_once(interrupted, tmp_path):
     interrupted(2)
     with pytest.raises(KeyboardInterrupt):
@@ -1040,6 +1072,16 @@ def test_training_says_nothing_on_standard_output(bar, tmp_path, capsys, pair):
     assert "step 2 of 2: eval loss " in said.err
 
 
+@pytest.mark.parametrize(("seconds", "terminal", "shown"), [(1.0, True, True), (0.01, True, False), (1.0, False, False)])
+def test_what_takes_long_before_the_first_step_has_a_bar_on_a_terminal(seconds, terminal, shown, monkeypatch):
+    clock, screen = itertools.count(0.0, seconds), io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert list(progress(range(20), "texts")) == list(range(20))
+    assert ("texts" in screen.getvalue()) == shown
+
+
 # recipes
 
 
@@ -1052,6 +1094,7 @@ def test_training_says_nothing_on_standard_output(bar, tmp_path, capsys, pair):
         ({"batch_size": "8"}, "batch_size must be a whole number, got '8'"),
         ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
         ({"learning_rate": math.nan}, "learning_rate must be a number, got nan"),
+        ({"learning_rate": math.inf}, "learning_rate must be a number, got inf"),
         ({"learning_rate": 0}, "learning_rate must be positive"),
         ({"name": 3}, "name must be a text, got 3"),
         ({"steps": 0}, "steps, batch_size, save_every.* must be positive"),
