@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, PreTrainedToke
 
 pytest.importorskip("accelerate")
 
+from decodelab.experiments.training import dupmae as measured
 from decodelab.experiments.training.dupmae import as_part, seed_interval, vector_gap, word_recall
 from decodelab.lab.retrieval import RetrievalSet, bm25_ranking, collection, ndcg, ranked, reciprocal_ranks, topic_corpus
 from decodelab.training import encoder_pretraining, retriever
@@ -351,7 +352,30 @@ def test_short_texts_and_padding_stay_finite(tokenizer):
     padding = m.weak_decoder(torch.randn(1, 16), torch.randn(4, 16), torch.randn(1, 4, 16), torch.zeros(1, 4, 4, dtype=torch.bool))
     assert padding.isfinite().all()
     empty = pretraining_batch(["", ""], tokenizer, 20)
-    assert {k: float(v) for k, v in m(**empty).items()} == {"loss": 0.0, "mlm": 0.0, "dec": 0.0, "bow": 0.0}
+    assert {k: v.item() for k, v in m(**empty).items()} == {"loss": 0.0, "mlm": 0.0, "dec": 0.0, "bow": 0.0}
+
+
+def test_padding_stays_finite_in_half_precision(tokenizer):
+    made = pretraining_batch([CORPUS.docs[0], CORPUS.docs[0].split()[0]], tokenizer, 20, generator=torch.Generator().manual_seed(0))
+    m = model()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = m(**made)
+    found["loss"].backward()
+    assert all(bool(v.isfinite()) for v in found.values())
+    assert all(bool(p.grad.isfinite().all()) for p in m.parameters() if p.grad is not None)
+
+
+def test_texts_padded_on_the_left_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="texts must be padded on the right: set tokenizer.padding_side = 'right'"):
+        bare_encoder(model()).encode(torch.tensor([[0, 2, 9, 3], [2, 8, 9, 3]]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]))
+
+
+def test_the_decoder_layer_drops_only_in_training():
+    config = BertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5)
+    layer, given = WeakDecoder(config), (torch.randn(2, 16), torch.randn(6, 16), torch.randn(2, 6, 16), torch.ones(2, 6, 6, dtype=torch.bool))
+    assert not torch.equal(layer(*given), layer(*given))
+    layer.eval()
+    assert torch.equal(layer(*given), layer(*given))
 
 
 def test_padding_and_neighbours_change_nothing(tokenizer):
@@ -588,6 +612,26 @@ def test_the_cross_encoder_learns_which_is_right(tmp_path):
     assert right >= 5
 
 
+def test_negatives_come_from_the_miner_and_weights_from_the_encoder(tmp_path, monkeypatch):
+    miner, tokenizer = small_encoder()
+    with torch.no_grad():
+        miner.bert.embeddings.word_embeddings.weight.normal_()
+    miner.save_pretrained(tmp_path / "one")
+    tokenizer.save_pretrained(tmp_path / "one")
+    given = []
+    usual = retriever._Groups
+    monkeypatch.setattr(retriever, "_Groups", lambda *a, **k: given.append(a) or usual(*a, **k))
+    encoder, _ = small_encoder()
+    before = encoder.bert.embeddings.word_embeddings.weight.clone()
+    fine_tune(replace(TUNE, stage=2, miner=str(tmp_path / "one"), steps=1, learning_rate=1e-6), tmp_path / "two", (encoder, tokenizer), CORPUS)
+    assert torch.allclose(encoder.bert.embeddings.word_embeddings.weight, before, atol=1e-4)
+    queries = encode_texts(miner, tokenizer, [q for q, _ in CORPUS.pairs], TUNE.max_query)
+    scores = two_part_scores(queries, encode_texts(miner, tokenizer, CORPUS.training_docs, TUNE.max_length), TUNE.k)
+    for (_, positive), row, chosen in zip(CORPUS.pairs, scores, given[0][3].tolist(), strict=True):
+        best = [d for d in row.argsort(descending=True).tolist() if d != positive][: TUNE.top]
+        assert set(chosen) <= set(best)
+
+
 def test_a_killed_stage_goes_on_with_the_same_negatives(tmp_path, monkeypatch):
     recipe, usual = replace(TUNE, stage=2, save_every=2), retriever._Trainer
     fine_tune(recipe, tmp_path / "straight", small_encoder(), CORPUS)
@@ -669,20 +713,31 @@ def test_bm25_finds_rare_words_and_no_synonyms():
     assert bm25_ranking(["one two", "three four"], ["four"], 5).tolist()[0][0] == 1
 
 
+def test_an_experiment_without_cranfield_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(measured, "_differences", lambda *_: [0.0, 0.0, 0.0])
+    kinds = ["rare", "synonym"]
+    one = {"ranks": {"BM25": [1.0, 0.0]}, "kinds": kinds, "probes": {a: {} for a in measured.ARMS}, "seconds": dict.fromkeys(measured.ARMS, 0.0)}
+    monkeypatch.setattr(measured, "on_topics", lambda seed, stages: one)
+    found = measured.experiment(2)
+    assert "cranfield" not in found and "Cranfield is skipped: there is no cranfield/ in the data folder" in capsys.readouterr().out
+    assert found["MRR@10"] == {"BM25": [0.5, 0.5, 0.5]} and found["by_kind"]["synonym"] == {"BM25": [0.0, 0.0, 0.0]}
+    with pytest.raises(ValueError, match="at least 2 seeds are needed for an interval, got 1"):
+        measured.experiment(1)
+
+
 def test_without_bm25s(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bm25s", None)
     with pytest.raises(ImportError, match=r"BM25 needs the package bm25s: pip install 'decodelab\[metrics\]'"):
         bm25_ranking(["a"], ["a"])
 
 
-def test_intervals_over_seeds_and_queries():
+def test_intervals_over_seeds():
     assert seed_interval([[1.0] * 5, [1.0] * 5]) == [1.0, 1.0, 1.0]
-    mean, low, high = seed_interval([[0.0] * 9, [1.0] * 9, [2.0] * 9])
-    assert (mean, low, high) == (1.0, pytest.approx(0.0, abs=0.34), pytest.approx(2.0, abs=0.34))
+    half = 4.3027 * 1.0 / math.sqrt(3)  # t of two degrees of freedom, deviation 1
+    assert seed_interval([[0.0] * 9, [0.5, 1.5], [2.0] * 4]) == pytest.approx([1.0, 1.0 - half, 1.0 + half], abs=1e-3)
     rng = np.random.default_rng(0)
-    one = rng.normal(size=(3, 400))
-    narrow, wide = seed_interval(one), seed_interval(one + np.array([[-1.0], [0.0], [1.0]]))
-    assert wide[2] - wide[1] > 4 * (narrow[2] - narrow[1])  # seeds that differ are not many queries
+    covered = [low < 0 < high for _, low, high in (seed_interval(rng.normal(size=(3, 1)) + rng.normal(size=(3, 20))) for _ in range(400))]
+    assert 0.92 < np.mean(covered) < 0.98  # seeds that differ are not many queries
 
 
 # bad input

@@ -748,7 +748,7 @@ def test_the_lock_is_given_back_after_an_error(tmp_path, monkeypatch):
                 train(tmp_path)
 
 
-RECIPES = ["cj-grpo", "dpo", "drafter", "grpo", "hyperfitting", "prm", "specdec-pp", "tasks", "tasks-learn2pd", "tasks-mdm"]
+RECIPES = ["cj-grpo", "dpo", "drafter", "dupmae", "grpo", "hyperfitting", "prm", "specdec-pp", "tasks", "tasks-learn2pd", "tasks-mdm"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
