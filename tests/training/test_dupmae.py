@@ -371,8 +371,13 @@ def test_texts_padded_on_the_left_are_refused(tokenizer):
 
 
 def test_the_decoder_layer_drops_only_in_training():
-    config = BertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5)
-    layer, given = WeakDecoder(config), (torch.randn(2, 16), torch.randn(6, 16), torch.randn(2, 6, 16), torch.ones(2, 6, 6, dtype=torch.bool))
+    config = BertConfig(
+        hidden_size=16, num_attention_heads=2, intermediate_size=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5
+    )
+    layer, given = (
+        WeakDecoder(config),
+        (torch.randn(2, 16), torch.randn(6, 16), torch.randn(2, 6, 16), torch.ones(2, 6, 6, dtype=torch.bool)),
+    )
     assert not torch.equal(layer(*given), layer(*given))
     layer.eval()
     assert torch.equal(layer(*given), layer(*given))
@@ -623,7 +628,9 @@ def test_negatives_come_from_the_miner_and_weights_from_the_encoder(tmp_path, mo
     monkeypatch.setattr(retriever, "_Groups", lambda *a, **k: given.append(a) or usual(*a, **k))
     encoder, _ = small_encoder()
     before = encoder.bert.embeddings.word_embeddings.weight.clone()
-    fine_tune(replace(TUNE, stage=2, miner=str(tmp_path / "one"), steps=1, learning_rate=1e-6), tmp_path / "two", (encoder, tokenizer), CORPUS)
+    fine_tune(
+        replace(TUNE, stage=2, miner=str(tmp_path / "one"), steps=1, learning_rate=1e-6), tmp_path / "two", (encoder, tokenizer), CORPUS
+    )
     assert torch.allclose(encoder.bert.embeddings.word_embeddings.weight, before, atol=1e-4)
     queries = encode_texts(miner, tokenizer, [q for q, _ in CORPUS.pairs], TUNE.max_query)
     scores = two_part_scores(queries, encode_texts(miner, tokenizer, CORPUS.training_docs, TUNE.max_length), TUNE.k)
@@ -716,7 +723,12 @@ def test_bm25_finds_rare_words_and_no_synonyms():
 def test_an_experiment_without_cranfield_says_so(monkeypatch, capsys):
     monkeypatch.setattr(measured, "_differences", lambda *_: [0.0, 0.0, 0.0])
     kinds = ["rare", "synonym"]
-    one = {"ranks": {"BM25": [1.0, 0.0]}, "kinds": kinds, "probes": {a: {} for a in measured.ARMS}, "seconds": dict.fromkeys(measured.ARMS, 0.0)}
+    one = {
+        "ranks": {"BM25": [1.0, 0.0]},
+        "kinds": kinds,
+        "probes": {a: {} for a in measured.ARMS},
+        "seconds": dict.fromkeys(measured.ARMS, 0.0),
+    }
     monkeypatch.setattr(measured, "on_topics", lambda seed, stages: one)
     found = measured.experiment(2)
     assert "cranfield" not in found and "Cranfield is skipped: there is no cranfield/ in the data folder" in capsys.readouterr().out
