@@ -134,8 +134,11 @@ def two_part_scores(
     part: str = "both",  # "both", or only "cls" or "terms"
 ) -> torch.Tensor:
     "Score of every document for every query, [queries, documents]."
-    dense = queries.cls @ docs.cls.T if part != "terms" else 0.0
-    return dense + (queries.terms @ kept_terms(docs.terms, k).T if part != "cls" else 0.0)
+    dense = queries.cls @ docs.cls.T
+    if part == "cls":
+        return dense
+    terms = queries.terms @ kept_terms(docs.terms, k).T
+    return terms if part == "terms" else dense + terms
 
 
 def ordinary_tokens(

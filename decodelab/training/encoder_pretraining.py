@@ -156,14 +156,18 @@ class DupMAERecipe:
         if self.encoder:
             return _loaded(self.encoder, more)
         tokenizer = retrieval_tokenizer(texts, self.vocabulary)
-        shape = {
+        shape: dict[str, Any] = {
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
             "intermediate_size": 4 * self.hidden_size,
         }
         # small models underfit, and BERT's spread of 0.02 is made for a width of 768
-        still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": self.hidden_size**-0.5}
+        still: dict[str, Any] = {
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "initializer_range": self.hidden_size**-0.5,
+        }
         return DupMAE(
             BertConfig(vocab_size=len(tokenizer), max_position_embeddings=max(512, self.max_length), **shape, **still, **more)
         ), tokenizer
@@ -175,7 +179,7 @@ def _loaded(name: str, more: dict[str, Any]) -> tuple[DupMAE, PreTrainedTokenize
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "bert":
         raise ValueError(f"{name} is a model of type {config.model_type}: start from a BERT, such as google-bert/bert-base-uncased")
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(name)
     if not tokenizer.is_fast or tokenizer.mask_token_id is None:
         raise ValueError(f"the tokenizer of {name} must be a fast one with a mask token: whole words are masked")
     tokenizer.padding_side = "right"  # [CLS] stands at position 0
