@@ -768,7 +768,7 @@ def test_the_lock_is_given_back_while_the_run_is_still_known(tmp_path):
         assert not (refused.lock.is_locked or killed.lock.is_locked or run.lock.is_locked)
 
 
-RECIPES = ["cj-grpo", "dpo", "drafter", "grpo", "hyperfitting", "prm", "specdec-pp", "tasks", "tasks-learn2pd", "tasks-mdm"]
+RECIPES = ["cj-grpo", "dpo", "drafter", "dupmae", "grpo", "hyperfitting", "prm", "specdec-pp", "tasks", "tasks-learn2pd", "tasks-mdm"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
