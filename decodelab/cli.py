@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
-from inspect import signature
+from inspect import getsource, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,6 +113,16 @@ def _recipe(name: str, texts: Iterable[str], steps: int | None = None) -> tuple[
     return replace(found.settings, **settings | ({"steps": steps} if steps else {})), found.train
 
 
+def _meanings(plan: Any) -> list[dict[str, Any]]:
+    # the settings of a recipe: name, value, and the comment behind the field
+    from dataclasses import fields
+
+    said: dict[str, str] = {}
+    for cls in reversed(type(plan).__mro__[:-1]):
+        said |= re.findall(r"^    (\w+): .*?  # (.+)$", getsource(cls), re.MULTILINE)
+    return [{"setting": f.name, "value": getattr(plan, f.name), "meaning": said.get(f.name, "")} for f in fields(plan) if f.init]
+
+
 @app.command("train")
 def _train(
     recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(recipe_names())}.")],
@@ -122,6 +132,7 @@ def _train(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; those of the recipe when left out.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings of the recipe; --set goes before it.")] = None,
     settings: SetOption = None,
+    listed: Annotated[bool, typer.Option("--list", help="List the recipe's settings, their values and meaning; train nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     "Train a model of the zoo again, or a variant of it; resumes where it was stopped."
@@ -131,6 +142,10 @@ def _train(
             raise ValueError(f"there is no folder {data_dir}: name the folder of the data sets, or leave out --data-dir")
         os.environ["DECODELAB_DATA"] = str(data_dir)
     plan, train = _recipe(recipe, [*(_config_settings(config) if config else ()), *(settings or ())], steps)
+    if listed:
+        rows = _meanings(plan)
+        emit_json(rows) if as_json else show_table(rows, f"settings of {recipe}, for --set or --config")
+        return
     if tokenizer and "tokenizer" not in signature(train).parameters:
         raise ValueError(f"{recipe} has the tokenizer of the model it starts from: leave out --tokenizer")
     folder = out or Path("runs") / recipe

@@ -43,6 +43,11 @@ class GroundingSpace:
         contexts, logits, owners = [], [], []
         with torch.no_grad(), evaluating(model):
             for question, (prompt, answers) in enumerate(examples):
+                if isinstance(prompt, str) or any(isinstance(answer, (str, int)) for answer in answers):
+                    raise ValueError(
+                        f"example {question} must be token ids of a prompt and a list of its answers, each a list of token ids: "
+                        "tokenise texts first, and put a single answer into a list"
+                    )
                 for answer in map(list, answers):
                     if not len(prompt) or not answer:
                         raise ValueError(f"example {question} has an empty prompt or answer: give at least one token of each")

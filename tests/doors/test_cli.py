@@ -24,7 +24,7 @@ from decodelab.demo_page import DemoRow, DemoTable, comparison_page, demo_table,
 from decodelab.hub import export_hub
 from decodelab.lab.frontier import compared_policies
 from decodelab.lab.provenance import write_whole
-from decodelab.reading import typed_settings
+from decodelab.reading import recipe_names, typed_settings
 from decodelab.shell import make_decoder, show_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -965,6 +965,14 @@ def test_train_refuses(tmp_path, monkeypatch):
     assert "data must be 'tasks' or 'tales'" in refused("train", "tales-mdm", "--set", "data=books")
     monkeypatch.setattr("decodelab.shell.find_spec", lambda name: None)
     assert "needs accelerate, filelock: pip install 'decodelab[train]'" in refused("train", "tales")
+
+
+def test_train_lists_settings():
+    rows = {row["setting"]: row for row in json.loads(run("train", "tales", "--list", "--set", "layers=3", "--json").stdout)}
+    assert rows["layers"] == {"setting": "layers", "value": 3, "meaning": "decoder layers"}
+    assert all(row["meaning"] for row in rows.values())
+    for name in recipe_names():
+        assert all(row["meaning"] for row in json.loads(run("train", name, "--list", "--json").stdout)), name
 
 
 def test_commands_say_which_packages_they_need(monkeypatch):

@@ -103,6 +103,9 @@ def test_bad_stores(llama):
     for example in (([], [[3]]), ([3], [[]])):
         with pytest.raises(ValueError, match="example 0 has an empty prompt or answer: give at least one token"):
             GroundingSpace(llama, [example])
+    for example in (("text", [[3]]), ([3], ["text"]), ([3], [4, 5])):
+        with pytest.raises(ValueError, match="example 0 must be token ids of a prompt and a list of its answers"):
+            GroundingSpace(llama, [example])
     broken = small_model()
     with torch.no_grad():
         broken.lm_head.weight[5] = math.nan
