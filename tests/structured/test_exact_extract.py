@@ -20,6 +20,8 @@ from transformers import (
 
 from decodelab.core.cross_session import CrossSession
 from decodelab.core.session import Session
+from decodelab.lab.table_model import table_model
+from decodelab.structured import exact_extract
 from decodelab.structured.exact_extract import ExactExtract, passage_ids, span_scores
 
 BEGIN, STOP = 5, 6
@@ -141,13 +143,107 @@ def test_suffixes_share_their_tokens(t5):
     assert out.stats.target_forwards == 3  # the start token, `begin`, all suffixes
 
 
+# branch and bound: what must be fed, and no more
+
+
+def close_race(margin):
+    """A model and a passage *a b c d* in which everything is decided by a little.
+
+    Behind the prompt b has probability .2; in multiples of the margin, in nats below ln .2: *b c* is fed up to 1/2 and scores 1, *a* scores 2, and d has 3.
+    """
+    a, b, c, d, stop, start, other = range(1, 8)
+    probs = torch.full((8, 8), 1e-9)
+    probs[start, [a, b, d]] = torch.tensor([0.5, 0.2, 0.2 * math.exp(-3 * margin)])
+    probs[a, stop] = 0.4 * math.exp(-2 * margin)
+    probs[b, c] = probs[c, stop] = math.exp(-margin / 2)
+    probs[d, stop] = 0.5
+    probs[:, other] += 1 - probs.sum(1)
+    return table_model(probs), torch.tensor([[start]]), [a, b, c, d], stop
+
+
+def race(margin, **fields):
+    model, prompt, passage, stop = close_race(margin)
+    decoder = ExactExtract(passage, prune=True, chunk=1, **fields)
+    out = model.generate(prompt, custom_generate=decoder, max_new_tokens=9, do_sample=False, eos_token_id=stop)
+    return text(out)[:-1], out.stats.search[0]
+
+
+@pytest.mark.parametrize("margin", [0.001, 0.01, 0.1, 0.5])
+def test_branch_and_bound_feeds_what_may_win_and_nothing_else(margin):
+    "a, b and b c lie above the best score, so no exact search can do without them; d lies below it and is not begun."
+    answer, facts = race(margin)
+    assert answer == (2, 3)
+    assert facts["log_prob"] == pytest.approx(math.log(0.2) - margin, abs=1e-5)
+    assert (facts["fed"], facts["rows"]) == (3, 2)
+
+
+@pytest.mark.parametrize("nats", [-2.0, -0.05, 0.05, 2.0])
+def test_a_bound_that_is_off_is_noticed(nats, monkeypatch):
+    "Too tight: another answer. Too loose: more is fed."
+    tighten = exact_extract._Scan.tighten
+
+    def off(scan):
+        tighten(scan)
+        scan.bound += nats
+
+    monkeypatch.setattr(exact_extract._Scan, "tighten", off)
+    answer, facts = race(0.01)
+    assert answer == (1,) if nats > 0 else facts["fed"] > 3
+
+
+def fed_by_hand(passage, log_p, before, longest, chunk, top, normalised):
+    """Tokens that branch and bound feeds, and those that every exact search must feed, from the scores of all spans.
+
+    Rows by the probability of their first token, `chunk` of them together, in pieces of 1, 1, 2, 4, ... tokens; after each piece, rows whose beginning is below the
+    bound are dropped. A beginning that is not below the final bound must be fed.
+    """
+    n, size = len(passage), lambda k: k + 1 + before if normalised else 1
+    reach = [min(n - i, longest) for i in range(n)]
+    prefix = {(i, k): float(p[:-1].sum()) for (i, k), p in log_p.items()}
+    value = {(i, k): float(p.sum()) / size(k) for (i, k), p in log_p.items()}
+    known, fed = {}, 0
+
+    def bound():
+        found = sorted(known.values(), reverse=True)
+        return found[top - 1] if len(found) >= top else -math.inf
+
+    def may_win(i, k):
+        return k <= reach[i] and prefix[i, k] / size(reach[i]) >= bound()
+
+    first = {passage[i]: prefix[i, 1] for i in reversed(range(n))}
+    order = sorted(range(n), key=lambda i: -first[passage[i]])
+    for at in range(0, n, chunk):
+        rows, done = [i for i in order[at : at + chunk] if may_win(i, 1)], 0
+        while rows:
+            piece = range(done + 1, done + max(1, done) + 1)
+            for cell in [(i, k) for i in rows for k in piece if k <= reach[i]]:
+                known[tuple(passage[cell[0] : sum(cell)])] = value[cell]
+                fed += 1
+            done = piece[-1]
+            rows = [i for i in rows if may_win(i, done + 1)]
+    needed = sum(prefix[i, k] / size(reach[i]) > bound() + 1e-4 for i, k in prefix)
+    return fed, needed
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_branch_and_bound_saves_tokens(kind, request):
-    model, inputs, _ = case(kind, request)
-    passage = torch.randint(7, 60, (40,), generator=torch.Generator().manual_seed(3)).tolist()
-    whole, pruned = (extract(model, inputs, 60, passage=passage, prune=prune, chunk=4) for prune in (False, True))
-    assert text(whole) == text(pruned)
-    assert pruned.stats.search[0]["fed"] < 0.5 * whole.stats.search[0]["fed"]
+@pytest.mark.parametrize(("top", "normalised"), [(1, False), (3, False), (1, True), (2, True)])
+def test_tokens_that_branch_and_bound_feeds(kind, top, normalised, request):
+    needed_of_all = fed_of_all = every = 0
+    for seed, chunk, longest in ((0, 1, 12), (1, 1, 12), (2, 3, 5), (3, 4, 12), (4, 100, 12)):
+        model, inputs, begin = case(kind, request, seed)
+        passage = torch.randint(7, 20, (12,), generator=torch.Generator().manual_seed(seed)).tolist()
+        spans = [(i, k) for i in range(12) for k in range(1, min(12 - i, longest) + 1)]
+        log_p = {(i, k): answer_log_probs(model, inputs, [*begin, *passage[i : i + k], STOP]) for i, k in spans}
+        fed, needed = fed_by_hand(passage, log_p, len(begin), longest, chunk, top, normalised)
+        fields = {"chunk": chunk, "top": top, "normalised": normalised}
+        out = extract(model, inputs, longest + 1 + len(begin), passage=passage, prune=True, **fields)
+        assert out.stats.search[0]["fed"] == fed >= needed
+        whole = extract(model, inputs, longest + 1 + len(begin), passage=passage, **fields)
+        assert whole.stats.search[0]["fed"] == len(spans)
+        assert text(out) == text(whole)
+        needed_of_all, fed_of_all, every = needed_of_all + needed, fed_of_all + fed, every + len(spans)
+    if not normalised:
+        assert needed_of_all <= fed_of_all < 0.6 * every
 
 
 @given(passage=passages, extra=passages, seed=st.integers(0, 5))
