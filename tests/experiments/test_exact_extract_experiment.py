@@ -123,7 +123,13 @@ def test_costs_by_hand():
 
 ROWS = [
     {"context": f"{name} lives in {town}. ", "question": "Who?", "answers": [name], "seeds": [seed]}
-    for name, town, seed in (("Anna", "Rome", 42), ("Bo", "Bonn", 46), ("Bo", "Bonn", 46), ("Cy", "Oslo", 46), ("Di", "a very long name", 46))
+    for name, town, seed in (
+        ("Anna", "Rome", 42),
+        ("Bo", "Bonn", 46),
+        ("Bo", "Bonn", 46),
+        ("Cy", "Oslo", 46),
+        ("Di", "a very long name", 46),
+    )
 ]
 
 
