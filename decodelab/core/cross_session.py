@@ -27,8 +27,9 @@ __all__ = ['CrossSession']
 def _repeated(cache: Any, index: torch.Tensor) -> DynamicCache:
     # rows of a cache; a growing cache never writes into the tensors that it shows
     other = DynamicCache()
-    other.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in other.layers:
+    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
+    other.layers = layers
+    for layer in layers:
         if layer.is_initialized:
             layer.keys, layer.values = layer.keys[index], layer.values[index]
     return other

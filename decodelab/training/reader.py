@@ -1,4 +1,4 @@
-"""The recipe behind `reader`: a T5 of a quarter of a million parameters that fills gaps in passages of facts; and two ways to go on, recurring spans and questions.
+"""A recipe for a T5 of a quarter of a million parameters that fills gaps in passages of facts; and two ways to go on, recurring spans and questions.
 
 Docs: https://decodelab.github.io/decodelab/training/reader.html.md"""
 
@@ -144,9 +144,9 @@ def padded(
 # %% ../../nbs/training/reader.ipynb #0baa83c7
 @dataclass
 class ReaderRecipe:
-    "A small T5 on passages with gaps; the defaults are those of the zoo's `reader`."
+    "A small T5 on passages with gaps."
 
-    name: str = "reader"  # name in the zoo
+    name: str = "reader"  # name of the model
     hidden_size: int = 64  # width
     intermediate_size: int = 192  # width of the MLP
     layers: int = 2  # layers of the encoder, and of the decoder
@@ -173,6 +173,7 @@ class ReaderRecipe:
     ) -> T5ForConditionalGeneration:
         "A freshly initialised model."
         torch.manual_seed(self.seed)
+        special: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
         config = T5Config(
             vocab_size=len(tokenizer),
             d_model=self.hidden_size,
@@ -182,9 +183,7 @@ class ReaderRecipe:
             num_heads=self.heads,
             feed_forward_proj="gated-gelu",
             dropout_rate=0.0,
-            pad_token_id=0,
-            eos_token_id=1,
-            decoder_start_token_id=0,
+            **special,
         )
         return T5ForConditionalGeneration(config)
 
