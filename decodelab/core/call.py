@@ -16,7 +16,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process
 
 from .capability import context_length
-from .checks import check_config, check_context, check_inputs
+from .checks import KINDS, check_config, check_context, check_inputs, reads_prompt_apart
+from .cross_session import CrossSession
 from .ends import Ends
 from .output import DecodeOutput, DecodeStats, Trace, TraceStep
 from .prefix_tree import PrefixTree
@@ -61,21 +62,22 @@ class Call:
 
     def __init__(
         self,
-        model: Any,  # decoder-only language model
-        input_ids: torch.Tensor,  # prompts, left-padded, [batch, length]
+        model: Any,  # language model of a kind in `takes`
+        input_ids: torch.Tensor,  # prompts, left-padded, [batch, length]; of an encoder-decoder model, what its decoder begins with
         logits_processor: LogitsProcessorList,  # prepared by `generate`
         stopping_criteria: StoppingCriteriaList,  # prepared by `generate`
         generation_config: Any,  # prepared by `generate`
         streamer: Any = None,  # a transformers streamer (batch 1)
         trace: bool = False,  # whether to keep what happened
         compile: bool = False,  # whether forwards run as compiled code
+        takes: tuple[str, ...] = KINDS[:1],  # kinds of model that the decoder takes
         **model_kwargs: Any,  # attention_mask, past_key_values and further forward arguments
     ):
         self.started = time.perf_counter()
         self.model, self.prompt, self.streamer, self.compile = model, input_ids, streamer, compile
         self.model_kwargs, self.extra = model_kwargs, further_arguments(model_kwargs)
         self.mask, self.cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
-        check_inputs(model, input_ids, self.mask, model_kwargs)
+        check_inputs(model, input_ids, self.mask, model_kwargs, takes)
         check_config(generation_config)
         self.do_sample = bool(generation_config.do_sample)
         self.processors = logits_processor or None
@@ -132,10 +134,14 @@ class Call:
         "A session for token-by-token methods: the model's own steps, or a compiled `Session` when the call asks for it."
         return self.session() if self.compile else StepSession(self.model, self.model_kwargs, self.pad, self.stats)
 
-    def session(self) -> Session:
-        "A session that verifies trees of draft tokens."
+    def session(self) -> Any:
+        "A session that verifies trees of draft tokens; that of an encoder-decoder model takes chains only."
         if self.no_cache:
             raise ValueError("draft tokens are verified with the KV cache: leave out use_cache=False")
+        if reads_prompt_apart(self.model):
+            if self.compile:
+                raise ValueError("encoder-decoder models are not compiled: leave out compile=True")
+            return CrossSession(self.model, self.mask, self.cache, self.stats, **self.extra)
         positions = self.model_kwargs.get("position_ids")
         settings: dict[str, Any] = {"compiled": self.compile, "remaining": self.budget, "position_ids": positions}
         return Session(self.model, self.mask, self.cache, self.stats, **settings, **self.extra)

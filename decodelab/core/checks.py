@@ -15,25 +15,37 @@ from transformers.generation import GenerationMode
 from .capability import embedding_size
 
 # %% auto #0
-__all__ = ['check_inputs', 'check_config', 'check_context']
+__all__ = ['KINDS', 'reads_prompt_apart', 'check_inputs', 'check_config', 'check_context']
 
 # %% ../../nbs/core/checks.ipynb #023b60bb
+KINDS = ("decoder-only", "encoder-decoder", "masked")  # of language models
+
+
+def reads_prompt_apart(
+    model: Any,  # language model
+) -> bool:
+    "Whether it is an encoder-decoder model: an encoder has read the prompt, and the decoder's own text begins with a start token."
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
 def check_inputs(
-    model: Any,  # decoder-only language model
-    ids: torch.Tensor,  # prompts, left-padded, [batch, length]
-    mask: torch.Tensor | None,  # [batch, length], 0 on padding
+    model: Any,  # language model
+    ids: torch.Tensor,  # prompts, left-padded, [batch, length]; of an encoder-decoder model, what its decoder begins with
+    mask: torch.Tensor | None,  # [batch, length], 0 on padding; of an encoder-decoder model, that of the encoder's text
     more: dict[str, Any],  # further arguments of the call
+    takes: tuple[str, ...] = KINDS[:1],  # which of `KINDS` the decoder takes
 ) -> None:
-    "Raise `ValueError` when there is no prompt that this model could read."
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder model; this decoder needs a decoder-only one")
+    "Raise `ValueError` when there is no prompt that this model could read, or when it is of a kind that the decoder does not take."
+    apart = reads_prompt_apart(model)
+    if apart and "encoder-decoder" not in takes:
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder model; this decoder needs a {' or '.join(takes)} one")
     if more.get("inputs_embeds") is not None:
         raise ValueError("decodelab decoders read token ids, not inputs_embeds: pass input_ids")
     if ids.ndim != 2 or ids.shape[1] == 0 or (mask is not None and not bool(mask.any(-1).all())):
         raise ValueError(f"empty prompt: input_ids must be [batch, length] with at least one token a row, got {list(ids.shape)}")
     if ids.device != model.device and model.device.type != "meta":  # offloaded weights lie on `meta`, and their hooks move the inputs
         raise ValueError(f"input_ids are on {ids.device}, the model on {model.device}: move them with input_ids.to(model.device)")
-    if mask is not None and not bool(mask[:, -1].all()):
+    if mask is not None and not apart and not bool(mask[:, -1].all()):
         raise ValueError("the prompts are padded on the right: use padding_side='left'")
     vocabulary = embedding_size(model)
     strange = ids[(ids < 0) | (ids >= vocabulary)]

@@ -43,6 +43,7 @@ class Decoder:
     trace: bool = field(default=False, kw_only=True)  # keep what happened in `out.trace`
     compile: bool = field(default=False, kw_only=True)  # run the model's forwards as compiled code of fixed shapes (seconds of warm-up)
     method: ClassVar[Method]  # set by `register`
+    takes: ClassVar[tuple[str, ...]] = ("decoder-only",)  # kinds of model, of `decodelab.core.checks.KINDS`
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         "Refuses unknown hyper-parameters with a list of the known ones, and values of the wrong type."
@@ -111,7 +112,7 @@ class Decoder:
         self, model: Any, ids: torch.Tensor, processors: Any, criteria: Any, config: Any, streamer: Any, model_kwargs: dict[str, Any]
     ) -> DecodeOutput:
         try:
-            more: dict[str, Any] = {"streamer": streamer, "trace": self.trace, "compile": self.compile}
+            more: dict[str, Any] = {"streamer": streamer, "trace": self.trace, "compile": self.compile, "takes": self.takes}
             call = Call(model, ids, processors, criteria, config, **more, **model_kwargs)
             self.check(call)
             try:

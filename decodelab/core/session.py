@@ -400,6 +400,23 @@ class Session:
         if isinstance(self.positions, torch.Tensor):
             self.positions = self.positions[rows]
 
+    def repeat(
+        self,
+        row: int,  # row of the batch
+        n: int,  # how many rows
+    ) -> Session:
+        "A session of its own with `n` rows that have all been fed what row `row` has been fed; nothing may await `commit`."
+        if self.pending or not isinstance(self.cache, Slots):
+            raise ValueError("a row can be repeated behind its prompt, and when no node awaits commit")
+        other, index = copy.copy(self), torch.full((n,), row, device=self.bias.device)
+        other.cache, other.bias, other.output = self.cache.repeat(row, n), self.bias[index], None
+        other._at = None if self._at is None else self._at[index]
+        other._kept, other._free = ([list(part[row]) for _ in range(n)] for part in (self._kept, self._free))
+        other._waiting = [[] for _ in range(n)]
+        other.extra = {name: value[index] if name == "token_type_ids" else value for name, value in self.extra.items()}
+        other.positions = self.positions[index] if isinstance(self.positions, torch.Tensor) else self.positions
+        return other
+
     def layer_states(
         self,
         layer: int = -1,  # number of the layer, as in a list

@@ -126,6 +126,19 @@ class Slots(Cache):
         "Keep only some rows."
         self._replace(lambda block: block[rows])
 
+    def repeat(
+        self,
+        row: int,  # row of the batch
+        n: int,  # how many times
+    ) -> Slots:
+        "A cache of its own with `n` rows that all hold what row `row` holds."
+        other = Slots(len(self.layers), self.place.capacity)
+        other.place.width = self.place.width
+        for mine, layer in zip(other.layers, self.layers):
+            if layer.keys is not None:
+                mine.keys, mine.values = (block[row].expand(n, *block.shape[1:]).contiguous() for block in (layer.keys, layer.values))
+        return other
+
 # %% ../../nbs/core/slots.ipynb #0f25fc43
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # tokens of a compiled forward; fewer are filled up
 

@@ -255,9 +255,11 @@ def without_bars(
 
 def _fitting_class(place: str | Path, pin: dict[str, str]) -> Any:
     # a model is called masked by the class that its configuration names
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     config = AutoConfig.from_pretrained(place, trust_remote_code=False, **pin)
+    if type(config) in AutoModelForSeq2SeqLM._model_mapping and (config.architectures or [""])[0].endswith("ForConditionalGeneration"):
+        return AutoModelForSeq2SeqLM
     fitting = AutoModelForMaskedLM if (config.architectures or [""])[0].endswith("ForMaskedLM") else AutoModelForCausalLM
     if type(config) not in fitting._model_mapping:
         kind = "masked" if fitting is AutoModelForMaskedLM else "causal"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
@@ -83,6 +83,7 @@ class Unmasker(Decoder):
     mask_token_id: int | None = field(default=None, kw_only=True)  # id of the mask; the config's when None
     shift_logits: bool | None = field(default=None, kw_only=True)  # logits stand one position too far left; the config's word when None
     bidirectional: bool = field(default=False, kw_only=True)  # the model looks both ways, though neither its class nor its config says so
+    takes: ClassVar[tuple[str, ...]] = ("masked",)
 
     def __post_init__(self) -> None:
         for name in ("block_length", "steps"):

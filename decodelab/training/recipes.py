@@ -68,11 +68,14 @@ def load_causal(
     "A causal language model in float32, on the GPU where there is one, and its tokenizer, which can pad; `ValueError` for a model whose tokens see what follows them."
     import torch
 
+    from decodelab.core.checks import reads_prompt_apart
     from decodelab.core.zoo import load
     from decodelab.diffusion.denoiser import looks_both_ways
     from decodelab.lab.lab import resolve_device
 
     model, tokenizer = load(name, device=resolve_device("auto"))
+    if reads_prompt_apart(model):
+        raise ValueError(f"{name} is an encoder-decoder model, no causal language model: choose one, such as tales or tasks")
     if looks_both_ways(model) or _sees_last(model, torch.tensor([[0, 1, 2, 3], [0, 1, 2, 2]], device=model.device)):
         raise ValueError(f"{name} is no causal language model (its tokens see those that follow them): choose one, such as tales or tasks")
     if tokenizer.pad_token is None:
