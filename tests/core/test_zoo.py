@@ -213,10 +213,12 @@ def test_whole_models_of_other_shapes_are_not_refused(folder, kind):
 
 
 def test_other_kinds_of_models_are_named_in_one_line(folder):
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
 
     T5ForConditionalGeneration(T5Config(vocab_size=3, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"mini is a t5 model, which transformers has no causal language model of: choose another model$"):
+    assert isinstance(zoo.load(folder)[0], T5ForConditionalGeneration)  # an encoder-decoder language model
+    ViTModel(ViTConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"mini is a vit model, which transformers has no causal language model of: choose another model$"):
         zoo.load(folder)
 
 
