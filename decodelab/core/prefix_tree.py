@@ -157,12 +157,12 @@ class PrefixTree(Session):
         rows = [self._row.get(self.shape.parent[node]) for node in nodes]
         capacity = self.cache.place.capacity
         if None in rows:  # paths are walked
-            masks, paths = self.bias.expand(len(nodes), -1).clone(), map(self.shape.path, nodes)
+            masks, paths = self.bias.expand(len(nodes), -1).clone(), [self.shape.path(node) for node in nodes]
         else:
             masks = self._masks if rows == list(range(len(self._masks))) else self._masks[rows]
             if more := capacity - masks.shape[1]:
                 masks = torch.nn.functional.pad(masks, (0, more), value=torch.finfo(masks.dtype).min)
-            paths = ([node] for node in nodes)
+            paths = [[node] for node in nodes]
         seen = [i * capacity + self.slot[node] for i, path in enumerate(paths) for node in path]
         masks.view(-1).index_fill_(0, torch.tensor(seen, device=masks.device), 0.0)
         self._masks, self._row = masks, {node: i for i, node in enumerate(nodes)}

@@ -228,7 +228,7 @@ class Session:
         self,
         n: int,  # nodes to come
     ) -> None:
-        "Make room for `n` more nodes of every row at once: growing copies what is there."
+        "Have slots for `n` more nodes of every row, made at once: growing copies what is there."
         lack = n - min(map(len, self._free))
         if lack > 0:
             old = self.cache.place.capacity
