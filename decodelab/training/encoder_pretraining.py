@@ -1,4 +1,4 @@
-"""From texts to a pre-trained encoder with [DupMAE](dupmae.ipynb): a tokenizer, masked batches that a killed run draws again, and `decodelab train dupmae`.
+"""From texts to a pre-trained encoder with DupMAE: a tokenizer, masked batches that a killed run draws again, and `decodelab train dupmae`.
 
 Docs: https://decodelab.github.io/decodelab/training/encoder_pretraining.html.md"""
 
