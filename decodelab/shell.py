@@ -66,7 +66,9 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return "" if value != value else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+        if value != value:
+            return ""
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if 0 < abs(value) < 0.1 else f"{value:.2f}"
     return "" if value is None else str(value)
 
 

@@ -7,8 +7,10 @@ Docs: https://decodelab.github.io/decodelab/experiments/theory/scylla.html.md"""
 # %% ../../../nbs/experiments/theory/scylla.ipynb #b270b6c2
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +21,17 @@ from ...core.verify_curve import VerifyCurve
 from ...lab.cost import draft_cost, forward_curve
 from ...lab.data import load_data
 from ...lab.lab import Lab
-from ...lab.speeds import held_out_texts
+from ...lab.speeds import held_out_texts, spec_bench_prompts
 from ...lab.table_model import table_model
 from ...speculative.drafters import DraftModel
+from ...speculative.layer_drafter import load_drafter
 from ...theory.scylla import chain_acceptance, chain_tokens, extrapolation, fit, shapes_by_aic, speedups, weighted_line
+from ...training.drafters import DrafterRecipe, train_drafter
 from ...training.language_model import LanguageModelRecipe, Windows, encode_stream
 
 # %% auto #0
-__all__ = ['small_drafter', 'acceptance_of', 'alone_and_together', 'deterministic_source', 'experiment', 'table_of', 'fits_of',
-           'position_acceptance', 'machine_of', 'depth_speeds', 'drafting', 'width_slope']
+__all__ = ['small_drafter', 'acceptance_of', 'alone_and_together', 'deterministic_source', 'on_real_model', 'experiment',
+           'table_of', 'fits_of', 'position_acceptance', 'machine_of', 'depth_speeds', 'drafting', 'width_slope']
 
 # %% ../../../nbs/experiments/theory/scylla.ipynb #384b83ae
 def small_drafter(
@@ -113,6 +117,38 @@ def deterministic_source(
         found.append(np.array(run["counts"]).sum(0).tolist())
     return found
 
+# %% ../../../nbs/experiments/theory/scylla.ipynb #b7c1d2e3
+def on_real_model(
+    lab: Lab,  # profile and seed
+    texts: Sequence[int] = (48, 96, 192, 384),  # answers to learn from
+    depths: Sequence[str] = ("0,29", "0,1,29", "0,1,2,3,29"),  # layers of a drafter
+    per_task: int = 2,  # Spec-Bench questions of each task
+    g: int = 4,  # draft tokens a round
+    max_new_tokens: int = 50,  # tokens of an answer
+    **settings: Any,  # further fields of `DrafterRecipe`
+) -> dict[str, Any]:
+    "The grid of training tokens and layers for the profile's target; needs the data set `spec_bench`."
+    model, tokenizer = lab.target()
+    own: dict[str, Any] = {"tokens": 8192, "chat": True, "new_tokens": 48, "temperature": 0.7, "bfloat16": True, "r": 64, "alpha": 128}
+    own |= {"batch_size": 8, "held_out": 24, "warmup": 4, "seed": lab.seed, "target": lab.names["target"]} | settings
+    asked = spec_bench_prompts(tokenizer, per_task, length=128, chat=own["chat"])[0]
+    inputs = tokenizer.pad({"input_ids": [ids[0].tolist() for ids in asked]}, padding_side="left", return_tensors="pt").to(model.device)
+    plain = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None)
+    grid = []
+    with tempfile.TemporaryDirectory() as folder:
+        for layers in depths:
+            for n in texts:
+                steps = max(1, 2 * n // own["batch_size"])
+                sizes: dict[str, Any] = {"layers": layers, "prompts": max(texts) + own["held_out"], "texts": n}
+                plan = DrafterRecipe(**own | sizes, steps=steps, save_every=steps, eval_every=steps)
+                with torch.enable_grad():
+                    figures = train_drafter(plan, Path(folder) / f"{layers}-{n}", (model, tokenizer), Path(folder) / "texts.safetensors")
+                run = acceptance_of(model, load_drafter(Path(folder) / f"{layers}-{n}", model), inputs, g, max_new_tokens, plain)
+                grid.append({"layers": len(plan.layer_numbers), "tokens": 2 * figures["tokens"], "held_out": figures["held_out"]} | run)
+                print(grid[-1]["layers"], grid[-1]["tokens"], np.divide(*np.array(run["counts"]).sum(0)), flush=True)
+    shape: dict[str, Any] = {"tokens": [run["tokens"] for run in grid[: len(texts)]], "depths": [len(x.split(",")) for x in depths]}
+    return shape | {"texts": list(texts), "g": g, "prompts": len(asked), "max_new_tokens": max_new_tokens, "grid": grid}
+
 # %% ../../../nbs/experiments/theory/scylla.ipynb #f5f3985e
 def experiment(
     steps: Sequence[int] = (25, 50, 100, 200, 400),  # optimiser steps of a run, 512 tokens each
@@ -121,10 +157,12 @@ def experiment(
     g: int = 4,  # draft tokens a round
     max_new_tokens: int = 50,  # tokens of a text
 ) -> dict[str, Any]:
-    "The grid with its counts, the source without entropy, batches, and measured times; needs the data set of the tales."
-    lab = Lab("theory/scylla", profile="tiny")
+    "The grid with its counts, the source without entropy, batches, and measured times; in profile small, the grid of a real model. Needs data sets."
+    lab = Lab("theory/scylla")
     lab.seed_everything()
     torch.set_grad_enabled(False)
+    if lab.profile == "small":
+        return on_real_model(lab, max_new_tokens=max_new_tokens)
     (model, tokenizer), (known, _) = lab.target(), lab.draft()
     stream = encode_stream(tokenizer, [b["text"] for b in load_data("tales") if b["split"] == "train"])
     texts = held_out_texts(prompts)
