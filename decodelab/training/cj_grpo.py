@@ -29,7 +29,7 @@ from ..lab.lab import resolve_device
 from .checkpoints import fingerprint, tokenizer_fingerprint
 from .layout_toy import LAYOUT_LENGTH, layout_prompts, layout_reward, layout_start
 from .recipes import recipe
-from .rewarded import check_rewarded, group_advantages, rewarded_rows
+from .rewarded import check_rewarded, group_advantages, policy_card, rewarded_rows
 from .runs import Guarded, TrainingRun, check_recipe, training_arguments
 from .trajectory import OBJECTIVES, Denoise, Rollout, Terms, denoise_with, recorded_rollout
 from .trajectory import rollout_logps, trajectory_loss, until_eos
@@ -398,5 +398,8 @@ def train_policy(
     settings: CJGRPORecipe,  # the recipe
     folder: Path,  # where the model goes
 ) -> dict[str, Any]:
-    "Train a masked diffusion policy."
-    return train_cj_grpo(settings, folder)
+    "Train a masked diffusion policy, and write its model card."
+    figures = train_cj_grpo(settings, folder)
+    reward = {"greedy reward": (figures["greedy_before"], figures["greedy_after"])}
+    policy_card(folder, "cj-grpo", CJGRPORecipe(), reward)
+    return figures

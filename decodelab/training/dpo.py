@@ -21,6 +21,7 @@ from ..lab.prompts import tale_prompts
 from ..sampling.base import Autoregressive
 from .checkpoints import fingerprint, tokenizer_fingerprint, write_training
 from .recipes import load_causal, recipe
+from .rewarded import policy_card
 from .runs import Guarded, TrainingRun, check_recipe, training_arguments
 
 # %% auto #0
@@ -205,4 +206,6 @@ def train_dpo(
         figures["reward_after"] = held_out_reward(model, tokenizer, settings)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        return write_training(folder, figures)
+        figures = write_training(folder, figures)
+        policy_card(folder, "dpo", DPORecipe(), {"reward": (figures["reward_before"], figures["reward_after"])})
+        return figures

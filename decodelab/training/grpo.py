@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 from ..lab.tasks.text import Example, Task
 from .checkpoints import fingerprint, tokenizer_fingerprint
 from .recipes import load_causal, recipe
-from .rewarded import GRPO_TASKS, check_rewarded, exercises, held_out_exercises, verified_reward
+from .rewarded import GRPO_TASKS, check_rewarded, exercises, held_out_exercises, policy_card, verified_reward
 from .rollouts import Rollouts, held_out_scores, rollout_decoder, rollout_method, score_means
 from .runs import Guarded, TrainingRun, check_recipe, training_arguments
 
@@ -225,5 +225,8 @@ def train_policy(
     settings: GRPORecipe,  # the recipe
     folder: Path,  # where the model goes
 ) -> dict[str, Any]:
-    "Train a policy with GRPO."
-    return train_grpo(settings, folder)
+    "Train a policy with GRPO, and write its model card."
+    figures = train_grpo(settings, folder)
+    scores = {name: (value, figures["after"][name]) for name, value in figures["before"].items()}
+    policy_card(folder, "grpo", GRPORecipe(), scores)
+    return figures

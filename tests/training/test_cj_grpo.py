@@ -579,5 +579,7 @@ def test_a_model_and_prompts_of_ones_own(tmp_path, model, tokenizer):
     own = replace(TINY, model=str(tmp_path / "model"), prompts_file=str(file), held_out=4, steps=2, save_every=2, eval_every=2)
     figures = recipes()["cj-grpo"].train(own, tmp_path / "out")
     assert figures["steps"] == 2 and 0 <= figures["greedy_after"] <= 1
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert f"| greedy reward | {figures['greedy_before']:.3f} | {figures['greedy_after']:.3f} |" in card and "--set held_out=4" in card
     with pytest.raises(ValueError, match="12 prompts and 12 are held out"):
         train_cj_grpo(replace(own, held_out=12), tmp_path / "few")

@@ -101,6 +101,8 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, monkeypatch):
     assert again["steps"] == whole["steps"] == 4
     assert again["reward_after"] == whole["reward_after"]
     assert whole["pairs"] > 1
+    card = (tmp_path / "whole/README.md").read_text(encoding="utf-8")
+    assert f"| reward | {whole['reward_before']:.3f} | {whole['reward_after']:.3f} |" in card and "decodelab train dpo --set" in card
 
 
 @pytest.mark.parametrize(

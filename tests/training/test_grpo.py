@@ -376,3 +376,11 @@ def test_intervals_know_seeds_and_exercises():
     x[0] = 1.0  # one seed alone
     value, low, high = interval(x)
     assert (value, low) == (pytest.approx(1 / 3), 0.0) and high >= 2 / 3
+
+
+def test_a_trained_policy_has_a_card(start, tmp_path):
+    small = replace(TOY, model=str(start), num_iterations=1, steps=2, save_every=2, task="arithmetic")
+    figures = recipes()["grpo"].train(small, tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"| pass@1 | {figures['before']['pass@1']:.3f} | {figures['after']['pass@1']:.3f} |" in card
+    assert "decodelab train grpo --set name=toy" in card and f"decodelab.load({str(tmp_path)!r})" in card
