@@ -83,6 +83,7 @@ def experiment(
     found: dict[str, Any] = {"prompts": prompts, "max_new_tokens": max_new_tokens, "texts": {}, "tasks": {}}
 
     def run(target: Any, who: Mapping[str, Decoder], on: list[torch.Tensor], text: str, beside: Any = drafter) -> BenchResult:
+        print(f"{len(on)} prompts, {text}: {', '.join(who)}", flush=True)
         return compare(
             baselines(target, who, {"max_new_tokens": max_new_tokens, **texts[text]}, beside), on, repeats=repeats, seed=lab.seed
         )
