@@ -1,10 +1,13 @@
 """Scylla's measurements: drafters with a schedule of their own, counts of a run, the source without entropy, speeds of depths."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from toys import left_pad, random_prompts
 
+from decodelab.experiments.theory import scylla
 from decodelab.experiments.theory.scylla import (
     acceptance_of,
     alone_and_together,
@@ -97,3 +100,16 @@ def test_speeds_of_depths_by_force():
 
 def test_slope_of_widths():
     assert width_slope(np.array([7, 5, 3, 1]), [1, 2, 4, 8]) == pytest.approx(-2)
+
+
+def test_the_grid_of_a_real_model(llama, tokenizer, monkeypatch):
+    "Two depths, two amounts of answers: counts add up, the text stays the plain one, more answers are more tokens."
+    asked = [torch.tensor([[5, 6, 7]]), torch.tensor([[9, 8]])]
+    monkeypatch.setattr(scylla, "spec_bench_prompts", lambda *args, **kwargs: (asked, ["a", "b"]))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    lab = SimpleNamespace(target=lambda: (llama, tokenizer), names={"target": "tales"}, seed=0)
+    small = {"tokens": 0, "chat": False, "new_tokens": 6, "held_out": 2, "bfloat16": False, "r": 2, "alpha": 4, "batch_size": 2}
+    found = scylla.on_real_model(lab, (2, 4), ("0", "0,1"), 1, 2, 8, **small)
+    assert found["depths"] == [1, 2] and found["texts"] == [2, 4] and found["tokens"][0] < found["tokens"][1]
+    assert [run["layers"] for run in found["grid"]] == [1, 1, 2, 2] and all(run["same text"] for run in found["grid"])
+    assert table_of(found).shape == (2, 2, 2, 2) and (table_of(found)[..., 0] == 8).all()
