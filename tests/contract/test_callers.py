@@ -332,7 +332,7 @@ def test_two_threads_two_models_two_vocabularies(name):
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.9
     decoder = make(name, models[0])
-    if any(hasattr(decoder, part) for part in ("drafter", "space", "placeholder")):  # made for one model
+    if any(hasattr(decoder, part) for part in ("drafter", "space", "placeholder", "automaton")):  # made for one model
         jobs = [(models[0], seed) for seed in range(4)]
     else:
         jobs = [(models[i % 2], i) for i in range(4)]

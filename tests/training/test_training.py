@@ -662,6 +662,7 @@ CAUSAL = [  # recipe, and the field that names a causal model
     ("s2d", "target"),
     ("longspec", "target"),
     ("lud", "model"),
+    ("hmm", "target"),
 ]
 
 
