@@ -135,8 +135,8 @@ class _Layer:
     def evict(self, of: ActQKV, represent: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         more = min(len(self.k) - of.n_loc, of.n_init - len(self.first[0]))
         if more > 0:
-            for line, part in zip(self.first, (self.k, self.v)):
-                line.append(part.drop(more))
+            for line, latest in zip(self.first, (self.k, self.v)):
+                line.append(latest.drop(more))
             self.turned.drop(more)
             self.received.drop(more)
         n = (len(self.k) - of.n_loc) // of.b * of.b
@@ -164,7 +164,7 @@ class BlockMemory:
         self.end = self.left = 0
         self.decoding = False
         self.fetched: list[list[int]] = [[] for _ in range(layers)]  # blocks of the last window
-        self.recalled = [0.0] * layers  # share of its last token's attention that they got
+        self.recalled: list[Any] = [0.0] * layers  # share of its last token's attention that they got
 
     def begin(self, n: int, decoding: bool) -> None:
         "A forward of `n` tokens starts; `decoding`: these are new tokens or the last one of the prompt."
@@ -201,7 +201,7 @@ class BlockMemory:
             values.append(more)
         p = torch.cat(logits, -1).softmax(-1, dtype=torch.float32)
         here.received.all[:, -near:] += p[..., :near].view(heads, m, near).sum(1)
-        self.recalled[layer] = p.view(heads, m, -1)[:, -1, near : near + fetched].sum(-1).mean() if fetched else 0.0  # type: ignore[call-overload]
+        self.recalled[layer] = p.view(heads, m, -1)[:, -1, near : near + fetched].sum(-1).mean() if fetched else 0.0
         out = p.to(v.dtype) @ torch.cat(values, 1)
         here.evict(self.of, self.represent)
         return out.view(heads, m, -1)
@@ -236,7 +236,7 @@ class BlockMemory:
         of, here = self.of, self.layers[layer]
         scores = block_scores(q, here.index.all[0], of.probe, of.similarity).cpu()
         n, many = len(scores), min(of.k, len(scores))
-        if of.cut_off:
+        if of.cut_off and n > 1:
             here.note(flatness(scores, of.tau))
             if self.decoding:
                 ready = all(len(x.flat) == of.history for x in self.layers)
@@ -297,7 +297,8 @@ class ActQKV(Autoregressive):
         **fields: Any,  # sizes
     ) -> ActQKV:
         "InfLLM's selection: mean query, dot product, k blocks in every layer."
-        return cls(**{"probe": "mean", "similarity": "dot", "cut_off": False} | fields)
+        infllm: dict[str, Any] = {"probe": "mean", "similarity": "dot", "cut_off": False}
+        return cls(**infllm | fields)
 
     @property
     def floor(self) -> int:

@@ -54,7 +54,7 @@ class RecallRows(Dataset):
         size, facts, asks = next((size, facts, asks) for share, size, facts, asks in STAGES if done < share)
         if size > self.block:
             size, facts, asks = self.block, max(1, self.block // 16), self.block // 8
-        text = recall_text(size, facts, asks, seed=f"training {self.seed} {i}")
+        text = recall_text(size, facts, asks, facts_first=done < STAGES[0][0] or i % 2 == 0, seed=f"training {self.seed} {i}")
         labels = torch.full((size,), -100)
         for asked, _ in text.answers:
             labels[asked] = text.ids[asked]
@@ -89,7 +89,7 @@ class RecallRecipe(LanguageModelRecipe):
     context: int = 256
     block: int = 256
     batch_size: int = 64
-    steps: int = 1000
+    steps: int = 1200
     weight_decay: float = 0.01
     eval_every: int = 100
     initializer_range: float = 0.12  # standard deviation of the weights at the start

@@ -40,6 +40,7 @@ def recall_text(
     facts: int = 8,  # facts (1 to 32)
     asks: int = 1,  # questions (at least 0)
     apart: int = 0,  # a question is about a fact at least so many tokens back
+    facts_first: bool = False,  # all facts stand before all questions
     open_end: bool = False,  # end with one more question, without its answer
     depth: float | None = None,  # where the fact of that question stands, from 0, the beginning, to 1; None: anywhere
     seed: int | str = 0,  # of the text
@@ -49,8 +50,10 @@ def recall_text(
     filler = length - 2 * facts - 3 * asks - 2 * open_end
     if not 1 <= facts <= KEYS or asks < 0 or filler < 0:
         raise ValueError(f"{facts} facts and {asks} questions do not fit into {length} tokens, or are not within 1 to {KEYS} facts")
-    kinds = ["fact"] * facts + ["ask"] * asks + ["filler"] * filler
-    rng.shuffle(kinds)
+    parts = [["fact"] * facts + ["filler"] * (filler // 2), ["ask"] * asks + ["filler"] * (filler - filler // 2)]
+    for part in parts if facts_first else (parts := [parts[0] + parts[1]]):
+        rng.shuffle(part)
+    kinds = [kind for part in parts for kind in part]
     pairs = list(zip(rng.sample(range(KEYS), facts), (rng.randrange(VALUES) for _ in range(facts))))
     ids: list[int] = []
     known: list[tuple[int, int, int]] = []  # key, value, position of the value
