@@ -51,7 +51,8 @@ def recall_text(
     if not 1 <= facts <= KEYS or asks < 0 or filler < 0:
         raise ValueError(f"{facts} facts and {asks} questions do not fit into {length} tokens, or are not within 1 to {KEYS} facts")
     parts = [["fact"] * facts + ["filler"] * (filler // 2), ["ask"] * asks + ["filler"] * (filler - filler // 2)]
-    for part in parts if facts_first else (parts := [parts[0] + parts[1]]):
+    parts = parts if facts_first else [parts[0] + parts[1]]
+    for part in parts:
         rng.shuffle(part)
     kinds = [kind for part in parts for kind in part]
     pairs = list(zip(rng.sample(range(KEYS), facts), (rng.randrange(VALUES) for _ in range(facts))))
