@@ -8,7 +8,19 @@ import torch
 from toys import small_model
 
 from decodelab.core.zoo import load
-from decodelab.experiments.memory.act_qkv import SIZES, ask, compare, costs, facts_of, passkey_text, planted, read, sliding_cache, texts_of
+from decodelab.experiments.memory.act_qkv import (
+    SIZES,
+    ask,
+    compare,
+    costs,
+    facts_of,
+    passkey_text,
+    planted,
+    read,
+    sliding_cache,
+    started,
+    texts_of,
+)
 from decodelab.lab.tasks.recall import ASK, KEY, RECALL_WORDS, VALUE, recall_text, recall_tokenizer
 from decodelab.memory.act_qkv import ActQKV, BlockMemory
 from decodelab.memory.base import forward, frequencies
@@ -35,6 +47,8 @@ def test_answers_stand_in_the_text(seed):
         assert asked - stated >= 90
     assert recall_text(400, facts=20, asks=12, apart=90, seed=seed) == text
     assert recall_tokenizer()(text.text).input_ids == text.ids
+    once = recall_text(400, facts=20, asks=20, once=True, seed=seed)
+    assert len({stated for _, stated in once.answers}) == len(once.answers) > 5
 
 
 def test_the_last_question_is_about_the_fact_at_a_depth():
@@ -115,11 +129,20 @@ def test_the_key_stands_once_at_its_depth():
 
 
 def test_costs_have_every_method_and_length(words):
-    found = costs(words, (40, 80), new=2, repeats=1, sizes={"n_init": 4, "n_loc": 16, "b": 8, "k": 2, "r": 2, "w": 8})
-    assert set(found) == {"full attention", "sliding window", "InfLLM", "ActQKV"}
-    assert all(
-        set(runs) == {"40", "80"} and all(x > 0 for pairs in runs.values() for pair in pairs for x in pair) for runs in found.values()
-    )
+    found = costs(words, (40, 80), new=2, turns=2, sizes={"n_init": 4, "n_loc": 16, "b": 8, "k": 2, "r": 2, "w": 8})
+    assert set(found) == {"40", "80"}
+    for runs in found.values():
+        assert set(runs) == {"full attention", "sliding window", "InfLLM", "ActQKV"}
+        assert all(run["prompt"] > 0 and len(run["token"]) == 2 and min(run["token"]) > 0 for run in runs.values())
+
+
+def test_what_is_timed_reads_the_prompt(words):
+    ids = torch.randint(3, 90, (1, 40))
+    for name, (prompt, feed) in started(words, ids, {"n_init": 4, "n_loc": 16, "b": 8, "k": 2, "r": 2, "w": 8}).items():
+        prompt()
+        said = getattr(feed(), "logits", None)
+        if name == "full attention":
+            torch.testing.assert_close(said[0, -1], words(torch.cat([ids, ids[:, -1:]], 1)).logits[0, -1], atol=1e-4, rtol=1e-3)
 
 
 def test_the_sliding_cache_keeps_a_window(words):

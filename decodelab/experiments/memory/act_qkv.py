@@ -26,8 +26,8 @@ from ...memory.base import MemorySession, forward, require_memory
 
 # %% auto #0
 __all__ = ['SIZES', 'METHODS', 'CUT_OFFS', 'COST_SIZES', 'FILLER', 'VariedMemory', 'mean', 'has_block', 'read', 'read_whole',
-           'texts_of', 'compare', 'planted', 'facts_of', 'ask', 'cut_offs', 'sliding_cache', 'cost_methods', 'costs',
-           'passkey_text', 'passkey', 'passkeys', 'experiment']
+           'texts_of', 'compare', 'planted', 'facts_of', 'ask', 'cut_offs', 'sliding_cache', 'started', 'seconds_of',
+           'costs', 'passkey_text', 'passkey', 'passkeys', 'experiment']
 
 # %% ../../../nbs/experiments/memory/act_qkv.ipynb #28857a33
 SIZES: dict[str, Any] = {"n_init": 4, "n_loc": 64, "b": 8, "k": 8, "r": 2, "w": 32}
@@ -112,8 +112,8 @@ def texts_of(
     facts: int = 24,  # facts of a text
     apart: int = 128,  # a question is about a fact at least so many tokens back
 ) -> list[RecallText]:
-    "Texts with a question about every 64 tokens."
-    return [recall_text(length, facts, length // 64, apart, seed=f"experiment {length} {i}") for i in range(n)]
+    "Texts with up to a question about every 64 tokens; no fact is asked for twice, or an answer could be read off the answer before."
+    return [recall_text(length, facts, min(facts, length // 64), apart, once=True, seed=f"experiment {length} {i}") for i in range(n)]
 
 
 def compare(
@@ -190,7 +190,9 @@ def cut_offs(
         of = ActQKV(**SIZES | {"k": k, "k_min": 0, "history": 32} | fields)
         runs = [ask(model, of, recall_text(length, 24, 0, seed=f"decoding {length} {i}"), seed=i) for i in range(texts)]
         found[name] = {"accuracy": [mean(run["right"]) for run in runs], "recall": [mean(run["fetched"]) for run in runs]}
-        found[name]["blocks"] = [mean([blocks[layer] for run in runs for blocks in run["blocks"]]) for layer in range(len(runs[0]["blocks"][0]))]
+        found[name]["blocks"] = [
+            mean([blocks[layer] for run in runs for blocks in run["blocks"]]) for layer in range(len(runs[0]["blocks"][0]))
+        ]
     return found
 
 # %% ../../../nbs/experiments/memory/act_qkv.ipynb #1728ed3a
@@ -207,62 +209,64 @@ def sliding_cache(
     return cache
 
 
-def cost_methods(
+def started(
     model: Any,  # causal language model
-    new: int,  # new tokens
-    **sizes: Any,  # fields of ActQKV
-) -> dict[str, Callable[[torch.Tensor], tuple[float, float]]]:
-    "Of each method a function from a prompt to the seconds of the prompt and of a new token."
+    ids: torch.Tensor,  # a prompt, [1, length]
+    sizes: Mapping[str, Any] = COST_SIZES,  # fields of ActQKV
+) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    "Of each method what reads the prompt, in parts of 256 tokens, and what then feeds one more token."
 
-    def timed(ids: torch.Tensor, prompt: Callable[[], Any], token: Callable[[], Any]) -> tuple[float, float]:
-        wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
-        wait()
-        started = time.perf_counter()
-        prompt()
-        wait()
-        read = time.perf_counter()
-        for _ in range(new):
-            token()
-        wait()
-        return read - started, (time.perf_counter() - read) / new
-
-    def plain(cache: DynamicCache, ids: torch.Tensor) -> tuple[float, float]:
+    def plain(cache: DynamicCache) -> tuple[Callable[[], Any], Callable[[], Any]]:
         def feed(part: torch.Tensor) -> Any:
             return model(part, past_key_values=cache, logits_to_keep=1)
 
-        return timed(ids, lambda: [feed(part) for part in ids.split(256, 1)], lambda: feed(ids[:, -1:]))
+        return lambda: [feed(part) for part in ids.split(256, 1)], lambda: feed(ids[:, -1:])
 
-    def blocks(of: ActQKV, ids: torch.Tensor) -> tuple[float, float]:
+    def blocks(of: ActQKV) -> tuple[Callable[[], Any], Callable[[], Any]]:
         memory = BlockMemory(of, text_config(model).num_hidden_layers, require_memory(model))
-        with MemorySession(model, [memory], chunk=256) as session:
-            return timed(ids, lambda: session.prefill(ids), lambda: session.feed(ids[:, -1:]))
+        session = MemorySession(model, [memory], chunk=256)
+        return lambda: session.prefill(ids), lambda: session.feed(ids[:, -1:])
 
     held = sizes["n_init"] + sizes["n_loc"] + sizes["k"] * sizes["b"]
-    methods: dict[str, Callable[[torch.Tensor], tuple[float, float]]] = {
-        "full attention": lambda ids: plain(DynamicCache(), ids),
-        "sliding window": lambda ids: plain(sliding_cache(model, held), ids),
-        "InfLLM": lambda ids: blocks(ActQKV.infllm(**sizes), ids),
-        "ActQKV": lambda ids: blocks(ActQKV(**sizes), ids),
+    methods = {
+        "full attention": plain(DynamicCache()),
+        "sliding window": plain(sliding_cache(model, held)),
+        "InfLLM": blocks(ActQKV.infllm(**sizes)),
+        "ActQKV": blocks(ActQKV(**sizes)),
     }
-    return methods | ({"offloaded": lambda ids: plain(DynamicCache(offloading=True), ids)} if model.device.type == "cuda" else {})
+    return methods | ({"offloaded": plain(DynamicCache(offloading=True))} if model.device.type == "cuda" else {})
+
+
+def seconds_of(
+    work: Callable[[], Any],  # what is timed
+    times: int = 1,  # how often it is called
+) -> float:
+    "Seconds of the calls together, with all work of a GPU done."
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    since = time.perf_counter()
+    for _ in range(times):
+        work()
+    wait()
+    return time.perf_counter() - since
 
 
 def costs(
     model: Any,  # causal language model
     lengths: Sequence[int],  # tokens of the prompts
-    new: int = 32,  # new tokens
-    repeats: int = 5,  # how often
+    new: int = 8,  # new tokens of a turn
+    turns: int = 15,  # turns of each method, in random order
     sizes: Mapping[str, Any] = COST_SIZES,  # fields of ActQKV
 ) -> dict[str, Any]:
-    "[method][length]: seconds of the prompt and of a new token, one pair a repetition; the methods take turns in random order."
-    methods, order = cost_methods(model, new, **sizes), random.Random(0)
-    found: dict[str, Any] = {name: {str(n): [] for n in lengths} for name in methods}
+    "[length][method]: seconds of the prompt, and of a new token in each turn."
+    order, found = random.Random(0), {}
     for n in lengths:
-        source = torch.Generator().manual_seed(n)
-        ids = torch.randint(10, text_config(model).vocab_size, (1, n), generator=source).to(model.device)
-        for _ in range(repeats):
+        ids = torch.randint(10, text_config(model).vocab_size, (1, n), generator=torch.Generator().manual_seed(n)).to(model.device)
+        methods = started(model, ids, sizes)
+        found[str(n)] = {name: {"prompt": seconds_of(prompt), "token": []} for name, (prompt, _) in methods.items()}
+        for _ in range(turns):
             for name in order.sample(list(methods), len(methods)):
-                found[name][str(n)].append(methods[name](ids))
+                found[str(n)][name]["token"].append(seconds_of(methods[name][1], new) / new)
     return found
 
 # %% ../../../nbs/experiments/memory/act_qkv.ipynb #7ed734c5
@@ -323,7 +327,7 @@ def experiment(
     budgets: Sequence[int] = (1, 2, 4, 8, 16),  # blocks, at 2,048 tokens
     curve: Sequence[int] = (1024, 2048, 4096, 8192, 16_384),  # tokens of the curve of memory
     timed: Sequence[int] = (1024, 4096, 16_384),  # tokens of the timed prompts
-    repeats: int = 5,  # of the costs
+    turns: int = 15,  # of the costs
     needles: Sequence[int] = (4096, 12_288),  # profile small: tokens of the passkey's prompts
     depths: int = 6,  # profile small: depths of each
 ) -> dict[str, Any]:
@@ -346,5 +350,5 @@ def experiment(
         "budgets": by_budget,
         "cut_offs": cut_offs(model, texts=2 * texts),
         "curve": {str(n): read(model, ActQKV(**SIZES), texts_of(n, 1)[0])["device"] for n in curve},
-        "costs": costs(load("tales")[0], timed, repeats=repeats),
+        "costs": costs(load("tales")[0], timed, turns=turns),
     }

@@ -40,6 +40,7 @@ def recall_text(
     facts: int = 8,  # facts (1 to 32)
     asks: int = 1,  # questions (at least 0)
     apart: int = 0,  # a question is about a fact at least so many tokens back
+    once: bool = False,  # no fact is asked for twice
     facts_first: bool = False,  # all facts stand before all questions
     open_end: bool = False,  # end with one more question, without its answer
     depth: float | None = None,  # where the fact of that question stands, from 0, the beginning, to 1; None: anywhere
@@ -58,15 +59,17 @@ def recall_text(
     pairs = list(zip(rng.sample(range(KEYS), facts), (rng.randrange(VALUES) for _ in range(facts))))
     ids: list[int] = []
     known: list[tuple[int, int, int]] = []  # key, value, position of the value
+    asked: list[tuple[int, int, int]] = []
     answers: list[tuple[int, int]] = []
     for kind in kinds:
-        far = [fact for fact in known if len(ids) + 2 - fact[2] >= apart] if kind == "ask" else []
+        far = [fact for fact in known if len(ids) + 2 - fact[2] >= apart and fact not in asked] if kind == "ask" else []
         if kind == "fact":
             key, value = pairs[len(known)]
             ids += [KEY + key, VALUE + value]
             known.append((key, value, len(ids) - 1))
         elif far:
-            key, value, at = rng.choice(far)
+            key, value, at = fact = rng.choice(far)
+            asked += [fact] * once
             ids += [ASK, KEY + key, VALUE + value]
             answers.append((len(ids) - 1, at))
         else:
