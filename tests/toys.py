@@ -1,5 +1,7 @@
 """What several test files share: small models that are random and need no network, prompts, processors, and a toy whose joint distribution is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from scipy.stats import chi2 as chi2_distribution
@@ -30,6 +32,7 @@ from decodelab.core.contract import decoders
 from decodelab.diffusion.canvas import Block
 from decodelab.diffusion.step import Plan, Step
 from decodelab.lab.watch import watch
+from decodelab.memory.act_qkv import ActQKV
 
 VOCAB = 97  # <pad>, <eos> and the 95 printable ASCII characters
 
@@ -89,7 +92,13 @@ def character_tokenizer():
     )
 
 
+def _in_blocks(model):
+    "ActQKV with windows so narrow that short texts lie in blocks; a model that has no rotary positions is decoded within its local window."
+    return ActQKV(**({} if isinstance(model, GPT2LMHeadModel) else {"n_init": 2, "n_loc": 8, "b": 4, "k": 2, "r": 2, "w": 4}))
+
+
 METHODS = decoders()
+METHODS["act_qkv"] = replace(METHODS["act_qkv"], example=_in_blocks)
 
 
 class SumBias(LogitsProcessor):

@@ -70,6 +70,7 @@ class Call:
         streamer: Any = None,  # a transformers streamer (batch 1)
         trace: bool = False,  # whether to keep what happened
         compile: bool = False,  # whether forwards run as compiled code
+        beyond_context: bool = False,  # whether the text may be longer than the model's context
         takes: tuple[str, ...] = KINDS[:1],  # kinds of model that the decoder takes
         **model_kwargs: Any,  # attention_mask, past_key_values and further forward arguments
     ):
@@ -95,7 +96,7 @@ class Call:
         self._sources: list[torch.Generator] = []  # of each row, where its draws come from
         self._ends = Ends(stopping_criteria, generation_config, input_ids)
         self.budget, self.eos, self.criteria = self._ends.budget, self._ends.eos, self._ends.asked
-        check_context(context_length(model), input_ids.shape[1], self.budget)
+        check_context(None if beyond_context else context_length(model), input_ids.shape[1], self.budget)
         self.pad = int(generation_config.pad_token_id if generation_config.pad_token_id is not None else next(iter(self.eos), 0))
         self._buffers()
 

@@ -43,6 +43,7 @@ class Decoder:
     trace: bool = field(default=False, kw_only=True)  # keep what happened in `out.trace`
     compile: bool = field(default=False, kw_only=True)  # run the model's forwards as compiled code of fixed shapes (seconds of warm-up)
     method: ClassVar[Method]  # set by `register`
+    beyond_context: ClassVar[bool] = False  # whether a text may be longer than the model's context; `check` says how far it may go
     takes: ClassVar[tuple[str, ...]] = ("decoder-only",)  # kinds of model, of `decodelab.core.checks.KINDS`
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -112,7 +113,13 @@ class Decoder:
         self, model: Any, ids: torch.Tensor, processors: Any, criteria: Any, config: Any, streamer: Any, model_kwargs: dict[str, Any]
     ) -> DecodeOutput:
         try:
-            more: dict[str, Any] = {"streamer": streamer, "trace": self.trace, "compile": self.compile, "takes": self.takes}
+            more: dict[str, Any] = {
+                "streamer": streamer,
+                "trace": self.trace,
+                "compile": self.compile,
+                "beyond_context": self.beyond_context,
+                "takes": self.takes,
+            }
             call = Call(model, ids, processors, criteria, config, **more, **model_kwargs)
             self.check(call)
             try:

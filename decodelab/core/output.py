@@ -34,6 +34,9 @@ class DecodeStats:
     draft_seconds: float = 0.0  # of these, inside forwards of a draft model
     auto: dict[str, Any] = field(default_factory=dict)  # what a draft size of "auto" chose, and why
     search: list[dict[str, Any]] = field(default_factory=list)  # of each row, what a search tried and what it cost
+    memory: dict[str, int] = field(
+        default_factory=dict
+    )  # where the past lies in blocks: the most positions of a layer on the device, and blocks of a row
 
     @property
     def drafted(self) -> int:

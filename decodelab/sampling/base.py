@@ -8,6 +8,7 @@ Docs: https://decodelab.github.io/decodelab/sampling/base.html.md"""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,6 +33,10 @@ class TokenDecoder(Decoder):
        d. feed the tokens, which gives the next logits
     """
 
+    def steps(self, call: Call) -> Any:
+        "What the tokens are fed to: the model's own steps, unless a method answers for the past itself."
+        return call.steps()
+
     def shape_logits(
         self,
         call: Call,  # the call
@@ -49,7 +54,7 @@ class TokenDecoder(Decoder):
         raise NotImplementedError(f"{type(self).__name__} must define pick(call, scores)")
 
     def decode(self, call: Call) -> None:
-        with call.steps() as session:
+        with self.steps(call) as session:
             logits = session.prefill(call.prompt)[:, -1]  # 1.
             while call.running:  # 2.
                 scores = call.scores(self.shape_logits(call, logits))  # a.

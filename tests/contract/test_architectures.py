@@ -30,6 +30,7 @@ from transformers import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from decodelab import NGram, PromptLookup, TokenRecycling
+from decodelab.memory.act_qkv import ActQKV
 from decodelab.sampling.base import Autoregressive, ContrastiveSearch
 from decodelab.speculative.drafters import DraftModel
 from decodelab.speculative.rsd import RSDC, RSDS
@@ -47,8 +48,9 @@ DECODERS: dict[str, Callable[[Any, Any], Any]] = {
     "NGram": lambda model, draft: NGram(),
     "DraftModel": lambda model, draft: DraftModel(drafter=draft()),
     "ContrastiveSearch": lambda model, draft: ContrastiveSearch(),
+    "ActQKV": lambda model, draft: ActQKV(n_init=2, n_loc=8, b=4, k=2, r=2, w=4),
 }
-NOT_COMPARED = frozenset({"ContrastiveSearch"})  # its text is its own: it must run or be refused
+NOT_COMPARED = frozenset({"ContrastiveSearch", "ActQKV"})  # its text is its own: it must run or be refused
 
 # exact: the text of transformers' generate. tie: but for tokens that the model finds equally good. padded: a batch comes out as transformers
 # decodes that batch, which is not what it makes of the rows alone. refused: in one sentence, before the first token. runs: was not compared.
