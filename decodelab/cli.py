@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from inspect import getsource, signature
@@ -150,6 +151,8 @@ def _train(
         raise ValueError(f"{recipe} has the tokenizer of the model it starts from: leave out --tokenizer")
     folder = out or Path("runs") / recipe
     check_folder(folder.absolute())
+    say(f"{recipe}: reading models and data; what is made goes to {folder}")
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing. is deprecated", FutureWarning)  # transformers, of its own arguments
     try:
         figures = train(plan, folder, **({"tokenizer": tokenizer} if tokenizer else {}))
     except KeyboardInterrupt:
@@ -158,7 +161,9 @@ def _train(
     if as_json:
         emit_json(figures)
     else:
-        show_table([{k: v for k, v in figures.items() if isinstance(v, (int, float))}], f"{recipe} in {folder}")
+        numbers = [{"figure": k.replace("_", " "), "value": v} for k, v in figures.items() if isinstance(v, (int, float))]
+        card = "; its README.md says how it is loaded" if (folder / "README.md").is_file() else ""
+        show_table(numbers, f"{recipe} in {folder}{card}")
 
 
 def _train_stopped(run: Path, as_json: bool) -> None:

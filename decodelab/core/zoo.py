@@ -22,7 +22,7 @@ from .fetched import FETCHABLE, fetched_folder
 
 # %% auto #0
 __all__ = ['checkout_root', 'zoo_folders', 'zoo_path', 'safetensors_header', 'ZooModel', 'zoo_models', 'check_model_folder',
-           'resolve_dtype', 'locate', 'without_bars', 'load', 'load_part', 'model_card']
+           'resolve_dtype', 'locate', 'without_bars', 'load', 'load_part', 'address', 'model_card']
 
 # %% ../../nbs/core/zoo.ipynb #6cb2e431
 def checkout_root() -> Path | None:
@@ -59,6 +59,7 @@ def _known() -> str:
 _CHECKOUT_ONLY = (
     "lud",
     "programs",
+    "recall",
     "tales-longspec",
     "tales-mdm",
     "tales-s2d",
@@ -382,6 +383,14 @@ def _accuracy_table(figures: dict[str, Any]) -> str:
     return head + "\n".join(lines)
 
 # %% ../../nbs/core/zoo.ipynb #d0f42ecd
+def address(
+    folder: str | Path,  # folder of trained weights
+) -> str:
+    "What `load` and its like take for a folder: its name if it is one of the zoo's, else its path."
+    folder = Path(folder).resolve()
+    return folder.name if any(path.resolve() == folder for path in _zoo().values()) else str(folder)
+
+
 def model_card(
     folder: str | Path,  # folder of a trained model, with its `training.json`
     *,
@@ -390,6 +399,7 @@ def model_card(
     licence: str = "apache-2.0",  # licence of the weights
     retrain: str | None = None,  # command that trains it again; `decodelab train <name>` when None
     samples: str = "",  # markdown shown under "Samples"; the section is left out when empty
+    use: str | None = None,  # Python code that loads it; that of `load` when None
 ) -> str:
     "Write the `README.md` of a zoo model from its `training.json`; returns the text."
     folder = Path(folder)
@@ -398,11 +408,13 @@ def model_card(
     figures = _read_json(folder / "training.json")
     recipe = figures["recipe"]
     settings = "\n".join(f"| {k} | {v} |" for k, v in recipe.items())
+    loading = f'from decodelab import load\n\nmodel, tokenizer = load("{address(folder)}")'
     sections = {
         "Data and licence": f"{data}. Data: {data_licence}. Weights: {licence}.",
         "Architecture": f"{figures['parameters']:,} parameters.\n\n| setting | value |\n|---|---|\n{settings}",
         "Training": _training_lines(figures),
         **({"Right answers": _accuracy_table(figures)} if "accuracy" in figures else {"On held-out text": _figure_lines(figures)}),
+        "Use": f"```python\n{use or loading}\n```",
         "Retrain": f"```\n{retrain or 'decodelab train ' + recipe['name']}\n```",
         **({"Samples": samples} if samples else {}),
     }

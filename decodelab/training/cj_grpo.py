@@ -26,10 +26,11 @@ from ..core.zoo import load
 from ..diffusion.base import Unmasker
 from ..diffusion.denoiser import Denoiser
 from ..lab.lab import resolve_device
+from .cards import policy_card
 from .checkpoints import fingerprint, tokenizer_fingerprint
 from .layout_toy import LAYOUT_LENGTH, layout_prompts, layout_reward, layout_start
 from .recipes import recipe
-from .rewarded import check_rewarded, group_advantages, policy_card, rewarded_rows
+from .rewarded import check_rewarded, group_advantages, rewarded_rows
 from .runs import Guarded, TrainingRun, check_recipe, training_arguments
 from .trajectory import OBJECTIVES, Denoise, Rollout, Terms, denoise_with, recorded_rollout
 from .trajectory import rollout_logps, trajectory_loss, until_eos

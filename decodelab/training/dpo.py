@@ -19,9 +19,9 @@ from trl import DPOConfig, DPOTrainer
 
 from ..lab.prompts import tale_prompts
 from ..sampling.base import Autoregressive
+from .cards import policy_card
 from .checkpoints import fingerprint, tokenizer_fingerprint, write_training
 from .recipes import load_causal, recipe
-from .rewarded import policy_card
 from .runs import Guarded, TrainingRun, check_recipe, training_arguments
 
 # %% auto #0

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from ..core.capability import embedding_size
 from ..speculative.layer_drafter import FrequentHead, frequent_tokens, layer_drafter
 from ..speculative.model_drafter import end_ids
+from .cards import curve_table, read_figures, write_card
 from .checkpoints import fingerprint, write_training
 from .language_model import fast_bfloat16
 from .recipes import load_causal, recipe
@@ -253,28 +254,27 @@ def save_drafter(
 
 # %% ../../nbs/training/drafters.ipynb #d1943e81
 def drafter_card(
-    folder: Path,  # folder of a trained drafter, with its `training.json`
+    folder: str | Path,  # folder of a trained drafter, with its `training.json`
 ) -> str:
     "Write the `README.md` of a drafter from its `training.json`; returns the text."
-    figures = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    figures = read_figures(folder, "drafter")
     settings = figures["recipe"]
-    changed = [f"{k}={v}" for k, v in settings.items() if v != getattr(DrafterRecipe(), k)]
-    curve = [p for p in figures["curve"] if "eval_loss" in p]
     rows = "\n".join(f"| {k} | {figures['untrained'][k]:.3f} | {v:.3f} |" for k, v in figures["held_out"].items())
-    sections = {
-        "What it is": f"A drafter for `{settings['target']}`: its layers {settings['layers']}, embeddings shared, healed by a LoRA adapter of "
-        f'{figures["parameters"]:,} numbers. Use: `DraftModel(load_drafter("{settings["name"]}", model))`.',
-        "Data and licence": f"{figures['texts']:,} texts of {figures['tokens']:,} tokens, written by the target. Weights: apache-2.0.",
-        "On held-out texts": f"| | before | after |\n|---|---:|---:|\n{rows}",
-        "Recipe": "| setting | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in settings.items()),
-        "Training": "| step | held-out loss |\n|---:|---:|\n"
-        + "\n".join(f"| {p['step']:,} | {float(p['eval_loss']):.4f} |" for p in curve),
-        "Retrain": "```\ndecodelab train drafter" + "".join(f" --set {s}" for s in changed) + "\n```",
-    }
-    head = f"---\nlibrary_name: peft\nlicense: apache-2.0\nlanguage: en\ntags: [decodelab]\n---\n\n# {settings['name']}\n"
-    text = head + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items())
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    return text
+    return write_card(
+        folder,
+        "drafter",
+        DrafterRecipe(),
+        f"A drafter for `{settings['target']}`: its layers {settings['layers']}, embeddings shared, healed by a LoRA adapter of "
+        f"{figures['parameters']:,} numbers.",
+        "from decodelab import DraftModel, load\nfrom decodelab.speculative.layer_drafter import load_drafter\n\n"
+        f'model, tokenizer = load("{settings["target"]}")\ndecoder = DraftModel(load_drafter("{{address}}", model))',
+        {
+            "Data and licence": f"{figures['texts']:,} texts of {figures['tokens']:,} tokens, written by the target. Weights: apache-2.0.",
+            "On held-out texts": f"| | before | after |\n|---|---:|---:|\n{rows}",
+            "Training": curve_table(figures),
+        },
+        library="peft",
+    )
 
 
 @recipe(

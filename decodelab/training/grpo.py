@@ -20,9 +20,10 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from ..lab.tasks.text import Example, Task
+from .cards import policy_card
 from .checkpoints import fingerprint, tokenizer_fingerprint
 from .recipes import load_causal, recipe
-from .rewarded import GRPO_TASKS, check_rewarded, exercises, held_out_exercises, policy_card, verified_reward
+from .rewarded import GRPO_TASKS, check_rewarded, exercises, held_out_exercises, verified_reward
 from .rollouts import Rollouts, held_out_scores, rollout_decoder, rollout_method, score_means
 from .runs import Guarded, TrainingRun, check_recipe, training_arguments
 

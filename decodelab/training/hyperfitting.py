@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..core.capability import context_length
 from ..core.zoo import model_card
+from .cards import retrain_command
 from .checkpoints import fingerprint, newest_whole_checkpoint, step_of, tokenizer_fingerprint
 from .language_model import fast_bfloat16
 from .recipes import load_causal, recipe
@@ -387,12 +388,11 @@ def train_and_describe(
 ) -> dict[str, Any]:
     "Hyperfit, and write the model's card."
     figures = train_hyperfitting(settings, folder)
-    changed = [f" --set {k}={v}" for k, v in asdict(settings).items() if k != "name" and v != getattr(HyperfittingRecipe(), k)]
     model_card(
         folder,
         data=f"Hyperfitted from `{settings.model}`: decode it greedily, its probabilities are meant to be wrong. Trained on {_DATA[settings.source]}",
         data_licence="public domain (Project Gutenberg)" if settings.source == "books" else "the model's own",
         licence="apache-2.0" if settings.model == "tales" else "other",
-        retrain="decodelab train hyperfitting" + "".join(changed),
+        retrain=retrain_command("hyperfitting", asdict(settings), HyperfittingRecipe()),
     )
     return figures

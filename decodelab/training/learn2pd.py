@@ -24,6 +24,7 @@ from ..lab.tasks.text import Example
 from ..diffusion.learn2pd import ConfidenceFilter, FilterConfig
 from ..diffusion.step import Step
 from ..lab.oracle import InHindsight
+from .cards import curve_table, read_figures, write_card
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint
 from .denoising_data import task_example
 from .recipes import recipe
@@ -382,13 +383,8 @@ def filter_card(
     folder: str | Path,  # folder of a trained filter, with its `training.json`
 ) -> str:
     "Write the `README.md` of a filter from its `training.json`; returns the text."
-    folder = Path(folder)
-    if not (folder / "training.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no training.json: train the filter with `train_filter`, which writes it")
-    figures = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    figures = read_figures(folder, "tasks-learn2pd")
     recipe, held = figures["recipe"], figures["held_out"]
-    changed = [f"{k}={v}" for k, v in recipe.items() if k != "name" and v != getattr(FilterRecipe(), k)]
-    points = [p for p in figures["curve"] if "eval_loss" in p][::4]
     rows = {
         "masked positions": "masked",
         "all positions": "all",
@@ -401,28 +397,24 @@ def filter_card(
         for name, k in rows.items()
     ]
     counts = ", ".join(f"{n:,} {part}" for part, n in figures["prompts"].items())
-    sections = {
-        "What it is": f"The filter of Learn2PD ([arXiv 2509.25188](https://arxiv.org/abs/2509.25188)) for the masked model `{recipe['model']}`; "
-        f"{figures['parameters']:,} numbers in float32. Use: `Learn2PD(filter=load_filter(...))`.",
-        "Data and licence": f"What the oracle sees while it decodes prompts of the task mixture: {counts} prompts, split by prompt; "
-        f"{figures['records']['train']:,} records to learn from. The prompts are made by the lab's own code. Weights: apache-2.0.",
-        "Recipe": "| setting | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in recipe.items()),
-        "Training": "\n\n".join(
-            [
-                f"{recipe['steps']:,} steps on all records; the weights of step {figures['kept_step']:,} were kept.",
-                *figures.get("remarks", ()),
-            ]
-        )
-        + "\n\n| step | loss on validation prompts |\n|---:|---:|\n"
-        + "\n".join(f"| {p['step']:,} | {float(p['eval_loss']):.4f} |" for p in points),
-        "On held-out prompts": "| positions | cross entropy | area under ROC | wrong among taken, tau 0.96 |\n|---|---:|---:|---:|\n"
-        + "\n".join(quality),
-        "Retrain": "```\ndecodelab train tasks-learn2pd" + "".join(f" --set {s}" for s in changed) + "\n```",
-    }
-    head = f"---\nlibrary_name: transformers\nlicense: apache-2.0\nlanguage: en\ntags: [decodelab]\n---\n\n# {recipe['name']}\n"
-    text = head + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items())
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    return text
+    kept = f"{recipe['steps']:,} steps on all records; the weights of step {figures['kept_step']:,} were kept."
+    return write_card(
+        folder,
+        "tasks-learn2pd",
+        FilterRecipe(),
+        f"The filter of Learn2PD ([arXiv 2509.25188](https://arxiv.org/abs/2509.25188)) for the masked model `{recipe['model']}`; "
+        f"{figures['parameters']:,} numbers in float32.",
+        "from decodelab import Learn2PD, load\nfrom decodelab.diffusion.learn2pd import load_filter\n\n"
+        f'model, tokenizer = load("{recipe["model"]}")\ndecoder = Learn2PD(filter=load_filter("{{address}}"))',
+        {
+            "Data and licence": f"What the oracle sees while it decodes prompts of the task mixture: {counts} prompts, split by prompt; "
+            f"{figures['records']['train']:,} records to learn from. The prompts are made by the lab's own code. Weights: apache-2.0.",
+            "Training": "\n\n".join([kept, *figures.get("remarks", ()), curve_table(figures, every=4)]),
+            "On held-out prompts": "| positions | cross entropy | area under ROC | wrong among taken, tau 0.96 |\n|---|---:|---:|---:|\n"
+            + "\n".join(quality),
+        },
+        library="decodelab",
+    )
 
 # %% ../../nbs/training/learn2pd.ipynb #rcp00002
 @recipe("tasks-learn2pd", FilterRecipe())

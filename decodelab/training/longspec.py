@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from ..core.capability import executed
 from ..lab.data import load_data
 from ..speculative.longspec_drafter import LongSpecDrafter, new_drafter, target_states, teacher_forced
+from .cards import curve_table, read_figures, write_card
 from .checkpoints import fingerprint, shown, tokenizer_fingerprint
 from .language_model import Windows, cosine_adamw, encode_stream
 from .recipes import load_causal, recipe
@@ -209,30 +210,26 @@ def longspec_card(
     folder: str | Path,  # folder of a trained drafter, with its `training.json`
 ) -> str:
     "Write the `README.md` of a drafter from its `training.json`; returns the text."
-    folder = Path(folder)
-    if not (folder / "training.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no training.json: train the drafter with `train_longspec`, which writes it")
-    figures = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    figures = read_figures(folder, "longspec")
     recipe, held = figures["recipe"], figures["held_out"]
-    changed = [f"{k}={v}" for k, v in recipe.items() if k != "name" and v != getattr(LongSpecRecipe(), k)]
-    curve = [p for p in figures["curve"] if "eval_loss" in p]
     rows = [f"| {i} | {shown(a, '.3f')} | {shown(b, '.3f')} |" for i, (a, b) in enumerate(zip(held["agreement"], held["overlap"]), 1)]
-    sections = {
-        "What it is": f"The drafter of LongSpec ([arXiv 2502.17421](https://arxiv.org/abs/2502.17421)) for the target `{recipe['target']}`: one layer of "
-        f'{figures["parameters"]:,} parameters in bfloat16; embeddings and output layer are the target\'s. Use: `LongSpec(load_drafter("{recipe["name"]}"))`.',
-        "Data and licence": f"Windows of texts of {figures['train_tokens']:,} tokens. Books of `tales`: public domain (Project Gutenberg). Weights: apache-2.0.",
-        "On held-out text": "| depth in the draft | best token is the target's | overlap of p and q |\n|---:|---:|---:|\n"
-        + "\n".join(rows),
-        "Recipe": "| setting | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in recipe.items()),
-        "Training": "\n\n".join([f"{figures['steps']:,} steps in {figures['seconds_this_run']:,} seconds.", *figures.get("remarks", ())])
-        + "\n\n| step | held-out loss |\n|---:|---:|\n"
-        + "\n".join(f"| {p['step']:,} | {shown(p['eval_loss'], '.4f')} |" for p in curve),
-        "Retrain": "```\ndecodelab train longspec" + "".join(f" --set {s}" for s in changed) + "\n```",
-    }
-    head = f"---\nlibrary_name: transformers\nlicense: apache-2.0\nlanguage: en\ntags: [decodelab]\n---\n\n# {recipe['name']}\n"
-    text = head + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items())
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    return text
+    took = f"{figures['steps']:,} steps in {figures['seconds_this_run']:,} seconds."
+    return write_card(
+        folder,
+        "longspec",
+        LongSpecRecipe(),
+        f"The drafter of LongSpec ([arXiv 2502.17421](https://arxiv.org/abs/2502.17421)) for the target `{recipe['target']}`: one layer of "
+        f"{figures['parameters']:,} parameters in bfloat16; embeddings and output layer are the target's.",
+        "from decodelab import LongSpec, load\nfrom decodelab.speculative.longspec import load_drafter\n\n"
+        f'model, tokenizer = load("{recipe["target"]}")\ndecoder = LongSpec(load_drafter("{{address}}"))',
+        {
+            "Data and licence": f"Windows of texts of {figures['train_tokens']:,} tokens. Books of `tales`: public domain (Project Gutenberg). Weights: apache-2.0.",
+            "On held-out text": "| depth in the draft | best token is the target's | overlap of p and q |\n|---:|---:|---:|\n"
+            + "\n".join(rows),
+            "Training": "\n\n".join([took, *figures.get("remarks", ()), curve_table(figures)]),
+        },
+        library="decodelab",
+    )
 
 
 @recipe("longspec", LongSpecRecipe())

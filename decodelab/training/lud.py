@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 
 from ..core.capability import evaluating
 from ..core.zoo import model_card
+from .cards import retrain_command
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, tokenizer_fingerprint
 from .recipes import load_causal, recipe
 from .runs import RunTrainer, TrainingRun, check_recipe, training_arguments
@@ -234,6 +235,13 @@ def _scored(model: Any, batch: dict[str, torch.Tensor], placeholder: int) -> tor
     return torch.stack([losses[ordinary].sum(), ordinary.sum(), losses[placed].sum(), right[placed].sum(), placed.sum()])
 
 # %% ../../nbs/training/lud.ipynb #1adt0019
+_KINDS = {
+    "words": ("spelled words, made from a seed", "made by our own code"),
+    "programs": ("exercises in writing programs, made from a seed", "made by our own code"),
+    "prose": ("windows of 25 books of folk and fairy tales, myths and epics", "public domain (Project Gutenberg)"),
+}
+
+
 @recipe("lud", LUDRecipe())
 def train_lud(
     settings: LUDRecipe,  # the recipe
@@ -245,9 +253,8 @@ def train_lud(
         train, test = ([text for texts in settings.made(tokenizer, held).values() for text in texts] for held in (False, True))
         fine_tune(model, tokenizer, settings, train, test, folder / "first")
     figures = train_units(model, tokenizer, settings, folder)
-    model_card(
-        folder,
-        data="Spelled words and exercises in writing programs, made by our own code from a seed; windows of 25 books of folk and fairy tales, myths and epics",
-        data_licence="made by our own code; public domain (Project Gutenberg)",
-    )
+    kinds = [_KINDS.get(kind, (f"texts of the file {kind}", "its owner's")) for kind in settings.kinds]
+    data, licences = ("; ".join(dict.fromkeys(column)) for column in zip(*kinds))
+    retrain = retrain_command("lud", asdict(settings), LUDRecipe())
+    model_card(folder, data=data, data_licence=licences, retrain=retrain)
     return figures

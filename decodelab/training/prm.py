@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from ..lab.tasks.text import ArithmeticTask, Example
 from ..search.process_reward import ProcessHead, ProcessHeadConfig, step_features
+from .cards import read_figures, write_card
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint, write_training
 from .learn2pd import auc
 from .recipes import load_causal, recipe
@@ -261,33 +262,31 @@ def prm_card(
     folder: str | Path,  # folder of a trained head, with its `training.json`
 ) -> str:
     "Write the `README.md` of a head from its `training.json`; returns the text."
-    folder = Path(folder)
-    if not (folder / "training.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no training.json: train the head with `train_process_head`, which writes it")
-    figures = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    figures = read_figures(folder, "prm")
     settings, held = figures["recipe"], figures["held_out"]
-    changed = [f"{k}={v}" for k, v in settings.items() if k != "name" and v != getattr(PRMRecipe(), k)]
     rows = {k: held[k] for k in ("mean_share", "cross_entropy", "cross_entropy_constant", "auc", "auc_smallest_log_prob")}
     depths = [f"| {d} | {n} | {shown(a, '.3f')} |" for d, (a, n) in held["by_depth"].items()]
-    sections = {
-        "What it is": f"A process reward for arithmetic step by step, on the frozen states of `{settings['model']}`; "
-        f"{figures['parameters']:,} parameters in float32. Use: `AStar(scorer=ProcessReward(...), tokenizer=tokenizer, delimiter='\\n')`.",
-        "Data and licence": f"{settings['prompts']} exercises of {settings['operations']} operations made by the lab's own code, one sampled solution each, "
-        f"{settings['rollouts']} rollouts from every prefix: {figures['prefixes']['train']:,} prefixes to learn from, "
-        f"{figures['prefixes']['test']:,} of other exercises to test. Weights: apache-2.0.",
-        "Recipe": "| setting | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in settings.items()),
-        "Training": f"{figures['steps']:,} steps on all prefixes; the weights of step {figures['kept_step']:,} were kept. {figures['seconds_this_run']:,} seconds.",
-        f"On {held['prefixes']} prefixes of {held['exercises']} held-out exercises": "\n".join(
-            f"- {k.replace('_', ' ')}: {shown(v, '.3f')}" for k, v in rows.items()
-        )
-        + "\n\n| steps of the prefix | prefixes | AUC |\n|---:|---:|---:|\n"
-        + "\n".join(depths),
-        "Retrain": "```\ndecodelab train prm" + "".join(f" --set {s}" for s in changed) + "\n```",
-    }
-    head = f"---\nlibrary_name: transformers\nlicense: apache-2.0\nlanguage: en\ntags: [decodelab]\n---\n\n# {settings['name']}\n"
-    text = head + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items())
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    return text
+    lines = "\n".join(f"- {k.replace('_', ' ')}: {shown(v, '.3f')}" for k, v in rows.items())
+    return write_card(
+        folder,
+        "prm",
+        PRMRecipe(),
+        f"A process reward for arithmetic step by step, on the frozen states of `{settings['model']}`; "
+        f"{figures['parameters']:,} parameters in float32.",
+        "from decodelab import AStar, load\nfrom decodelab.search.process_reward import ProcessReward\n\n"
+        f'model, tokenizer = load("{settings["model"]}")\nscorer = ProcessReward("{{address}}", model, tokenizer)\n'
+        "decoder = AStar(scorer=scorer, tokenizer=tokenizer, delimiter='\\n')",
+        {
+            "Data and licence": f"{settings['prompts']} exercises of {settings['operations']} operations made by the lab's own code, one sampled solution each, "
+            f"{settings['rollouts']} rollouts from every prefix: {figures['prefixes']['train']:,} prefixes to learn from, "
+            f"{figures['prefixes']['test']:,} of other exercises to test. Weights: apache-2.0.",
+            "Training": f"{figures['steps']:,} steps on all prefixes; the weights of step {figures['kept_step']:,} were kept. {figures['seconds_this_run']:,} seconds.",
+            f"On {held['prefixes']} prefixes of {held['exercises']} held-out exercises": lines
+            + "\n\n| steps of the prefix | prefixes | AUC |\n|---:|---:|---:|\n"
+            + "\n".join(depths),
+        },
+        library="decodelab",
+    )
 
 
 @recipe("prm", PRMRecipe())

@@ -8,6 +8,7 @@ Docs: https://decodelab.github.io/decodelab/training/programs.html.md"""
 from __future__ import annotations
 
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 from ..core.zoo import model_card
 from ..lab.tasks.programs import ListProgramTask, pass_rates
 from ..lab.tasks.text import Example
+from .cards import retrain_command
 from .checkpoints import tokenizer_fingerprint
 from .language_model import LanguageModelRecipe, cosine_adamw, train_tokenizer
 from .recipes import recipe
@@ -146,5 +148,6 @@ def train_programs(
         folder,
         data="Exercises made by `decodelab.lab.tasks.programs` from a seed: functions on lists in one or two steps, with three examples and a sentence that names the kinds of steps",
         data_licence="made by our own code",
+        retrain=retrain_command("programs", asdict(settings), PROGRAMS),
     )
     return figures

@@ -8,7 +8,7 @@ Docs: https://decodelab.github.io/decodelab/training/rewarded.html.md"""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..lab.tasks.text import ArithmeticTask, Example, Task, first_line
 
 # %% auto #0
 __all__ = ['GRPO_TASKS', 'REWARDS', 'group_advantages', 'exercises', 'held_out_exercises', 'verified_reward', 'answer_reward',
-           'file_rows', 'rewarded_rows', 'check_rewarded', 'policy_card']
+           'file_rows', 'rewarded_rows', 'check_rewarded']
 
 # %% ../../nbs/training/rewarded.ipynb #0f97f181
 def group_advantages(
@@ -156,50 +156,3 @@ def check_rewarded(
     for kind, name, known in (("task", task, [*more, *GRPO_TASKS]), ("reward", reward, list(REWARDS))):
         if name not in known:
             raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
-
-# %% ../../nbs/training/rewarded.ipynb #c0a1b2d4
-def policy_card(
-    folder: str | Path,  # folder of a trained policy, with its `training.json`
-    command: str,  # name of the recipe
-    defaults: Any,  # the recipe with its default settings
-    earned: Mapping[str, tuple[float, float]],  # what was measured on held-out prompts, before and after training
-) -> str:
-    "Write the `README.md` of a policy; returns the text."
-    folder = Path(folder)
-    figures = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    settings = figures["recipe"]
-    changed = [f" --set {k}={v}" for k, v in settings.items() if v != getattr(defaults, k)]
-    rows = "\n".join(f"| {name} | {before:.3f} | {after:.3f} |" for name, (before, after) in earned.items())
-    text = f"""---
-library_name: transformers
-tags: [decodelab]
----
-
-# {settings["name"]}
-
-`{settings.get("model") or "a small model of the recipe's own"}` after {figures["steps"]} steps of `{command}`, in {figures["seconds_this_run"]:.0f} seconds.
-
-## On held-out prompts
-
-| | before | after |
-|---|---:|---:|
-{rows}
-
-## Load and train
-
-```python
-import decodelab
-model, tokenizer = decodelab.load({str(folder)!r})
-```
-
-```
-decodelab train {command}{"".join(changed)}
-```
-
-## Settings
-
-| setting | value |
-|---|---|
-{"".join(f"| {k} | {v} |" + chr(10) for k, v in settings.items())}"""
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    return text

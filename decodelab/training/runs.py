@@ -361,6 +361,8 @@ class TrainingRun(TrainerCallback):
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # scores behind it are not those of an autocast
         if interrupt.asked:
             raise KeyboardInterrupt
+        if self.first:
+            _tell("all steps are done: measuring on held-out data, and writing")
 
     def _resume_point(self, args: TrainingArguments, made_of: dict[str, str]) -> Path | None:
         self.made_of = self._plain({"arguments": {n: getattr(args, n) for n in _SHAPING}, **made_of})

@@ -19,6 +19,7 @@ from torch import nn
 from ..lab.data import load_data
 from ..speculative.layer_drafter import layer_drafter, load_drafter
 from ..speculative.nested import exit_logits, final_norm, split
+from .cards import curve_table, read_figures, write_card
 from .checkpoints import fingerprint, tokenizer_fingerprint, write_training
 from .drafters import save_drafter, with_adapter
 from .language_model import Windows, check_length, cosine_adamw, encode_stream, held_out_figures
@@ -158,33 +159,28 @@ def nested_card(
     folder: str | Path,  # folder of a trained drafter, with its `training.json`
 ) -> str:
     "Write the `README.md` of a drafter from its `training.json`; returns the text."
-    folder = Path(folder)
-    if not (folder / "training.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no training.json: train the drafter with `decodelab train s2d`, which writes it")
-    figures = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    figures = read_figures(folder, "s2d")
     settings, held, raw = figures["recipe"], figures["held_out"], figures["untrained"]
-    changed = [f"{k}={v}" for k, v in settings.items() if v != getattr(S2DRecipe(), k)]
-    curve = [p for p in figures["curve"] if "eval_loss" in p]
     exits = [f"| {e} | {raw[e]['nats_per_token']:.3f} | {h['nats_per_token']:.3f} | {h['top1']:.3f} |" for e, h in held.items()]
-    sections = {
-        "What it is": f"The drafter of S2D ([arXiv 2407.01955](https://arxiv.org/abs/2407.01955)): the first {max(map(int, held))} layers of "
+    seen = f"{figures['tokens_seen']:,} tokens seen, out of {figures['train_tokens']:,} in the data."
+    return write_card(
+        folder,
+        "s2d",
+        S2DRecipe(),
+        f"The drafter of S2D ([arXiv 2407.01955](https://arxiv.org/abs/2407.01955)): the first {max(map(int, held))} layers of "
         f"`{settings['target']}`, embeddings and head shared with it, with an adapter of {figures['parameters']:,} numbers. It can be left after "
-        f'{settings["exits"]} layers. Use: `S2D(load_drafter("{settings["name"]}", model))`, `model` being `{settings["target"]}`; the target may be any model with its tokenizer.',
-        "Data and licence": "25 books of folk and fairy tales, myths and epics; two more are held out. "
-        "Data: public domain (Project Gutenberg). Weights: apache-2.0.",
-        "On held-out text": "| exit | nats per token, untrained | trained | top-1 accuracy |\n|---:|---:|---:|---:|\n" + "\n".join(exits),
-        "Recipe": "| setting | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in settings.items()),
-        "Training": "\n\n".join(
-            [f"{figures['tokens_seen']:,} tokens seen, out of {figures['train_tokens']:,} in the data.", *figures.get("remarks", ())]
-        )
-        + "\n\n| step | held-out loss |\n|---:|---:|\n"
-        + "\n".join(f"| {p['step']:,} | {float(p['eval_loss']):.4f} |" for p in curve),
-        "Retrain": "```\ndecodelab train s2d" + "".join(f" --set {s}" for s in changed) + "\n```",
-    }
-    head = f"---\nlibrary_name: peft\nlicense: apache-2.0\nlanguage: en\ntags: [decodelab]\n---\n\n# {settings['name']}\n"
-    text = head + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items())
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    return text
+        f"{settings['exits']} layers. The target may be any model with the tokenizer of `{settings['target']}`.",
+        "from decodelab import S2D, load\nfrom decodelab.speculative.layer_drafter import load_drafter\n\n"
+        f'model, tokenizer = load("{settings["target"]}")\ndecoder = S2D(load_drafter("{{address}}", model))',
+        {
+            "Data and licence": "25 books of folk and fairy tales, myths and epics; two more are held out. "
+            "Data: public domain (Project Gutenberg). Weights: apache-2.0.",
+            "On held-out text": "| exit | nats per token, untrained | trained | top-1 accuracy |\n|---:|---:|---:|---:|\n"
+            + "\n".join(exits),
+            "Training": "\n\n".join([seen, *figures.get("remarks", ()), curve_table(figures)]),
+        },
+        library="peft",
+    )
 
 
 @recipe("s2d", S2DRecipe())

@@ -20,6 +20,8 @@ from transformers import TrainingArguments
 
 from ..core.warp import draw
 from ..speculative.specdec_pp import AcceptanceHead, AcceptanceHeadConfig
+from ..lab.data import has_data
+from .cards import curve_table, read_figures, write_card
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, shown, tokenizer_fingerprint, write_training
 from .recipes import load_causal, recipe
 from .target_texts import training_prompts, written_by
@@ -289,6 +291,7 @@ def train_acceptance_head(
             "parameters": sum(p.numel() for p in head.parameters()),
             "texts": len(train),
             "labelled_positions": int((~train.labels.isnan()).sum()),
+            "books": has_data("tales"),
             "untrained": before,
             "held_out": head_figures(head, drafter, test),
         }
@@ -314,30 +317,28 @@ def head_card(
     folder: str | Path,  # folder of a trained head, with its `training.json`
 ) -> str:
     "Write the `README.md` of a head from its `training.json`; returns the text."
-    folder = Path(folder)
-    if not (folder / "training.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no training.json: train the head with `train_acceptance_head`, which writes it")
-    figures = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    figures = read_figures(folder, "specdec-pp")
     recipe, held = figures["recipe"], figures["held_out"]
-    changed = [f"{k}={v}" for k, v in recipe.items() if k != "name" and v != getattr(AcceptanceHeadRecipe(), k)]
-    curve = [p for p in figures["curve"] if "eval_loss" in p]
-    data = "continuations of openings of tales, and of paragraphs of the training books where they are there, sampled from the target"
-    sections = {
-        "What it is": f"The acceptance head of SpecDec++ ([arXiv 2405.19715](https://arxiv.org/abs/2405.19715)) for the drafter `{recipe['drafter']}` "
-        f"under the target `{recipe['target']}`; {figures['parameters']:,} parameters in float32. Use: `SpecDecPP(drafter, load_head(...))`.",
-        "Data and licence": f"{figures['texts']:,} {data}; {figures['labelled_positions']:,} labelled positions. "
-        "Books: public domain (Project Gutenberg). Weights: apache-2.0.",
-        "Recipe": "| setting | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in recipe.items()),
-        "Training": "\n\n".join([f"{recipe['steps'] * recipe['batch_size']:,} texts seen.", *figures.get("remarks", ())])
-        + "\n\n| step | held-out loss |\n|---:|---:|\n"
-        + "\n".join(f"| {p['step']:,} | {float(p['eval_loss']):.4f} |" for p in curve),
-        "On held-out prompts": "\n".join(f"- {k.replace('_', ' ')}: {shown(v, ',.4g')}" for k, v in held.items() if k != "calibration"),
-        "Retrain": "```\ndecodelab train specdec-pp" + "".join(f" --set {s}" for s in changed) + "\n```",
-    }
-    head = f"---\nlibrary_name: transformers\nlicense: apache-2.0\nlanguage: en\ntags: [decodelab]\n---\n\n# {recipe['name']}\n"
-    text = head + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items())
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    return text
+    openings = "openings of tales and of paragraphs of the training books" if figures.get("books", True) else "openings of tales"
+    return write_card(
+        folder,
+        "specdec-pp",
+        AcceptanceHeadRecipe(),
+        f"The acceptance head of SpecDec++ ([arXiv 2405.19715](https://arxiv.org/abs/2405.19715)) for the drafter `{recipe['drafter']}` "
+        f"under the target `{recipe['target']}`; {figures['parameters']:,} parameters in float32.",
+        "from decodelab import SpecDecPP, load\nfrom decodelab.speculative.specdec_pp import load_head\n\n"
+        f'model, tokenizer = load("{recipe["target"]}")\ndrafter, _ = load("{recipe["drafter"]}")\n'
+        'decoder = SpecDecPP(drafter, load_head("{address}"))',
+        {
+            "Data and licence": f"{figures['texts']:,} continuations of {openings}, sampled from the target; "
+            f"{figures['labelled_positions']:,} labelled positions. Books: public domain (Project Gutenberg). Weights: apache-2.0.",
+            "Training": "\n\n".join(
+                [f"{recipe['steps'] * recipe['batch_size']:,} texts seen.", *figures.get("remarks", ()), curve_table(figures)]
+            ),
+            "On held-out prompts": "\n".join(f"- {k.replace('_', ' ')}: {shown(v, ',.4g')}" for k, v in held.items() if k != "calibration"),
+        },
+        library="decodelab",
+    )
 
 # %% ../../nbs/training/specdec_pp.ipynb #rcp00002
 @recipe("specdec-pp", AcceptanceHeadRecipe())

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -321,6 +322,18 @@ def test_missing_parts(folder, tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"holds no \.safetensors weights \(pickled weights are never read"):
         zoo.load(folder)
+
+
+CARDS = sorted(Path(zoo.checkout_root() or ".").glob("data/zoo/*/README.md"))
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda path: path.parent.name)
+def test_what_a_card_says_of_its_use_works(card):
+    text = card.read_text(encoding="utf-8")
+    code = text.split("## Use\n\n```python\n")[1].split("```")[0]
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert f'"{card.parent.name}"' in code and ("decoder" in names or {"model", "tokenizer"} <= names.keys())
 
 
 def test_card(tmp_path):

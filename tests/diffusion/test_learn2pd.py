@@ -981,7 +981,7 @@ def test_recipes_and_cards_say_what_is_wrong(tmp_path, wide, tokenizer, recipe):
         FilterRecipe(prompts=9)
     with pytest.raises(ValueError, match="no prompt of a task that begins with 'chess' is among those to learn from"):
         train_filter(replace(recipe, learn_from="chess"), tmp_path / "none", (wide, tokenizer))
-    with pytest.raises(FileNotFoundError, match=r"holds no training\.json: train the filter"):
+    with pytest.raises(FileNotFoundError, match=r"holds no training\.json: train with `decodelab train tasks-learn2pd`"):
         filter_card(tmp_path)
 
 

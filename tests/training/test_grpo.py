@@ -383,4 +383,4 @@ def test_a_trained_policy_has_a_card(start, tmp_path):
     figures = recipes()["grpo"].train(small, tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert f"| pass@1 | {figures['before']['pass@1']:.3f} | {figures['after']['pass@1']:.3f} |" in card
-    assert "decodelab train grpo --set name=toy" in card and f"decodelab.load({str(tmp_path)!r})" in card
+    assert "decodelab train grpo --set name=toy" in card and f'load("{tmp_path}")' in card
