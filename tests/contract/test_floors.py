@@ -68,11 +68,32 @@ def test_no_private_name_crosses_a_module():
     assert [w for w in wrong if not w.startswith("decodelab.__") and not w.endswith("._modidx")] == []
 
 
-@pytest.mark.parametrize("module", sorted({f"decodelab.{p.parent.name}.{p.stem}" for p, _ in decoder_classes().values()}))
-def test_importing_a_decoder_brings_no_laboratory(module):
-    code = f"import sys, torch, transformers; before = set(sys.modules); import {module}; print(*set(sys.modules) - before)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    brought = done.stdout.split()
+DECODER_MODULES = sorted({f"decodelab.{p.parent.name}.{p.stem}" for p, _ in decoder_classes().values()})
+BROUGHT = """
+import os, sys, torch, transformers
+before = set(sys.modules)
+for module in sys.argv[1:]:
+    print(module, end=" ", flush=True)
+    if not os.fork():  # a process of its own, in which nothing of ours was imported yet
+        __import__(module)
+        print(*set(sys.modules) - before, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, module
+"""
+
+
+@pytest.fixture(scope="module")
+def brought():
+    "Decoder module -> what a fresh process loads for it beyond torch and transformers."
+    done = subprocess.run([sys.executable, "-c", BROUGHT, *DECODER_MODULES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+
+
+@pytest.mark.parametrize("module", DECODER_MODULES)
+def test_importing_a_decoder_brings_no_laboratory(module, brought):
+    brought = brought[module]
+    assert module in brought
     assert [
         m for m in brought if m.startswith("decodelab") and floor(m + ".x" if m in ("decodelab",) else m) > 2 and m != "decodelab"
     ] == []
