@@ -19,6 +19,7 @@ from transformers import (
     TextIteratorStreamer,
     TextStreamer,
 )
+from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 import decodelab.core.registry as registry_module
@@ -465,7 +466,7 @@ def caches():
 
     def count():
         gc.collect()
-        return sum(type(o) is DynamicCache for o in gc.get_objects())
+        return sum(issubclass(type(o), Cache) for o in gc.get_objects())
 
     yield count
     gc.unfreeze()
