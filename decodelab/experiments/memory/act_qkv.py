@@ -260,7 +260,8 @@ def costs(
     sizes: Mapping[str, Any] = COST_SIZES,  # fields of ActQKV
 ) -> dict[str, Any]:
     "[length][method]: seconds of the prompt, and of a new token in each turn."
-    order, found = random.Random(0), {}
+    order = random.Random(0)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for n in lengths:
         ids = torch.randint(10, text_config(model).vocab_size, (1, n), generator=torch.Generator().manual_seed(n)).to(model.device)
         methods = started(model, ids, sizes)
@@ -305,7 +306,7 @@ def passkey(
         n_init, many = KEY_SIZES["n_init"], KEY_SIZES["n_loc"] + KEY_SIZES["k"] * KEY_SIZES["b"]
         ids = torch.cat([whole[:, :n_init], whole[:, -many:]], 1)
     out = (of or Autoregressive()).generate(model, ids, max_new_tokens=8, do_sample=False)
-    held = out.stats.memory.get("positions a layer", out.sequences.shape[1])
+    held = (out.stats.memory if out.stats else {}).get("positions a layer", out.sequences.shape[1])
     return {"right": int(key in out.text(tokenizer)[0]), "tokens": whole.shape[1], "held": held}
 
 
