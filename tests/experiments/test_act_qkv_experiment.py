@@ -15,6 +15,7 @@ from decodelab.experiments.memory.act_qkv import (
     costs,
     facts_of,
     passkey_text,
+    passkeys,
     planted,
     read,
     sliding_cache,
@@ -126,6 +127,13 @@ def test_the_key_stands_once_at_its_depth():
         assert text.count(f"The secret number is {key}.") == 1
         assert abs(text.index(key) / len(text) - depth) < 0.1
     assert passkey_text(Words(), 400, 0.1, seed=6)[1] != key
+
+
+def test_a_passkey_is_asked_for_in_every_way(tales):
+    model, tokenizer = tales
+    found = passkeys(model, tokenizer, (500,), 2)
+    assert set(found) == {"InfLLM", "ActQKV", "both ends"}
+    assert all(set(run) == {"right", "tokens", "held"} and run["held"] < run["tokens"] for runs in found.values() for run in runs["500"])
 
 
 def test_costs_have_every_method_and_length(words):

@@ -402,6 +402,17 @@ def test_cut_off_moves_blocks_between_layers_once_there_is_a_history(llama):
     assert noted(llama, ActQKV(**{**sizes, "cut_off": False}, history=10), ids, 6) == [[4, 4]] * 7
 
 
+def test_a_single_block_is_fetched_and_not_counted():
+    of = ActQKV(**{**SMALL, "n_init": 0})
+    q, k, v = stream(20)
+    memory = BlockMemory(of, 1, OMEGA)
+    for n, blocks, noted in ((12, [], 0), (4, [0], 0), (4, [0, 1], 1)):
+        part = slice(memory.end, memory.end + n)
+        answer(of, q[:, part], k[:, part], v[:, part], memory=memory)
+        assert memory.fetched[0] == blocks
+        assert len(memory.layers[0].flat) == noted
+
+
 # in use
 
 

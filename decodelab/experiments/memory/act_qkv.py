@@ -23,11 +23,12 @@ from ...lab.lab import Lab
 from ...lab.tasks.recall import ASK, KEY, VALUE, RecallText, recall_text
 from ...memory.act_qkv import ActQKV, BlockMemory, block_scores
 from ...memory.base import MemorySession, forward, require_memory
+from ...sampling.base import Autoregressive
 
 # %% auto #0
-__all__ = ['SIZES', 'METHODS', 'CUT_OFFS', 'COST_SIZES', 'FILLER', 'VariedMemory', 'mean', 'has_block', 'read', 'read_whole',
-           'texts_of', 'compare', 'planted', 'facts_of', 'ask', 'cut_offs', 'sliding_cache', 'started', 'seconds_of',
-           'costs', 'passkey_text', 'passkey', 'passkeys', 'experiment']
+__all__ = ['SIZES', 'METHODS', 'CUT_OFFS', 'COST_SIZES', 'KEY_SIZES', 'FILLER', 'VariedMemory', 'mean', 'has_block', 'read',
+           'read_whole', 'texts_of', 'compare', 'planted', 'facts_of', 'ask', 'cut_offs', 'sliding_cache', 'started',
+           'seconds_of', 'costs', 'passkey_text', 'passkey', 'passkeys', 'experiment']
 
 # %% ../../../nbs/experiments/memory/act_qkv.ipynb #28857a33
 SIZES: dict[str, Any] = {"n_init": 4, "n_loc": 64, "b": 8, "k": 8, "r": 2, "w": 32}
@@ -259,7 +260,8 @@ def costs(
     sizes: Mapping[str, Any] = COST_SIZES,  # fields of ActQKV
 ) -> dict[str, Any]:
     "[length][method]: seconds of the prompt, and of a new token in each turn."
-    order, found = random.Random(0), {}
+    order = random.Random(0)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for n in lengths:
         ids = torch.randint(10, text_config(model).vocab_size, (1, n), generator=torch.Generator().manual_seed(n)).to(model.device)
         methods = started(model, ids, sizes)
@@ -269,7 +271,8 @@ def costs(
                 found[str(n)][name]["token"].append(seconds_of(methods[name][1], new) / new)
     return found
 
-# %% ../../../nbs/experiments/memory/act_qkv.ipynb #7ed734c5
+# %% ../../../nbs/experiments/memory/act_qkv.ipynb #ddaffc2d
+KEY_SIZES: dict[str, Any] = {"n_init": 32, "n_loc": 128, "b": 16, "k": 8, "w": 64}
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
 
@@ -291,17 +294,20 @@ def passkey_text(
 def passkey(
     model: Any,  # instruction model
     tokenizer: Any,  # its tokenizer
-    decoder: Any,  # a decoder
+    of: ActQKV | None,  # settings; None: the model reads no more than the beginning and the end of the prompt
     tokens: int,  # of the prompt, about
     depth: float,  # where the key stands, from 0 to 1
     seed: int = 0,  # of the key
 ) -> dict[str, Any]:
     "Whether the model repeats a key that stands once in filler; tokens of the prompt, and the most positions of a layer on the device."
     text, key = passkey_text(tokenizer, tokens, depth, seed)
-    inputs = tokenizer(text, return_tensors="pt").to(model.device)
-    out = decoder.generate(model, **inputs, max_new_tokens=6, do_sample=False)
-    held = out.stats.memory.get("positions a layer", out.sequences.shape[1])
-    return {"right": int(key in out.text(tokenizer)[0]), "tokens": inputs.input_ids.shape[1], "held": held}
+    ids = whole = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
+    if of is None:
+        n_init, many = KEY_SIZES["n_init"], KEY_SIZES["n_loc"] + KEY_SIZES["k"] * KEY_SIZES["b"]
+        ids = torch.cat([whole[:, :n_init], whole[:, -many:]], 1)
+    out = (of or Autoregressive()).generate(model, ids, max_new_tokens=8, do_sample=False)
+    held = (out.stats.memory if out.stats else {}).get("positions a layer", out.sequences.shape[1])
+    return {"right": int(key in out.text(tokenizer)[0]), "tokens": whole.shape[1], "held": held}
 
 
 def passkeys(
@@ -311,9 +317,7 @@ def passkeys(
     depths: int,  # how many depths
 ) -> dict[str, Any]:
     "[method][length]: one result a depth."
-    sizes: dict[str, Any] = {"n_init": 64, "n_loc": 256, "b": 32, "k": 22, "w": 128}
-    none = {"k": 1, "n_loc": 64, "w": 32}  # nearly nothing is fetched: the negative control
-    arms = {"InfLLM": ActQKV.infllm(**sizes), "ActQKV": ActQKV(**sizes), "one block": ActQKV(**sizes | none)}
+    arms = {"InfLLM": ActQKV.infllm(**KEY_SIZES), "ActQKV": ActQKV(**KEY_SIZES), "both ends": None}
     at = [(i + 0.5) / depths for i in range(depths)]
     return {
         name: {str(n): [passkey(model, tokenizer, of, n, depth, seed) for seed, depth in enumerate(at)] for n in lengths}
@@ -328,8 +332,8 @@ def experiment(
     curve: Sequence[int] = (1024, 2048, 4096, 8192, 16_384),  # tokens of the curve of memory
     timed: Sequence[int] = (1024, 4096, 16_384),  # tokens of the timed prompts
     turns: int = 15,  # of the costs
-    needles: Sequence[int] = (4096, 12_288),  # profile small: tokens of the passkey's prompts
-    depths: int = 6,  # profile small: depths of each
+    needles: Sequence[int] = (3072,),  # profile small: tokens of the passkey's prompts
+    depths: int = 4,  # profile small: depths of each
 ) -> dict[str, Any]:
     "All tables of this page; profile `small` asks its model for the passkey instead."
     lab = Lab("memory/act_qkv")
