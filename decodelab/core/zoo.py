@@ -59,6 +59,7 @@ def _known() -> str:
 _CHECKOUT_ONLY = (
     "lud",
     "programs",
+    "reader",
     "tales-longspec",
     "tales-mdm",
     "tales-s2d",

@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
-from decodelab.core.zoo import load
+from decodelab.core.zoo import load, zoo_path
 from decodelab.lab.tasks.passages import WORDS, PassageTask, draw_facts
 from decodelab.training.reader import (
     GapRows,
     ReaderRecipe,
     corrupted,
+    gap_figures,
     gap_pair,
     padded,
     question_pair,
@@ -113,3 +114,17 @@ def test_a_run_ends_in_a_model_that_loads(tmp_path):
     with pytest.raises(ValueError, match="is an encoder-decoder model, no causal language model: choose one, such as tales or tasks"):
         load_causal(str(tmp_path))
     assert torch.isfinite(model(**padded([GapRows(tokenizer, 1)[0]])).loss)
+
+
+def test_the_reader_of_the_zoo_finds_values_again():
+    try:
+        folder = zoo_path("reader")
+    except (FileNotFoundError, ValueError) as error:
+        pytest.skip(f"the zoo model reader is not here: {error}")
+    model, tokenizer = load("reader", dtype="float32")
+    shipped = json.loads((folder / "training.json").read_text())
+    found = gap_figures(model, tokenizer, 3)
+    for name in ("held_out_nats_per_token", "held_out_top1"):  # its weights are rounded to bfloat16
+        assert found[name] == pytest.approx(shipped[name], abs=0.02)
+    assert found["held_out_tokens"] == shipped["held_out_tokens"]
+    assert sum(p.numel() for p in model.parameters()) == shipped["parameters"]
