@@ -156,12 +156,12 @@ class ReaderRecipe:
     facts: int = 3  # most facts of a passage, each told twice (1 to 30)
     whole: float = 0.25  # share of the passages with one gap, at a value told twice
     batch_size: int = 32  # passages a step
-    steps: int = 4000  # optimiser steps
+    steps: int = 9000  # optimiser steps
     learning_rate: float = 3e-3  # peak, after warm-up, cosine to a tenth
     warmup: int = 100  # warm-up steps
     weight_decay: float = 0.01  # on matrices
-    save_every: int = 500  # steps between checkpoints
-    eval_every: int = 500  # steps between evaluations
+    save_every: int = 1000  # steps between checkpoints
+    eval_every: int = 1000  # steps between evaluations
     compile: bool = False  # compile the model with `torch.compile`
     seed: int = 0  # seed of weights and passages
 
