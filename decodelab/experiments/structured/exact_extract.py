@@ -310,11 +310,11 @@ def real_readers(
 
 # %% ../../../nbs/experiments/structured/exact_extract.ipynb #ee5e0010
 def experiment(
-    questions: int = 40,  # that every model answers
+    questions: int = 100,  # that every model answers
     sizes: Sequence[int] = (16, 128, 1024),  # questions to learn from
     steps: int = 150,  # of each training
-    seeds: Sequence[int] = (0, 1),  # of the training sets
-    real: int = 10,  # questions of each real data set, where the profile has an instruction model
+    seeds: Sequence[int] = (0, 1, 2),  # of the training sets
+    real: int = 20,  # questions of each real data set, where the profile has an instruction model
 ) -> dict[str, Any]:
     "Profile tiny: the curves of the zoo's reader; else the profile's model on SQuAD and XQuAD, which need their data."
     lab = Lab("structured/exact_extract")
