@@ -197,7 +197,9 @@ def train_reader(
 ) -> dict[str, Any]:
     "Train, resuming from the newest whole checkpoint below `out`; returns the figures (also written to `out/training.json`)."
     out, tokenizer = Path(out), word_tokenizer()
-    rows = GapRows(tokenizer, settings.steps * settings.batch_size * processes(), facts=settings.facts, seed=settings.seed, whole=settings.whole)
+    rows = GapRows(
+        tokenizer, settings.steps * settings.batch_size * processes(), facts=settings.facts, seed=settings.seed, whole=settings.whole
+    )
     probe = GapRows(tokenizer, 256, facts=settings.facts, seed=settings.seed + 1, whole=settings.whole)
     with TrainingRun(out / "run", settings) as run:
         model = settings.model(tokenizer)

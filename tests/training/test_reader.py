@@ -60,6 +60,16 @@ def test_the_gap_of_a_recurring_span_can_be_copied():
     assert copied["random"] < 30
 
 
+@pytest.mark.parametrize("whole", [0.0, 0.5, 1.0])
+def test_a_share_of_the_passages_has_one_gap_at_a_value(whole):
+    rows, tokenizer, copied = GapRows(word_tokenizer(), 200, whole=whole, seed=4), word_tokenizer(), 0
+    for row in (rows[i] for i in range(len(rows))):
+        text, label = (tokenizer.decode(row[name]) for name in ("input_ids", "labels"))
+        copied += label.count("<extra_id_") == 2 and f" {label.split('>', 1)[1].rsplit('<', 1)[0].strip()} ." in text
+    by_chance = 0.15
+    assert whole - 0.1 <= copied / 200 <= whole + (1 - whole) * by_chance + 0.1
+
+
 def test_every_word_is_a_token():
     tokenizer = word_tokenizer()
     for seed in range(20):
