@@ -60,6 +60,7 @@ _CHECKOUT_ONLY = (
     "lud",
     "programs",
     "recall",
+    "reader",
     "tales-longspec",
     "tales-mdm",
     "tales-s2d",

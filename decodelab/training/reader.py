@@ -1,4 +1,4 @@
-"""A recipe for a T5 of a quarter of a million parameters that fills gaps in passages of facts; and two ways to go on, recurring spans and questions.
+"""The recipe behind `reader`: a T5 of a quarter of a million parameters that fills gaps in passages of facts; and two ways to go on, recurring spans and questions.
 
 Docs: https://decodelab.github.io/decodelab/training/reader.html.md"""
 
@@ -92,10 +92,11 @@ def gap_pair(
     kind: str,  # "corruption", "recurring" or "random": several gaps, one at a value told twice, or one anywhere
     rng: random.Random,  # source of all randomness
     facts: int = 3,  # most facts of the passage
+    whole: float = 0.0,  # share of the corrupted passages that have one gap, at a value told twice
 ) -> tuple[str, str]:
     "What the encoder reads, and what the decoder is to write."
     words, values = told_twice(rng, rng.randint(1, facts))
-    if kind == "corruption":
+    if kind == "corruption" and rng.random() >= whole:
         return corrupted(words, random_spans(rng, len(words)))
     start, length = rng.choice(values)
     if kind == "random":
@@ -120,14 +121,15 @@ class GapRows(Dataset):
         kind: str = "corruption",  # see `gap_pair`
         facts: int = 3,  # most facts of a passage
         seed: int = 0,  # seed
+        whole: float = 0.0,  # see `gap_pair`
     ):
-        self.tokenizer, self.count, self.kind, self.facts, self.seed = tokenizer, count, kind, facts, seed
+        self.tokenizer, self.count, self.kind, self.facts, self.seed, self.whole = tokenizer, count, kind, facts, seed, whole
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, i: int) -> dict[str, list[int]]:
-        text, label = gap_pair(self.kind, random.Random(f"{self.kind} {self.seed} {i}"), self.facts)
+        text, label = gap_pair(self.kind, random.Random(f"{self.kind} {self.seed} {i}"), self.facts, self.whole)
         return {"input_ids": self.tokenizer(text).input_ids, "labels": self.tokenizer(label, add_special_tokens=False).input_ids}
 
 
@@ -144,21 +146,22 @@ def padded(
 # %% ../../nbs/training/reader.ipynb #0baa83c7
 @dataclass
 class ReaderRecipe:
-    "A small T5 on passages with gaps."
+    "A small T5 on passages with gaps; the defaults are those of the zoo's `reader`."
 
-    name: str = "reader"  # name of the model
+    name: str = "reader"  # name in the zoo
     hidden_size: int = 64  # width
     intermediate_size: int = 192  # width of the MLP
     layers: int = 2  # layers of the encoder, and of the decoder
     heads: int = 4  # attention heads
     facts: int = 3  # most facts of a passage, each told twice (1 to 30)
-    batch_size: int = 64  # passages a step
-    steps: int = 1800  # optimiser steps
+    whole: float = 0.25  # share of the passages with one gap, at a value told twice
+    batch_size: int = 32  # passages a step
+    steps: int = 9000  # optimiser steps
     learning_rate: float = 3e-3  # peak, after warm-up, cosine to a tenth
     warmup: int = 100  # warm-up steps
     weight_decay: float = 0.01  # on matrices
-    save_every: int = 300  # steps between checkpoints
-    eval_every: int = 300  # steps between evaluations
+    save_every: int = 1000  # steps between checkpoints
+    eval_every: int = 1000  # steps between evaluations
     compile: bool = False  # compile the model with `torch.compile`
     seed: int = 0  # seed of weights and passages
 
@@ -194,8 +197,10 @@ def train_reader(
 ) -> dict[str, Any]:
     "Train, resuming from the newest whole checkpoint below `out`; returns the figures (also written to `out/training.json`)."
     out, tokenizer = Path(out), word_tokenizer()
-    rows = GapRows(tokenizer, settings.steps * settings.batch_size * processes(), facts=settings.facts, seed=settings.seed)
-    probe = GapRows(tokenizer, 256, facts=settings.facts, seed=settings.seed + 1)
+    rows = GapRows(
+        tokenizer, settings.steps * settings.batch_size * processes(), facts=settings.facts, seed=settings.seed, whole=settings.whole
+    )
+    probe = GapRows(tokenizer, 256, facts=settings.facts, seed=settings.seed + 1, whole=settings.whole)
     with TrainingRun(out / "run", settings) as run:
         model = settings.model(tokenizer)
         arguments = training_arguments(settings, run.folder, **cosine_adamw(settings) | {"bf16": False}, remove_unused_columns=False)

@@ -7,6 +7,7 @@ Docs: https://decodelab.github.io/decodelab/training/retriever.html.md"""
 # %% ../../nbs/training/retriever.ipynb #67238860
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -145,6 +146,7 @@ class RetrieverRecipe:
     learning_rate: float = 5e-4  # peak, linear to 0 (paper's code: 2e-5)
     warmup: int = 15  # warm-up steps
     teacher_steps: int = 300  # steps of the cross-encoder of stage 3
+    teacher_learning_rate: float = 2e-3  # its peak (paper's code: 1e-5)
     save_every: int = 150  # steps between checkpoints
     eval_every: int = 150  # steps between evaluations
     seed: int = 0  # of draws
@@ -155,6 +157,8 @@ class RetrieverRecipe:
             raise ValueError(f"stage must be 1, 2 or 3, and part both, cls or terms; got {self.stage!r} and {self.part!r}")
         if self.data not in COLLECTIONS:
             raise ValueError(f"data must be one of {', '.join(COLLECTIONS)}, got {self.data!r}")
+        if self.teacher_learning_rate <= 0:
+            raise ValueError(f"teacher_learning_rate must be positive, got {self.teacher_learning_rate}")
         if self.n > self.top:
             raise ValueError(f"n negatives are drawn from the top best: n must not be above top, got {self.n} and {self.top}")
 
@@ -260,7 +264,7 @@ def cross_encoder(
     config.num_labels = 1
     model = BertForSequenceClassification(config)
     model.bert.load_state_dict(encoder.bert.state_dict(), strict=False)  # it has a pooler besides
-    now = replace(settings, steps=settings.teacher_steps, name=f"{settings.name}-teacher")
+    now = replace(settings, steps=settings.teacher_steps, learning_rate=settings.teacher_learning_rate, name=f"{settings.name}-teacher")
     with TrainingRun(folder, now) as run:
         trainer = _TeacherTrainer(
             model,
@@ -295,17 +299,18 @@ def _mined(
     kept = kept_tensors(run / "negatives.safetensors", **made_from)
     if kept is not None:
         return kept["negatives"], kept.get("teacher")
-    queries = [q for q, _ in found.pairs]
+    queries, pool = [q for q, _ in found.pairs], sorted({d for _, d in found.pairs})
     asked, docs = (
         encode_texts(encoder, tokenizer, queries, s.max_query),
-        encode_texts(encoder, tokenizer, found.training_docs, s.max_length),
+        encode_texts(encoder, tokenizer, [found.training_docs[d] for d in pool], s.max_length),
     )
     positives: dict[str, set[int]] = {}
     for q, d in found.pairs:
-        positives.setdefault(q, set()).add(d)
+        positives.setdefault(q, set()).add(bisect_left(pool, d))
     scores = two_part_scores(asked, docs, s.k, s.part)
     candidates = min(s.top, 4 * s.n)  # of which each batch draws n
-    negatives = hard_negatives(scores, [positives[q] for q in queries], candidates, s.top, torch.Generator().manual_seed(s.seed))
+    drawn = hard_negatives(scores, [positives[q] for q in queries], candidates, s.top, torch.Generator().manual_seed(s.seed))
+    negatives = torch.tensor(pool)[drawn]
     tensors = {"negatives": negatives}
     if s.stage == 3:
         teacher = teacher or cross_encoder(encoder, tokenizer, found, negatives, s, run / "teacher")
@@ -376,6 +381,8 @@ def fine_tune(
             "train_tokens": sum(counts),
             "tokens_seen": round(figures["steps"] * min(settings.batch_size, len(found.pairs)) * shown),
         }
+        if taught is not None:
+            figures["teacher_first"] = float((taught.argmax(1) == 0).float().mean())
         values = reciprocal_ranks(best, found.relevant)
         return run.finish(out, figures | {"held_out_MRR@10": sum(values) / len(values)}, encoder, tokenizer)
 

@@ -607,7 +607,12 @@ def test_the_cross_encoder_learns_which_is_right(tmp_path):
     negatives = torch.stack([torch.tensor([d for d in range(12) if d != p][:4]) for _, p in found.pairs])
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     scored = cross_encoder(
-        encoder, tokenizer, found, negatives, replace(TUNE, batch_size=6, teacher_steps=120, learning_rate=5e-3, save_every=120), tmp_path
+        encoder,
+        tokenizer,
+        found,
+        negatives,
+        replace(TUNE, batch_size=6, teacher_steps=120, teacher_learning_rate=5e-3, save_every=120),
+        tmp_path,
     )
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
     right = 0
@@ -634,9 +639,30 @@ def test_negatives_come_from_the_miner_and_weights_from_the_encoder(tmp_path, mo
     assert torch.allclose(encoder.bert.embeddings.word_embeddings.weight, before, atol=1e-4)
     queries = encode_texts(miner, tokenizer, [q for q, _ in CORPUS.pairs], TUNE.max_query)
     scores = two_part_scores(queries, encode_texts(miner, tokenizer, CORPUS.training_docs, TUNE.max_length), TUNE.k)
+    asked = {d for _, d in CORPUS.pairs}
     for (_, positive), row, chosen in zip(CORPUS.pairs, scores, given[0][3].tolist(), strict=True):
-        best = [d for d in row.argsort(descending=True).tolist() if d != positive][: TUNE.top]
+        best = [d for d in row.argsort(descending=True).tolist() if d != positive and d in asked][: TUNE.top]
         assert set(chosen) <= set(best)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_documents_that_no_pair_asks_for_are_no_negatives(stage, tmp_path, monkeypatch):
+    "Else a document of the test is seen as a negative only, and encoder and teacher learn that it is never the answer."
+    given, read, asked = [], set(), {d for _, d in CORPUS.pairs}
+    usual = retriever._Groups
+    monkeypatch.setattr(retriever, "_Groups", lambda *a, **k: given.append(a[3]) or usual(*a, **k))
+
+    def teacher(queries, docs):
+        read.update(docs)
+        return torch.tensor([float((q, d) in own) for q, d in zip(queries, docs)])
+
+    own = {(q, CORPUS.training_docs[d]) for q, d in CORPUS.pairs}
+    figures = fine_tune(replace(TUNE, stage=stage, steps=1), tmp_path, small_encoder(), CORPUS, teacher)
+    assert len(asked) == 50 and len(CORPUS.docs) == 60
+    assert set(given[0].flatten().tolist()) <= asked
+    assert len(set(given[0].flatten().tolist())) > 20
+    assert read <= {CORPUS.training_docs[d] for d in asked}
+    assert figures.get("teacher_first") == (1.0 if stage == 3 else None)
 
 
 def test_a_killed_stage_goes_on_with_the_same_negatives(tmp_path, monkeypatch):
@@ -784,6 +810,7 @@ def test_bad_settings(change, message):
         ({"data": "web"}, "data must be one of topics, cranfield"),
         ({"n": 13}, "n must not be above top"),
         ({"k": 0}, "must be positive"),
+        ({"teacher_learning_rate": 0.0}, "teacher_learning_rate must be positive, got 0.0"),
     ],
     ids=lambda c: "-".join(c) if isinstance(c, dict) else "",
 )

@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
-from decodelab.core.zoo import load
+from decodelab.core.zoo import load, zoo_path
 from decodelab.lab.tasks.passages import WORDS, PassageTask, draw_facts
 from decodelab.training.reader import (
     GapRows,
     ReaderRecipe,
     corrupted,
+    gap_figures,
     gap_pair,
     padded,
     question_pair,
@@ -57,6 +58,16 @@ def test_the_gap_of_a_recurring_span_can_be_copied():
             copied[kind] += " " + " ".join(label.split()[1:-1]) + " ." in text
     assert copied["recurring"] == 60
     assert copied["random"] < 30
+
+
+@pytest.mark.parametrize("whole", [0.0, 0.5, 1.0])
+def test_a_share_of_the_passages_has_one_gap_at_a_value(whole):
+    rows, tokenizer, copied = GapRows(word_tokenizer(), 200, whole=whole, seed=4), word_tokenizer(), 0
+    for row in (rows[i] for i in range(len(rows))):
+        text, label = (tokenizer.decode(row[name]) for name in ("input_ids", "labels"))
+        copied += label.count("<extra_id_") == 2 and f" {label.split('>', 1)[1].rsplit('<', 1)[0].strip()} ." in text
+    by_chance = 0.15
+    assert whole - 0.1 <= copied / 200 <= whole + (1 - whole) * by_chance + 0.1
 
 
 def test_every_word_is_a_token():
@@ -113,3 +124,17 @@ def test_a_run_ends_in_a_model_that_loads(tmp_path):
     with pytest.raises(ValueError, match="is an encoder-decoder model, no causal language model: choose one, such as tales or tasks"):
         load_causal(str(tmp_path))
     assert torch.isfinite(model(**padded([GapRows(tokenizer, 1)[0]])).loss)
+
+
+def test_the_reader_of_the_zoo_finds_values_again():
+    try:
+        folder = zoo_path("reader")
+    except (FileNotFoundError, ValueError) as error:
+        pytest.skip(f"the zoo model reader is not here: {error}")
+    model, tokenizer = load("reader", dtype="float32")
+    shipped = json.loads((folder / "training.json").read_text())
+    found = gap_figures(model, tokenizer, 3)
+    for name in ("held_out_nats_per_token", "held_out_top1"):  # its weights are rounded to bfloat16
+        assert found[name] == pytest.approx(shipped[name], abs=0.02)
+    assert found["held_out_tokens"] == shipped["held_out_tokens"]
+    assert sum(p.numel() for p in model.parameters()) == shipped["parameters"]

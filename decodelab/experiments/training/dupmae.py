@@ -77,10 +77,13 @@ def tuned(
     tokenizer: Any,  # its tokenizer
     found: RetrievalSet,  # collection
     settings: RetrieverRecipe,  # stage, representation, steps
+    figures: dict[str, Any] | None = None,  # takes the figures of the run
 ) -> torch.Tensor:
     "Fine-tune, and rank the queries of the test: numbers of documents, [queries, 10]."
     with tempfile.TemporaryDirectory() as folder:
-        fine_tune(settings, folder, (encoder, tokenizer), found, save_strategy="no", disable_tqdm=True)
+        run = fine_tune(settings, folder, (encoder, tokenizer), found, save_strategy="no", disable_tqdm=True)
+    if figures is not None:
+        figures.update(run)
     return ranked(retrieval_scores(encoder, tokenizer, found, settings))
 
 # %% ../../../nbs/experiments/training/dupmae.ipynb #41847fa3
@@ -160,20 +163,26 @@ def on_topics(
             ranking = tuned(encoder, tokenizer, found, replace(tune, **PARTS[part]))
             result["ranks"][f"{arm}, {part}"] = reciprocal_ranks(ranking, found.relevant)
             if stages and (arm, part) == ("DupMAE", "both"):
-                result["ranks"] |= _stages(encoder, tokenizer, found, replace(tune, **PARTS[part]))
+                ranks, result["teacher"] = _stages(encoder, tokenizer, found, replace(tune, **PARTS[part]))
+                result["ranks"] |= ranks
     return result
 
 
-def _stages(encoder: TwoPartEncoder, tokenizer: Any, found: RetrievalSet, tune: RetrieverRecipe) -> dict[str, list[float]]:
+def _stages(
+    encoder: TwoPartEncoder, tokenizer: Any, found: RetrievalSet, tune: RetrieverRecipe
+) -> tuple[dict[str, list[float]], dict[str, float]]:
     # from the encoder of stage 1 on: stage 2, its control (as many steps without hard negatives), and stage 3 with a cross-encoder, from the same start
-    later = replace(tune, n=2, batch_size=16, learning_rate=tune.learning_rate / 4, seed=tune.seed + 100, teacher_steps=2 * tune.steps)
-    ranks = {}
+    later = replace(tune, n=2, batch_size=16, learning_rate=tune.learning_rate / 4, seed=tune.seed + 100, teacher_steps=400)
+    ranks, figures, spread = {}, dict[str, Any](), dict[str, float]()
+    spread["spread, stage 1"] = float(retrieval_scores(encoder, tokenizer, found, later).std(1).mean())
     control = deepcopy(encoder)
     ranks["stage 1, continued"] = reciprocal_ranks(tuned(control, tokenizer, found, replace(later, batch_size=32)), found.relevant)
     hard = deepcopy(encoder)
     ranks["stage 2"] = reciprocal_ranks(tuned(hard, tokenizer, found, replace(later, stage=2)), found.relevant)
-    ranks["stage 3"] = reciprocal_ranks(tuned(encoder, tokenizer, found, replace(later, stage=3)), found.relevant)
-    return ranks
+    spread["spread, stage 2"] = float(retrieval_scores(hard, tokenizer, found, later).std(1).mean())
+    ranks["stage 3"] = reciprocal_ranks(tuned(encoder, tokenizer, found, replace(later, stage=3), figures), found.relevant)
+    spread["spread, stage 3"] = float(retrieval_scores(encoder, tokenizer, found, later).std(1).mean())
+    return ranks, {"first among its group": figures["teacher_first"], "chance": 1 / (1 + 4 * later.n)} | spread
 
 
 def on_cranfield(
@@ -225,6 +234,7 @@ def experiment(
         "differences": {name: _differences(ranks, *pair) for name, pair in pairs.items() if pair[0] in ranks[0]},
         "probes": {arm: {k: [run["probes"][arm][k] for run in topics] for k in topics[0]["probes"][arm]} for arm in ARMS},
         "seconds": {arm: [run["seconds"][arm] for run in topics] for arm in ARMS},
+        "teacher": {k: [run["teacher"][k] for run in topics] for k in topics[0].get("teacher", {})},
     }  # fmt: skip
     if people and all(map(has_data, ("cranfield/docs", "cranfield/queries"))):
         found["cranfield"] = _people()
