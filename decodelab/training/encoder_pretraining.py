@@ -18,6 +18,7 @@ from transformers import BertConfig, PreTrainedTokenizerFast
 
 from ..core.zoo import model_card
 from ..lab.retrieval import COLLECTIONS, collection
+from .cards import retrain_command
 from .checkpoints import fingerprint, tokenizer_fingerprint
 from .dupmae import ACTIVATIONS, DupMAE, TwoPartEncoder, decoder_mask, encoder_mask
 from .recipes import recipe
@@ -295,12 +296,12 @@ def pretrain_and_describe(
     "Pre-train, and write the encoder's card."
     figures = pretrain(settings, folder)
     data, licence = SOURCES.get(settings.data, ("Texts of the user", "the user's"))
-    changed = [f" --set {k}={v}" for k, v in vars(settings).items() if k != "name" and v != getattr(DupMAERecipe(), k)]
     model_card(
         folder,
         data=f"{data}; every twentieth is held out. A text encoder: load it with `TwoPartEncoder.from_pretrained`, and fine-tune it before use",
         data_licence=licence,
         licence="apache-2.0" if settings.data == "topics" and not settings.encoder else "other",
-        retrain="decodelab train dupmae" + "".join(changed),
+        retrain=retrain_command("dupmae", vars(settings), DupMAERecipe()),
+        use=f'from decodelab.training.encoder_pretraining import TwoPartEncoder\n\nencoder = TwoPartEncoder.from_pretrained("{folder}")',
     )
     return figures

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 from ..core.zoo import model_card
 from ..lab.tasks.passages import WORDS, draw_facts
 from ..lab.tasks.text import Example
+from .cards import retrain_command
 from .checkpoints import tokenizer_fingerprint
 from .language_model import cosine_adamw
 from .recipes import recipe
@@ -246,6 +247,7 @@ def train_reader_recipe(
         folder,
         data="Passages made by `decodelab.lab.tasks.passages` from a seed: facts that are told twice, with gaps (span corruption); no questions",
         data_licence="made by our own code",
+        retrain=retrain_command("reader", vars(settings), ReaderRecipe()),
     )
     return figures
 

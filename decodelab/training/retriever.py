@@ -23,6 +23,7 @@ from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 from ..core.zoo import model_card
 from ..lab.provenance import write_json
 from ..lab.retrieval import COLLECTIONS, RetrievalSet, collection, ranked, reciprocal_ranks
+from .cards import retrain_command
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, tokenizer_fingerprint
 from .dupmae import TwoPart, TwoPartEncoder, two_part_scores
 from .encoder_pretraining import SOURCES, token_count
@@ -395,13 +396,13 @@ def fine_tune_and_describe(
     "Train one stage, and write the encoder's card."
     figures = fine_tune(settings, folder)
     data, licence = SOURCES[settings.data]
-    changed = [f" --set {k}={v}" for k, v in vars(settings).items() if k != "name" and v != getattr(RetrieverRecipe(), k)]
     model_card(
         folder,
         data=f"Stage {settings.stage} of fine-tuning. {data}",
         data_licence=licence,
         licence="other",
-        retrain="decodelab train retriever" + "".join(changed),
+        retrain=retrain_command("retriever", vars(settings), RetrieverRecipe()),
+        use=f'from decodelab.training.encoder_pretraining import TwoPartEncoder\n\nencoder = TwoPartEncoder.from_pretrained("{folder}")',
     )
     return figures
 
