@@ -302,6 +302,6 @@ def pretrain_and_describe(
         data_licence=licence,
         licence="apache-2.0" if settings.data == "topics" and not settings.encoder else "other",
         retrain=retrain_command("dupmae", vars(settings), DupMAERecipe()),
-        use=f'from decodelab.training.encoder_pretraining import TwoPartEncoder\n\nencoder = TwoPartEncoder.from_pretrained("{folder}")',
+        use=f'from decodelab.training.dupmae import TwoPartEncoder\n\nencoder = TwoPartEncoder.from_pretrained("{folder}")',
     )
     return figures

@@ -402,7 +402,7 @@ def fine_tune_and_describe(
         data_licence=licence,
         licence="other",
         retrain=retrain_command("retriever", vars(settings), RetrieverRecipe()),
-        use=f'from decodelab.training.encoder_pretraining import TwoPartEncoder\n\nencoder = TwoPartEncoder.from_pretrained("{folder}")',
+        use=f'from decodelab.training.dupmae import TwoPartEncoder\n\nencoder = TwoPartEncoder.from_pretrained("{folder}")',
     )
     return figures
 

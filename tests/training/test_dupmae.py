@@ -690,6 +690,9 @@ def test_the_registered_recipes(tmp_path):
     figures = found["retriever"].train(replace(TUNE, encoder=str(tmp_path / "pre"), steps=1), tmp_path / "one")
     assert 0 <= figures["held_out_MRR@10"] <= 1
     assert "Stage 1" in (tmp_path / "one/README.md").read_text()
+    for folder in ("pre", "one"):
+        exec((tmp_path / folder / "README.md").read_text().split("## Use\n\n```python\n")[1].split("```")[0], used := {})
+        assert type(used["encoder"]).__name__ == "TwoPartEncoder"
 
 
 def test_another_width_keeps_the_weights():
