@@ -1,4 +1,4 @@
-"""Draft.
+"""What the hidden state of a trained model knows about the token after the next one, in nats, beside what drafters make of it.
 
 Docs: https://decodelab.github.io/decodelab/experiments/theory/markov_categories.html.md"""
 
@@ -29,7 +29,7 @@ from ...training.language_model import Windows, encode_stream
 __all__ = ['FIRST', 'Positions', 'merged', 'bigram_table', 'drafter_figures', 'first_acceptance', 'metric_figures', 'cubic_slope',
            'on_model', 'experiment']
 
-# %% ../../../nbs/experiments/theory/markov_categories.ipynb #708300ce
+# %% ../../../nbs/experiments/theory/markov_categories.ipynb #4e5c5727
 FIRST = 8  # positions at the start of a window that are not measured
 
 
@@ -104,7 +104,7 @@ def bigram_table(
 
     return table
 
-# %% ../../../nbs/experiments/theory/markov_categories.ipynb #0c2e2209
+# %% ../../../nbs/experiments/theory/markov_categories.ipynb #b45f0afa
 def drafter_figures(
     held: Positions,  # held-out positions
     drafters: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],  # name -> rows -> log q, [n, classes]
@@ -175,7 +175,7 @@ def cubic_slope(
     rest = [abs(float(divergence(softmax(G @ (h + s / g**0.5 * direction)), p)) - s**2 / 2) for s in sizes]
     return float(np.polyfit(np.log(sizes), np.log(rest), 1)[0])
 
-# %% ../../../nbs/experiments/theory/markov_categories.ipynb #4efcb408
+# %% ../../../nbs/experiments/theory/markov_categories.ipynb #62e01810
 @torch.no_grad()
 def on_model(
     lab: Lab,  # profile and seed
