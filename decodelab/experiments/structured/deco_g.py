@@ -29,7 +29,8 @@ from ...training.hmm import HMMRecipe, Texts, em_step, expected_counts, train_hi
 
 # %% auto #0
 __all__ = ['NUMBER', 'FORMATS', 'KEYS', 'automaton_of', 'answer_in', 'asked_as', 'decoded', 'log_probability', 'arm', 'distilled',
-           'with_masked_texts', 'losses', 'table_of', 'pooled', 'sweep', 'experiment']
+           'with_masked_texts', 'losses', 'table_of', 'pooled', 'sweep', 'several_hmms', 'runners', 'arms_of',
+           'experiment']
 
 # %% ../../../nbs/experiments/structured/deco_g.ipynb #ec33904a
 NUMBER = "(0|[1-9][0-9]{0,2})"
@@ -235,7 +236,57 @@ def sweep(
     table = table_of(pooled([{name: run(form, hmm) for name, hmm in hmms.items()} for form in formats]), [next(iter(hmms))])
     return {name: row | {"states": hmms[name].states} for name, row in table.items()}
 
-# %% ../../../nbs/experiments/structured/deco_g.ipynb #7ba75093
+# %% ../../../nbs/experiments/structured/deco_g.ipynb #e764cd44
+def several_hmms(
+    hmm: HMM,  # learnt from answers
+    plan: HMMRecipe,  # its recipe
+    models: tuple[Any, Any],  # language model and tokenizer
+    place: Path,  # folder of the run; that of the HMM is `main`
+    held: tuple[Texts, Texts, list[int]],  # held-out answers, prompts with answers, tokens of each prompt
+) -> tuple[dict[str, HMM], dict[str, Any]]:
+    "HMMs of 8, 32 and 128 states; and the losses of HMMs from answers, from unconditional texts, from pairs, and of one that knows nothing."
+    hmms = {str(h): distilled(replace(plan, states=h), models, place / str(h), place / "main")[0] for h in (8, 32, 128)}
+    none, _ = distilled(replace(plan, prompts="none"), models, place / "none")
+    pairs, _ = distilled(replace(plan, pairs=True), models, place / "pairs", place / "main")
+    blank = HMM.random(1, hmm.vocabulary, sharpness=0.0)
+    return hmms, losses({"answers": hmm, "unconditional": none, "pairs": pairs, "blank": blank}, *held)
+
+
+def runners(
+    models: tuple[Any, Any],  # language model and tokenizer
+    asked: Sequence[Any],  # exercises
+    automata: dict[str, TokenAutomaton],  # formats
+    chat: bool,  # whether they are questions of a chat
+) -> tuple[Callable[[str, HMM | None], dict[str, Any]], Callable[[str | None], dict[str, Any]]]:
+    "An arm of a format with an HMM or the hard mask; and free decoding, as text of a format that is asked for, or of none."
+    given, results = [q.prompt for q in asked], [q.meta["result"] for q in asked]
+    plain = asked_as(given, "", models[1], chat)
+
+    def run(name: str, hmm: HMM | None) -> dict[str, Any]:
+        pattern, horizon, _ = FORMATS[name]
+        return arm(DecoG(automata[name], hmm), models, results, plain, plain, automata[name], horizon, pattern)
+
+    def free(name: str | None) -> dict[str, Any]:
+        if name is None:
+            return arm(DecoG(None), models, results, plain, plain, None, 40, None)
+        pattern, horizon, request = FORMATS[name]
+        return arm(DecoG(None), models, results, asked_as(given, request, models[1], chat), plain, automata[name], horizon, pattern)
+
+    return run, free
+
+
+def arms_of(
+    name: str,  # format
+    run: Callable[[str, HMM | None], dict[str, Any]],  # an arm of a format with an HMM, or the hard mask
+    free: Callable[[str | None], dict[str, Any]],  # free decoding: as text of a format that was asked for, or of none
+    hmm: HMM,  # learnt from answers
+    masked: HMM,  # learnt from texts under the hard mask as well
+) -> dict[str, dict[str, Any]]:
+    "All arms of a format."
+    made = {"free text": free(None), "prompt": free(name), "hard mask": run(name, None)}
+    return made | {"Deco-G": run(name, hmm), "Deco-G, masked texts": run(name, masked)}
+
+# %% ../../../nbs/experiments/structured/deco_g.ipynb #c3b44f93
 def experiment(
     questions: int = 60,  # exercises
     texts: int = 400,  # answers that the HMM learns from
@@ -247,57 +298,27 @@ def experiment(
     "Validity, accuracy, log-probability and cost of every arm; in profile tiny also losses of several HMMs, numbers of states, and pruning."
     lab = Lab("structured/deco_g")
     tiny = lab.profile == "tiny"
-    models = lab.load("tasks") if tiny else lab.target()
-    asked = ArithmeticTask(steps=1).examples(questions, seed=seed)
-    given, results = [q.prompt for q in asked], [q.meta["result"] for q in asked]
-    plain = asked_as(given, "", models[1], chat=not tiny)
+    chat, models = not tiny, lab.load("tasks") if tiny else lab.target()
+    asked, more = (ArithmeticTask(steps=1).examples(n, seed=s) for n, s in ((questions, seed), (texts, seed + 1)))
+    others = asked_as([q.prompt for q in more], "", models[1], chat)
     plan = HMMRecipe(
-        target=lab.names["tasks" if tiny else "target"],
-        states=states,
-        texts=texts,
-        held_out=held_out,
-        steps=steps,
-        seed=seed,
-        chat=not tiny,
+        target=lab.names["tasks" if tiny else "target"], states=states, texts=texts, held_out=held_out, steps=steps, seed=seed, chat=chat
     )
-    others = asked_as([q.prompt for q in ArithmeticTask(steps=1).examples(texts, seed=seed + 1)], "", models[1], chat=not tiny)
     found: dict[str, Any] = {"questions": questions, "texts": texts, "states": states, "model": plan.target, "formats": {}}
     automata = {name: lift(automaton_of(name, " " * tiny), models[1]) for name in (FORMATS if tiny else ["record"])}
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        hmm, figures = distilled(plan, models, place / "main")
-        answers, both, starts = written_texts(plan, *models, place / "main" / "run" / "texts.safetensors")
+        hmm, figures = distilled(plan, models, Path(folder) / "main")
+        answers, both, starts = written_texts(plan, *models, Path(folder) / "main" / "run" / "texts.safetensors")
         held, whole = (part.part(slice(texts, None)) for part in (answers, both))
         found["curve"] = [(p["step"], p["loss"], p["eval_loss"]) for p in figures["curve"]]
         if tiny:
-            hmms = {str(h): distilled(replace(plan, states=h), models, place / str(h), place / "main")[0] for h in (8, 32, 128)}
-            none, _ = distilled(replace(plan, prompts="none"), models, place / "none")
-            pairs, _ = distilled(replace(plan, pairs=True), models, place / "pairs", place / "main")
-            found["losses"] = losses(
-                {"answers": hmm, "unconditional": none, "pairs": pairs, "blank": HMM.random(1, hmm.vocabulary, sharpness=0.0)},
-                held,
-                whole,
-                starts[texts:],
-            )
+            hmms, found["losses"] = several_hmms(hmm, plan, models, Path(folder), (held, whole, starts[texts:]))
 
-    def run(name: str, hmm: HMM | None) -> dict[str, Any]:
-        pattern, horizon, _ = FORMATS[name]
-        return arm(DecoG(automata[name], hmm), models, results, plain, plain, automata[name], horizon, pattern)
-
-    parts: list[dict[str, dict[str, Any]]] = []
-    for name, automaton in automata.items():
-        pattern, horizon, request = FORMATS[name]
-        wordy = asked_as(given, request, models[1], chat=not tiny)
-        masked = with_masked_texts(hmm, answers.part(slice(0, texts)), plan, automaton, models, others, horizon)
-        parts.append(
-            {
-                "free text": arm(DecoG(None), models, results, plain, plain, None, 40, None),
-                "prompt": arm(DecoG(None), models, results, wordy, plain, automaton, horizon, pattern),
-                "hard mask": run(name, None),
-                "Deco-G": run(name, hmm),
-                "Deco-G, masked texts": run(name, masked),
-            }
-        )
+    run, free = runners(models, asked, automata, chat)
+    parts = []
+    for name, (_, horizon, _) in ((name, FORMATS[name]) for name in FORMATS if name in automata):
+        masked = with_masked_texts(hmm, answers.part(slice(0, texts)), plan, automata[name], models, others, horizon)
+        parts.append(arms_of(name, run, free, hmm, masked))
         found["formats"][name] = table_of(parts[-1])
     found["pooled"] = table_of(pooled(parts))
     if tiny:
