@@ -58,12 +58,13 @@ class Positions:
 
     def seen(self) -> dict[str, torch.Tensor]:
         "What each drafter sees."
-        return {"parallel head": self.h, "feature and token": torch.cat([self.h, self.emb], -1)}
+        return {"parallel head": self.h, "feature and token": torch.cat([self.h, self.emb], -1), "token": self.emb}
 
     def bases(self, table: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         "What each probe corrects: counts of all tokens, or of what followed the token that it sees."
         none = torch.full_like(self.token, -1)
-        return {"parallel head": lambda rows: table(none[rows]).log(), "feature and token": lambda rows: table(self.token[rows]).log()}
+        known = lambda rows: table(self.token[rows]).log()  # noqa: E731
+        return {"parallel head": lambda rows: table(none[rows]).log(), "feature and token": known, "token": known}
 
 
 def merged(
@@ -201,7 +202,7 @@ def on_model(
     probes = fit_probes(learn.seen(), learn.target, len(G), G, learn.bases(table), epochs, seed=lab.seed)
     seen, bases = held.seen(), held.bases(table)
     drafters: Any = {name: lambda rows, n=name: probes[n](seen[n][rows], bases[n](rows)) for name in probes}
-    drafters["bigram"] = bases["feature and token"]
+    drafters["bigram"] = bases["token"]
     chains: dict[str, Any] = {"n-gram": NGram(n=1, gamma=4), "prompt lookup": PromptLookup(k=4)}
     if lab.profile == "tiny":
         small, longspec = lab.draft()[0], load_drafter("tales-longspec").to(model.device, model.dtype)
