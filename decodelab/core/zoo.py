@@ -59,6 +59,10 @@ def _known() -> str:
 _CHECKOUT_ONLY = (
     "lud",
     "programs",
+    "summariser",
+    "summariser-plain",
+    "summariser-plan",
+    "summariser-rank",
     "tales-longspec",
     "tales-mdm",
     "tales-s2d",

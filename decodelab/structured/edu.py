@@ -151,7 +151,9 @@ class Document:
         "The plan in increasing order, or an error for a number that is no unit's."
         chosen = sorted(set(plan))
         if wrong := [i for i in chosen if not 0 <= i < len(self.units)]:
-            raise ValueError(f"unit {wrong[0]} of the plan does not exist: the document has {len(self.units)} units, 0 to {len(self.units) - 1}")
+            raise ValueError(
+                f"unit {wrong[0]} of the plan does not exist: the document has {len(self.units)} units, 0 to {len(self.units) - 1}"
+            )
         return chosen
 
 # %% ../../nbs/structured/edu.ipynb #cf8798f2
@@ -165,7 +167,9 @@ def read_document(
     "The document in tokens, and the text of its units; what does not fit into `max_length` is left out."
     ids = [tokenizer.convert_tokens_to_ids(tag) for tag in tags]
     if None in ids or tokenizer.unk_token_id in ids:
-        raise ValueError(f"the tokenizer does not know {tags[0]} and {tags[1]}: add them as special tokens and resize the model's embeddings")
+        raise ValueError(
+            f"the tokenizer does not know {tags[0]} and {tags[1]}: add them as special tokens and resize the model's embeddings"
+        )
     before, after = _frame(tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = edu_spans(text, **how)
@@ -177,9 +181,9 @@ def read_document(
         parts[at].append(token)
     kept, left = list[tuple[tuple[int, ...], str]](), (max_length or 10**9) - len(before) - len(after)
     for part, span in zip(parts, spans):
-        room = left - 2 if len(part) + 2 > left else len(part)
-        if part and room > 0:
-            kept.append((tuple(part[:room]), text[slice(*span)].strip()))
+        fits = left - 2 if len(part) + 2 > left else len(part)
+        if part and fits > 0:
+            kept.append((tuple(part[:fits]), text[slice(*span)].strip()))
         left -= len(part) + 2
     units, texts = zip(*kept) if kept else ((), ())
     return Document(units, (ids[0], ids[1]), before, after), list(texts)

@@ -72,7 +72,7 @@ def plan_texts(
     read = [document.tagged(plan) for plan in plans]
     return [texts[0] for at in range(0, len(read), chunk) for texts in beam_texts(model, read[at : at + chunk], **how)]
 
-# %% ../../nbs/structured/edu_sum.ipynb #2759abf7
+# %% ../../nbs/structured/edu_sum.ipynb #0478e52e
 @register(
     "edu_sum",
     family="structured",
@@ -82,6 +82,7 @@ def plan_texts(
     lossless=False,
     needs_training=True,
     samples=False,
+    example=lambda model: _example(model),
 )
 @dataclass
 class PGA(Decoder):
@@ -158,7 +159,12 @@ class PGA(Decoder):
         else:
             plans = document_plans(self.planner, document, self.k, self.fewest, self.most, self.plan_penalty)
         plans = [*plans[: self.k - 1], Plan((), 0.0, 0.0)] if self.empty else plans
-        how: dict[str, Any] = {"penalty": self.length_penalty, "no_repeat": self.no_repeat, "processors": call.processors, "stats": call.stats}
+        how: dict[str, Any] = {
+            "penalty": self.length_penalty,
+            "no_repeat": self.no_repeat,
+            "processors": call.processors,
+            "stats": call.stats,
+        }
         units = [plan.units for plan in plans]
         texts = plan_texts(call.model, document, units, self.chunk, beams=self.beams, new=call.budget, ends=sorted(call.eos), **how)
         scorer = call.model if self.scorer is None else self.scorer
@@ -168,9 +174,17 @@ class PGA(Decoder):
     def _deliver(self, call: Call, row: int, document: Document, candidates: list[Candidate]) -> None:
         best = max(candidates, key=lambda candidate: candidate.score)  # the first of equals
         tokens, plan = list(best.text.tokens), best.plan.units
-        call.stats.search.append({"candidates": candidates, "plan": plan, "score": best.score, "log_prob": best.text.log_prob, "stopped": ""})
+        call.stats.search.append(
+            {"candidates": candidates, "plan": plan, "score": best.score, "log_prob": best.text.log_prob, "stopped": ""}
+        )
         kept = next((n for n in range(1, len(tokens) + 1) if call.end_of(tokens[:n], row)), len(tokens))
         inside = {token for i in plan for token in document.units[i]}
         elsewhere = {token for unit in document.units for token in unit} - inside
         roles = ["planned" if t in inside else "unplanned" if t in elsewhere else "new" for t in tokens]
         call.deliver(row, tokens[:kept], {"plan": plan, "score": best.score}, roles[:kept])
+
+
+def _example(model: Any) -> PGA:
+    if not reads_prompt_apart(model):
+        raise ValueError("PGA summarises with an encoder-decoder model, after plans of units, which no text can name: use it from Python")
+    return PGA()

@@ -20,8 +20,8 @@ from ..core.zoo import load_part
 from .edu import Document
 
 # %% auto #0
-__all__ = ['Plan', 'allowed', 'plan_beam', 'PlanConfig', 'PlanGenerator', 'read_units', 'step_scores', 'plan_loss',
-           'document_plans', 'load_plan_generator']
+__all__ = ['Plan', 'allowed', 'plan_beam', 'PlanConfig', 'PlanLayers', 'PlanGenerator', 'plan_loss', 'document_plans',
+           'load_plan_generator']
 
 # %% ../../nbs/structured/plan_generator.ipynb #8c471b93
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def plan_beam(
     "The K best plans, best first; all there are, when these are fewer."
     if k < 1 or not 1 <= fewest <= most:
         raise ValueError(f"k and fewest must be at least 1 and fewest at most `most`, got k={k}, fewest={fewest}, most={most}")
-    live, found = [((), 0.0)], list[Plan]()
+    live: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+    found: list[Plan] = []
     while live:
         plans = [units for units, _ in live]
         may = torch.stack([allowed(units, n, fewest, most) for units in plans])
@@ -92,8 +93,8 @@ class PlanConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class PlanGenerator(PreTrainedModel):
-    "A hierarchical copy model of unit numbers."
+class PlanLayers(PreTrainedModel):
+    "Encoder of tokens, encoder and decoder of units, and scores."
 
     config_class = PlanConfig
 
@@ -105,7 +106,13 @@ class PlanGenerator(PreTrainedModel):
         reader = dict(config.reader)
         self.encoder = AutoModel.from_config(AutoConfig.for_model(reader.pop("model_type"), **reader)).get_encoder()
         d = self.encoder.config.hidden_size
-        shape: dict[str, Any] = {"nhead": config.heads, "dim_feedforward": 2 * d, "dropout": config.dropout, "batch_first": True, "norm_first": True}
+        shape: dict[str, Any] = {
+            "nhead": config.heads,
+            "dim_feedforward": 2 * d,
+            "dropout": config.dropout,
+            "batch_first": True,
+            "norm_first": True,
+        }
         self.place, self.start, self.eoe = nn.Embedding(config.longest + 1, d), nn.Parameter(torch.zeros(d)), nn.Parameter(torch.zeros(d))
         self.units = nn.ModuleList(nn.TransformerEncoderLayer(d, **shape) for _ in range(config.layers))
         self.steps = nn.ModuleList(nn.TransformerDecoderLayer(d, **shape) for _ in range(config.layers))
@@ -114,49 +121,48 @@ class PlanGenerator(PreTrainedModel):
         self.post_init()
 
 # %% ../../nbs/structured/plan_generator.ipynb #458a2b76
-def read_units(
-    self: PlanGenerator,  # the generator
-    ids: torch.Tensor,  # D[all], padded on the right, [batch, length]
-    mask: torch.Tensor,  # 0 on padding, [batch, length]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    "h' of document, stop symbol and units [batch, n + 2, d], and which of them exist [batch, n + 2]."
-    states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-    opened, closed = ((ids == tag).cumsum(1) for tag in self.config.tags)
-    inside = (opened > closed) | (ids == self.config.tags[1])
-    n = int(opened.max())
-    if not 1 <= n <= self.config.longest:
-        raise ValueError(f"a document must have 1 to {self.config.longest} units in tags, got {n}")
-    member = nn.functional.one_hot(torch.where(inside, opened, 0), n + 1)[..., 1:].to(states)  # [batch, length, n]
-    pooled = member.transpose(1, 2) @ states / member.sum(1).clamp_min(1)[..., None]
-    known = torch.nn.functional.pad(member.sum(1) > 0, (2, 0), value=True)
-    doc = states[:, :1] + self.place.weight[0]
-    h = torch.cat([doc, self.eoe.expand_as(doc), pooled + self.place.weight[1 : n + 1]], 1)
-    for layer in self.units:
-        h = layer(h, src_key_padding_mask=~known)
-    return h, known
+class PlanGenerator(PlanLayers):
+    "A hierarchical copy model of unit numbers."
 
+    def read_units(
+        self,
+        ids: torch.Tensor,  # D[all], padded on the right, [batch, length]
+        mask: torch.Tensor,  # 0 on padding, [batch, length]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        "h' of document, stop symbol and units [batch, n + 2, d], and which of them exist [batch, n + 2]."
+        states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        opened, closed = ((ids == tag).cumsum(1) for tag in self.config.tags)
+        inside = (opened > closed) | (ids == self.config.tags[1])
+        n = int(opened.max())
+        if not 1 <= n <= self.config.longest:
+            raise ValueError(f"a document must have 1 to {self.config.longest} units in tags, got {n}")
+        member = nn.functional.one_hot(torch.where(inside, opened, 0), n + 1)[..., 1:].to(states)  # [batch, length, n]
+        pooled = member.transpose(1, 2) @ states / member.sum(1).clamp_min(1)[..., None]
+        known = torch.nn.functional.pad(member.sum(1) > 0, (2, 0), value=True)
+        doc = states[:, :1] + self.place.weight[0]
+        h = torch.cat([doc, self.eoe.expand_as(doc), pooled + self.place.weight[1 : n + 1]], 1)
+        for layer in self.units:
+            h = layer(h, src_key_padding_mask=~known)
+        return h, known
 
-def step_scores(
-    self: PlanGenerator,  # the generator
-    h: torch.Tensor,  # h', [batch, n + 2, d]
-    known: torch.Tensor,  # which exist, [batch, n + 2]
-    plans: torch.Tensor,  # unit numbers so far, [batch, k]
-) -> torch.Tensor:
-    "Scores of stop symbol and units behind each beginning of the plans, [batch, k + 1, n + 1]; units that cannot come have -inf."
-    rows, k = torch.arange(len(h), device=h.device)[:, None], plans.shape[1]
-    u = torch.cat([self.start.expand(len(h), 1, -1), h[rows, plans + 2]], 1)
-    causal = torch.ones(k + 1, k + 1, dtype=torch.bool, device=h.device).triu(1)
-    for layer in self.steps:
-        u = layer(u, h, tgt_mask=causal, memory_key_padding_mask=~known)
-    pairs = torch.cat([x.expand(-1, k + 1, h.shape[1] - 1, -1) for x in (h[:, None, 1:], u[:, :, None])], -1)
-    scores = self.score(pairs)[..., 0].float()
-    last = nn.functional.pad(plans, (1, 0), value=-1)
-    units = torch.arange(h.shape[1] - 2, device=h.device)
-    may = known[:, None, 2:] & (units > last[..., None])
-    return scores.masked_fill(~nn.functional.pad(may, (1, 0), value=True), -torch.inf)
-
-
-PlanGenerator.read_units, PlanGenerator.step_scores = read_units, step_scores  # type: ignore[attr-defined]
+    def step_scores(
+        self,
+        h: torch.Tensor,  # h', [batch, n + 2, d]
+        known: torch.Tensor,  # which exist, [batch, n + 2]
+        plans: torch.Tensor,  # unit numbers so far, [batch, k]
+    ) -> torch.Tensor:
+        "Scores of stop symbol and units behind each beginning of the plans, [batch, k + 1, n + 1]; units that cannot come have -inf."
+        rows, k = torch.arange(len(h), device=h.device)[:, None], plans.shape[1]
+        u = torch.cat([self.start.expand(len(h), 1, -1), h[rows, plans + 2]], 1)
+        causal = torch.ones(k + 1, k + 1, dtype=torch.bool, device=h.device).triu(1)
+        for layer in self.steps:
+            u = layer(u, h, tgt_mask=causal, memory_key_padding_mask=~known)
+        pairs = torch.cat([x.expand(-1, k + 1, h.shape[1] - 1, -1) for x in (h[:, None, 1:], u[:, :, None])], -1)
+        scores = self.score(pairs)[..., 0].float()
+        last = nn.functional.pad(plans, (1, 0), value=-1)
+        units = torch.arange(h.shape[1] - 2, device=h.device)
+        may = known[:, None, 2:] & (units > last[..., None])
+        return scores.masked_fill(~nn.functional.pad(may, (1, 0), value=True), -torch.inf)
 
 # %% ../../nbs/structured/plan_generator.ipynb #a2fb7380
 def plan_loss(

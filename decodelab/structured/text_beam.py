@@ -61,9 +61,11 @@ class _Group:
         self.log_p = torch.zeros_like(self.scores)
         self.found: list[list[Text]] = [[] for _ in range(documents)]
 
-    def step(self, log_p: torch.Tensor, texts: torch.Tensor, cost: torch.Tensor, ends: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(
+        self, log_p: torch.Tensor, texts: torch.Tensor, cost: torch.Tensor, ends: torch.Tensor, penalty: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # from log_p [documents, b, vocab] to which beam and which token go on, [documents, b] each
-        n, b, vocab = log_p.shape
+        b, vocab = log_p.shape[1:]
         total = (self.scores[..., None] + log_p - cost[:, None]).flatten(1)
         best, cells = total.topk(min(2 * b, total.shape[1]))
         beam, token = cells // vocab, cells % vocab
@@ -105,7 +107,7 @@ def beam_texts(
         raise ValueError(f"beams must be a positive multiple of groups, got {beams} and {groups}")
     states, mask = encoded(model, documents)
     stops, n, b = torch.tensor(sorted(ends), device=mask.device), len(documents), beams // groups
-    asked = LogitsProcessorList([*([NoRepeatNGramLogitsProcessor(no_repeat)] if no_repeat else []), *(processors or [])])
+    asked: Any = LogitsProcessorList([*([NoRepeatNGramLogitsProcessor(no_repeat)] if no_repeat else []), *(processors or [])])
     teams = [_Group(n, b, mask.device) for _ in range(groups)]
     with CrossSession(model, mask, stats=stats, encoder_outputs=states) as session:
         logits = session.prefill(torch.full((n, 1), start_token(model), device=mask.device))[:, -1]
@@ -128,7 +130,9 @@ def beam_texts(
     return [[text for team in teams for text in sorted(team.found[i], key=lambda t: -t.score)] for i in range(n)]
 
 
-def _choose(teams: list[_Group], log_p: torch.Tensor, texts: torch.Tensor, stops: torch.Tensor, diversity: float, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _choose(
+    teams: list[_Group], log_p: torch.Tensor, texts: torch.Tensor, stops: torch.Tensor, diversity: float, penalty: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     # each group after the other: rows of the beams that go on and their tokens, [documents, beams]
     b = log_p.shape[1] // len(teams)
     cost = log_p.new_zeros(log_p.shape[0], log_p.shape[2])

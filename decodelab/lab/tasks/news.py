@@ -16,12 +16,79 @@ from .text import Example, Task
 __all__ = ['NAMES', 'VERBS', 'THINGS', 'CUES', 'FILLERS', 'JOINS', 'WORDS', 'Event', 'summary', 'NewsTask']
 
 # %% ../../../nbs/lab/tasks/news.ipynb #fc957e44
-NAMES = tuple("Ada Ben Clara David Emma Felix Grace Henry Iris Jacob Karen Leo Maria Noah Olga Peter Quinn Rosa Simon Tara Ulric Vera Walter Xenia".split())
-VERBS = tuple("bought sold found lost made broke hid drew".split())
+NAMES = (
+    "Ada",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Henry",
+    "Iris",
+    "Jacob",
+    "Karen",
+    "Leo",
+    "Maria",
+    "Noah",
+    "Olga",
+    "Peter",
+    "Quinn",
+    "Rosa",
+    "Simon",
+    "Tara",
+    "Ulric",
+    "Vera",
+    "Walter",
+    "Xenia",
+)
+VERBS = ("bought", "sold", "found", "lost", "made", "broke", "hid", "drew")
 THINGS = dict(
     zip(
-        "lamp boat coat stone house road horse dog book ring bag hat tree mill bell coin sword door chair cart".split(),
-        "lantern ship jacket rock home street pony hound novel band sack cap oak windmill gong penny blade gate stool wagon".split(),
+        [
+            "lamp",
+            "boat",
+            "coat",
+            "stone",
+            "house",
+            "road",
+            "horse",
+            "dog",
+            "book",
+            "ring",
+            "bag",
+            "hat",
+            "tree",
+            "mill",
+            "bell",
+            "coin",
+            "sword",
+            "door",
+            "chair",
+            "cart",
+        ],
+        [
+            "lantern",
+            "ship",
+            "jacket",
+            "rock",
+            "home",
+            "street",
+            "pony",
+            "hound",
+            "novel",
+            "band",
+            "sack",
+            "cap",
+            "oak",
+            "windmill",
+            "gong",
+            "penny",
+            "blade",
+            "gate",
+            "stool",
+            "wagon",
+        ],
     )
 )  # as the document says it -> as the summary says it
 CUES = {"officially": 6.0, "publicly": 3.0, "reportedly": 1.0}  # last word of a fact -> its weight
@@ -29,7 +96,7 @@ FILLERS = ("today", "again", "quietly", "gladly")  # last words of facts that no
 JOINS = ("while", "after", "because")
 WORDS = tuple(dict.fromkeys([".", ",", "the", "and", *NAMES, *VERBS, *THINGS, *THINGS.values(), *CUES, *JOINS, *FILLERS]))
 
-# %% ../../../nbs/lab/tasks/news.ipynb #1821e0f2
+# %% ../../../nbs/lab/tasks/news.ipynb #40716cb3
 @dataclass(frozen=True)
 class Event:
     "Somebody did something to something."
@@ -68,8 +135,10 @@ class NewsTask(Task):
     told: int = 2  # facts that the summary tells
 
     def __post_init__(self) -> None:
-        if not 5 <= self.fewest <= self.most <= len(THINGS) or not 1 <= self.told <= 4:
-            raise ValueError(f"fewest must be at least 5, most from fewest to {len(THINGS)}, told 1 to 4, got {self.fewest}, {self.most}, {self.told}")
+        if not 1 <= self.fewest <= self.most <= len(THINGS) or not 1 <= self.told <= 4:
+            raise ValueError(
+                f"fewest must be at least 1, most from fewest to {len(THINGS)}, told 1 to 4, got {self.fewest}, {self.most}, {self.told}"
+            )
 
     @property
     def name(self) -> str:
@@ -77,10 +146,10 @@ class NewsTask(Task):
         return "news"
 
     def make(self, rng: random.Random) -> Example:
-        "Four or five of the facts have a cue; `told` of these are drawn by weight, one after the other."
+        "Four or five of the facts have a cue (all, if there are fewer); `told` of these are drawn by weight, one after the other."
         events = self._events(rng, rng.randint(self.fewest, self.most))
         open_units, chosen = [i for i, event in enumerate(events) if event.manner in CUES], list[int]()
-        for _ in range(self.told):
+        for _ in range(min(self.told, len(open_units))):
             chosen.append(rng.choices(open_units, [CUES[events[i].manner] for i in open_units])[0])
             open_units.remove(chosen[-1])
         sentences, at = list[str](), 0
@@ -93,7 +162,7 @@ class NewsTask(Task):
 
     def _events(self, rng: random.Random, n: int) -> list[Event]:
         # few people, so that some have several facts; no thing twice
-        people, things = rng.sample(NAMES, n * 2 // 3), rng.sample(sorted(THINGS), n)
-        cued = set(rng.sample(range(n), rng.randint(4, 5)))
+        people, things = rng.sample(NAMES, n * 2 // 3 + 1), rng.sample(sorted(THINGS), n)
+        cued = set(rng.sample(range(n), min(n, rng.randint(4, 5))))
         manners = [rng.choice(list(CUES) if i in cued else FILLERS) for i in range(n)]
         return [Event(rng.choice(people), rng.choice(VERBS), thing, manner) for thing, manner in zip(things, manners)]
