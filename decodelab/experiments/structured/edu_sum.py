@@ -164,7 +164,7 @@ def adherence(
 
 # %% ../../../nbs/experiments/structured/edu_sum.ipynb #e31396b3
 def experiment(
-    documents: int = 100,  # documents of the test (at least 2)
+    documents: int = 200,  # documents of the test (at least 2)
     steps: int = 400,  # training of the summariser without unlikelihood
 ) -> dict[str, Any]:
     "Candidates of all methods, their plans, ROUGE and re-ranking; controls; adherence with and without unlikelihood."
