@@ -335,14 +335,7 @@ def train_summariser(
         return run.finish(out, figures, model.bfloat16(), tokenizer)
 
 # %% ../../nbs/training/summariser.ipynb #c4108d64
-@recipe(
-    "summariser",
-    SummariserRecipe(),
-    paper="Generating EDU Extracts for Plan-Guided Summary Re-Ranking",
-    url="https://arxiv.org/abs/2305.17779",
-    year=2023,
-    notebook="training/summariser",
-)
+@recipe("summariser", SummariserRecipe())
 def train_summariser_recipe(
     settings: SummariserRecipe,  # the recipe
     folder: Path,  # where the model goes
