@@ -176,7 +176,7 @@ class SummariserRecipe:
     candidates: int = 8  # for rank: candidates of each
     margin: float = 0.01  # for rank: margin between neighbours
     alpha: float = 1.0  # for rank: power of the length in the score
-    grow: int = 3200  # for base: documents after which one may have a fact more
+    grow: int = 3200  # for base and plain: documents after which one may have a fact more; 0: all are whole
     batch_size: int = 16  # documents a step
     steps: int = 1600  # optimiser steps
     learning_rate: float = 1.5e-3  # peak, after warm-up, cosine to a tenth
@@ -295,7 +295,7 @@ def train_summariser(
     out, tokenizer = Path(out), news_tokenizer()
     model = settings.model(tokenizer)
     rows = NewsRows(
-        tokenizer, settings.steps * settings.batch_size * processes(), settings.seed, settings.grow if settings.stage == "base" else 0
+        tokenizer, settings.steps * settings.batch_size * processes(), settings.seed, settings.grow if settings.stage in ("base", "plain") else 0
     )
     probe: Any = NewsRows(tokenizer, 64, seed=settings.seed + 1)
     train: Any = rows

@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -29,7 +28,7 @@ from ...training.summariser import NewsRow, NewsRows, SummariserRecipe, mean_rou
 
 # %% auto #0
 __all__ = ['METHODS', 'K', 'NEW', 'ALPHA', 'LIMITS', 'candidates', 'planned', 'judged', 'top', 'agreement', 'load_models',
-           'without_unlikelihood', 'obedience', 'adherence', 'experiment', 'summary']
+           'guided', 'obedience', 'adherence', 'experiment', 'summary']
 
 # %% ../../../nbs/experiments/structured/edu_sum.ipynb #11b534eb
 METHODS = ("PGA", "beam", "diverse", "nucleus")
@@ -121,11 +120,12 @@ def load_models() -> tuple[dict[str, Any], Any]:
     }, tokenizer
 
 
-def without_unlikelihood(
-    steps: int = 400,  # as many as the other one had
+def guided(
+    unlike: float,  # weight of the unlikelihood term
+    steps: int = 400,  # optimiser steps
 ) -> Any:
-    "The guided summariser trained without the unlikelihood term."
-    settings = SummariserRecipe("no-unlike", "guided", "summariser-plain", unlike=0.0, steps=steps, learning_rate=1e-3)
+    "A guided summariser that begins with the plain one."
+    settings = SummariserRecipe("guided", "guided", "summariser-plain", unlike=unlike, steps=steps, learning_rate=1e-3)
     with tempfile.TemporaryDirectory() as folder:
         train_summariser(settings, folder, save_strategy="no", eval_strategy="no", disable_tqdm=True)
         return load(folder)[0]
@@ -165,7 +165,7 @@ def adherence(
 # %% ../../../nbs/experiments/structured/edu_sum.ipynb #e31396b3
 def experiment(
     documents: int = 200,  # documents of the test (at least 2)
-    steps: int = 400,  # training of the summariser without unlikelihood
+    steps: int = 400,  # training of the summarisers with and without unlikelihood
 ) -> dict[str, Any]:
     "Candidates of all methods, their plans, ROUGE and re-ranking; controls; adherence with and without unlikelihood."
     if documents < 2:
@@ -236,7 +236,7 @@ def _greedy_is_best(row: NewsRow) -> bool:
 
 def _obeying(models: dict[str, Any], tokenizer: Any, rows: Sequence[NewsRow], steps: int) -> dict[str, Any]:
     # with and without the unlikelihood term, and the plain summariser as a control
-    arms = {"with": models["guided"], "without": without_unlikelihood(steps), "plain": models["plain"]}
+    arms = {"with": guided(1.0, steps), "without": guided(0.0, steps), "plain": models["plain"]}
     plans = planned(models, rows)
     gap = {name: obedience(model, rows) for name, model in arms.items()}
     each = {name: adherence(model, rows, plans, tokenizer) for name, model in arms.items()}
