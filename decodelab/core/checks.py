@@ -39,6 +39,8 @@ def check_inputs(
     apart = reads_prompt_apart(model)
     if apart and "encoder-decoder" not in takes:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model; this decoder needs a {' or '.join(takes)} one")
+    if not apart and tuple(takes) == ("encoder-decoder",):
+        raise ValueError(f"{type(model).__name__} is a decoder-only model; this decoder needs an encoder-decoder one")
     if more.get("inputs_embeds") is not None:
         raise ValueError("decodelab decoders read token ids, not inputs_embeds: pass input_ids")
     if ids.ndim != 2 or ids.shape[1] == 0 or (mask is not None and not bool(mask.any(-1).all())):

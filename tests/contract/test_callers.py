@@ -26,7 +26,7 @@ from decodelab.speculative.aded import ADED
 from decodelab.speculative.drafters import DraftModel, NGram, PromptLookup
 from decodelab.speculative.token_recycling import TokenRecycling
 
-METHODS = decoders()
+METHODS = {name: m for name, m in decoders().items() if m.decoder.takes != ("encoder-decoder",)}
 CAUSAL = [name for name, m in METHODS.items() if m.family != "diffusion"]
 LOSSLESS = [name for name in CAUSAL if METHODS[name].lossless]
 TREES = [name for name in LOSSLESS if name != "autoregressive"]
