@@ -1,4 +1,4 @@
-"""The recipe behind `recall`: a Llama of ninety thousand parameters that learns one thing, to look facts up in its context.
+"""The recipe behind `recall`: a Llama of ninety-five thousand parameters that learns one thing, to look facts up in its context.
 
 Docs: https://decodelab.github.io/decodelab/training/recall.html.md"""
 
