@@ -23,6 +23,7 @@ from tqdm.auto import trange
 from ..core.capability import embedding_size, evaluating
 from ..lab.provenance import provenance
 from ..structured.hmm import HMM, save_hmm
+from .cards import curve_table, write_card
 from .checkpoints import fingerprint, keep_tensors, kept_tensors, tokenizer_fingerprint, write_training
 from .recipes import load_causal, recipe
 from .runs import check_recipe
@@ -353,5 +354,18 @@ def train_hmm(
     settings: HMMRecipe,  # the recipe
     folder: Path,  # where the model goes
 ) -> dict[str, Any]:
-    "Sample texts from the language model, and fit a hidden Markov model to them."
-    return train_hidden_markov(settings, folder)
+    "Sample texts from the language model, fit a hidden Markov model to them, and write its card."
+    figures = train_hidden_markov(settings, folder)
+    write_card(
+        folder,
+        "hmm",
+        HMMRecipe(),
+        f"A hidden Markov model of {settings.states} states that imitates `{settings.target}`; {figures['parameters']:,} probabilities. "
+        "It looks ahead for Deco-G ([arXiv 2510.03595](https://arxiv.org/abs/2510.03595)).",
+        "from decodelab import DecoG, load\nfrom decodelab.structured.automata import from_regex, lift\nfrom decodelab.structured.hmm import load_hmm\n\n"
+        f'model, tokenizer = load("{settings.target}")\n'
+        'decoder = DecoG(lift(from_regex("[0-9]+"), tokenizer), load_hmm("{address}"))',
+        {"Data and licence": f"{figures['tokens']:,} tokens that the model wrote. Weights: apache-2.0.", "Training": curve_table(figures)},
+        library="decodelab",
+    )
+    return figures

@@ -18,13 +18,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
-from ..core.zoo import load, model_card
+from ..core.zoo import address, load, model_card
 from ..lab.metrics import rouge
 from ..lab.tasks.news import WORDS, NewsTask
 from ..structured.edu import Document, oracle_plan, read_document
 from ..structured.edu_sum import candidate_scores, ranking_loss
 from ..structured.text_beam import beam_texts
 from ..structured.plan_generator import PlanConfig, PlanGenerator, plan_loss
+from .cards import retrain_command
 from .checkpoints import fingerprint, tokenizer_fingerprint
 from .language_model import cosine_adamw
 from .recipes import recipe
@@ -295,7 +296,10 @@ def train_summariser(
     out, tokenizer = Path(out), news_tokenizer()
     model = settings.model(tokenizer)
     rows = NewsRows(
-        tokenizer, settings.steps * settings.batch_size * processes(), settings.seed, settings.grow if settings.stage in ("base", "plain") else 0
+        tokenizer,
+        settings.steps * settings.batch_size * processes(),
+        settings.seed,
+        settings.grow if settings.stage in ("base", "plain") else 0,
     )
     probe: Any = NewsRows(tokenizer, 64, seed=settings.seed + 1)
     train: Any = rows
@@ -342,12 +346,14 @@ def train_summariser_recipe(
 ) -> dict[str, Any]:
     "Train one stage on news made from a seed, and write the model card."
     figures = train_summariser(settings, folder)
-    usual = SummariserRecipe()
-    given = {name: value for name, value in asdict(settings).items() if value != getattr(usual, name)}
+    use = None
+    if settings.stage == "plan":
+        use = f'from decodelab.structured.plan_generator import load_plan_generator\n\nplanner = load_plan_generator("{address(folder)}")'
     model_card(
         folder,
         data="News made by `decodelab.lab.tasks.news` from a seed, each document seen once; reference summaries and oracle plans are made with them",
         data_licence="made by our own code",
-        retrain=f"decodelab train summariser --out runs/{settings.name} " + " ".join(f"--set {k}={v}" for k, v in given.items()),
+        retrain=f"{retrain_command('summariser', asdict(settings), SummariserRecipe())} --out runs/{settings.name}",
+        use=use,
     )
     return figures
