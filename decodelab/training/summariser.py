@@ -295,7 +295,10 @@ def train_summariser(
     out, tokenizer = Path(out), news_tokenizer()
     model = settings.model(tokenizer)
     rows = NewsRows(
-        tokenizer, settings.steps * settings.batch_size * processes(), settings.seed, settings.grow if settings.stage in ("base", "plain") else 0
+        tokenizer,
+        settings.steps * settings.batch_size * processes(),
+        settings.seed,
+        settings.grow if settings.stage in ("base", "plain") else 0,
     )
     probe: Any = NewsRows(tokenizer, 64, seed=settings.seed + 1)
     train: Any = rows
