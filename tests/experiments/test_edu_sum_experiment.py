@@ -43,7 +43,7 @@ def test_the_models_of_the_zoo_can_summarise(models, rows):
 
 def test_the_summary_by_hand():
     def document(rouge, f, plans):
-        return {"rouge": rouge, "rouge1": rouge, "f": f, "plans": plans}
+        return {"rouge": rouge, "rouge1": rouge, "f": f, "plans": plans, "true": rouge}
 
     low, high = [0.5] * 8, [0.9, *[0.8] * 6, 0.7]
     found = {m: [document(low, list(range(8)), [(0,)] * 8)] * 2 for m in experiment.METHODS}
@@ -55,6 +55,13 @@ def test_the_summary_by_hand():
     assert told["differences"]["fall: baseline - PGA"][0] == pytest.approx(-0.2)
     assert told["differences"]["last of PGA - first of the best baseline"][0] == pytest.approx(0.2)
     assert told["by index"]["PGA"] == pytest.approx(high)
+
+
+def test_true_facts():
+    units = ["Ada sold the lamp today,", "while Ada hid the hat again.", "Ben drew the boat gladly."]
+    assert experiment.true_facts("Ada sold the lantern and hid the cap . Ben drew the ship .", units) == 1.0
+    assert experiment.true_facts("Ada sold the cap . Ben drew the ship .", units) == 0.5
+    assert experiment.true_facts("", units) == 0.0
 
 
 def test_too_few_documents():

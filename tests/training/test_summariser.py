@@ -82,8 +82,8 @@ def test_losses_by_hand():
     cut = torch.tensor([[0, -100]])
     assert float(token_loss(p.log()[None], cut, 0.0)) == pytest.approx(-math.log(0.7), abs=1e-6)
     assert cut.tolist() == [[0, -100]]  # labels stay as they are
-    confident = torch.tensor([[[100.0, 0.0]]])
-    assert math.isfinite(float(token_loss(confident, torch.tensor([[0]]), 0.0, unlike=True)))  # 1 - p = 0
+    certain = torch.tensor([[[100.0, 0.0]]])
+    assert math.isfinite(float(token_loss(certain, torch.tensor([[0]]), 0.0, unlike=True)))  # 1 - p = 0
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts():

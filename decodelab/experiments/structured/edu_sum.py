@@ -7,6 +7,7 @@ Docs: https://decodelab.github.io/decodelab/experiments/structured/edu_sum.html.
 # %% ../../../nbs/experiments/structured/edu_sum.ipynb #8bb33f3d
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from scipy.stats import spearmanr
 from ...core.zoo import load
 from ...lab.lab import Lab
 from ...lab.metrics import mean_interval, rouge
+from ...lab.tasks.news import THINGS
 from ...structured.edu import gain, grams, oracle_plan
 from ...structured.edu_sum import candidate_scores, plan_texts
 from ...structured.plan_generator import document_plans, load_plan_generator
@@ -27,8 +29,8 @@ from ...structured.text_beam import beam_texts
 from ...training.summariser import NewsRow, NewsRows, SummariserRecipe, mean_rouge, news_batch, token_loss, train_summariser
 
 # %% auto #0
-__all__ = ['METHODS', 'K', 'NEW', 'ALPHA', 'LIMITS', 'candidates', 'planned', 'judged', 'top', 'agreement', 'load_models',
-           'guided', 'obedience', 'adherence', 'experiment', 'summary']
+__all__ = ['METHODS', 'K', 'NEW', 'ALPHA', 'LIMITS', 'candidates', 'planned', 'true_facts', 'judged', 'top', 'agreement',
+           'load_models', 'guided', 'obedience', 'adherence', 'experiment', 'summary']
 
 # %% ../../../nbs/experiments/structured/edu_sum.ipynb #11b534eb
 METHODS = ("PGA", "beam", "diverse", "nucleus")
@@ -72,13 +74,27 @@ def _samples(model: Any, ids: list[int], seed: int) -> list[tuple[int, ...]]:
     return [tuple(text[: text.index(1) + 1] if 1 in text else text) for text in out]
 
 # %% ../../../nbs/experiments/structured/edu_sum.ipynb #26643918
+def true_facts(
+    text: str,  # a summary
+    units: Sequence[str],  # of the document
+) -> float:
+    "Share of the summary's facts that the document tells."
+    words = [re.findall(r"\w+", unit)[-5:] for unit in units]
+    known = {(name, verb, THINGS[thing]) for name, verb, _, thing, _ in words}
+    told = []
+    for sentence in text.split("."):
+        name, _, rest = sentence.strip().partition(" ")
+        told += [(name, part.split()[0], part.split()[-1]) for part in rest.split(" and ") if part.strip()]
+    return sum(fact in known for fact in told) / max(1, len(told))
+
+
 def judged(
     texts: Sequence[Sequence[int]],  # candidates of a document
     row: NewsRow,  # the document
     models: dict[str, Any],  # with `rank`
     tokenizer: Any,  # tokenizer of the news
 ) -> dict[str, Any]:
-    "Of each candidate its derived plan, ROUGE, ROUGE-1 and f."
+    "Of each candidate its derived plan, ROUGE, ROUGE-1, f and share of true facts."
     words = [tokenizer.decode(text, skip_special_tokens=True) for text in texts]
     with torch.no_grad():
         f = candidate_scores(models["rank"], row.document.tagged(), texts, ALPHA).tolist()
@@ -87,6 +103,7 @@ def judged(
         "rouge": [mean_rouge(text, row.summary) for text in words],
         "rouge1": [rouge(text, row.summary)["rouge1"] for text in words],
         "f": f,
+        "true": [true_facts(text, row.units) for text in words],
     }
 
 
@@ -196,6 +213,7 @@ def summary(
     growth = np.subtract(best["PGA"][K], best["beam"][K]) - np.subtract(best["PGA"][2], best["beam"][2])
     return {
         "unique": {m: mean_interval(unique[m]) for m in METHODS},
+        "true facts": {m: mean_interval([float(np.mean(d["true"])) for d in found[m]]) for m in METHODS},
         "reranked": {m: {k: mean_interval(best[m][k]) for k in ks} for m in METHODS},
         "best possible": {m: {k: mean_interval(ideal[m][k]) for k in ks} for m in METHODS},
         "by index": {m: [float(np.mean([d["rouge"][min(i, len(d["rouge"]) - 1)] for d in found[m]])) for i in range(K)] for m in METHODS},
