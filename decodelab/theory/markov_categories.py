@@ -1,4 +1,4 @@
-"""EAGLE's gain over a bigram drafter is a number of nats, and it can be computed before anything is trained.
+"""What a hidden state can add to a bigram drafter, as in EAGLE, is a number of nats; for a known source it can be computed before anything is trained.
 
 Docs: https://decodelab.github.io/decodelab/theory/markov_categories.html.md"""
 
