@@ -56,7 +56,7 @@ def plan_beam(
     most: int = 20,  # units of a plan, at most
     penalty: float = 1.0,  # power of the length
 ) -> list[Plan]:
-    "The K best plans, best first; all there are, when these are fewer."
+    "The best plans that a beam of K finds, best first; all there are, when these are fewer."
     if k < 1 or not 1 <= fewest <= most:
         raise ValueError(f"k and fewest must be at least 1 and fewest at most `most`, got k={k}, fewest={fewest}, most={most}")
     live: list[tuple[tuple[int, ...], float]] = [((), 0.0)]

@@ -351,7 +351,7 @@ def train_summariser_recipe(
         use = f'from decodelab.structured.plan_generator import load_plan_generator\n\nplanner = load_plan_generator("{address(folder)}")'
     model_card(
         folder,
-        data="News made by `decodelab.lab.tasks.news` from a seed, each document seen once; reference summaries and oracle plans are made with them",
+        data="News made by `decodelab.lab.tasks.news` from a seed; reference summaries and oracle plans are made with them",
         data_licence="made by our own code",
         retrain=f"{retrain_command('summariser', asdict(settings), SummariserRecipe())} --out runs/{settings.name}",
         use=use,
