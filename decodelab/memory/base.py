@@ -112,7 +112,7 @@ def forward(
     kept = {"logits_to_keep": 1} if "logits_to_keep" in forward_arguments(type(inner)) else {}  # type: ignore[arg-type]
     nothing = torch.zeros(1, 1, 1, 1, dtype=inner.dtype, device=tokens.device).expand(len(tokens), 1, n, n)  # the memory masks
     with _Answers(answer):
-        return inner(
+        out = inner(
             input_ids=tokens,
             position_ids=torch.zeros_like(tokens),
             attention_mask=nothing,
@@ -121,6 +121,11 @@ def forward(
             return_dict=True,
             **(kept | more),
         )
+    if cache.latest is not None:
+        raise ValueError(
+            "runs its attention by another function than scaled_dot_product_attention (load it with attn_implementation='sdpa')"
+        )
+    return out
 
 # %% ../../nbs/memory/base.ipynb #7be016fb
 class Everything:
