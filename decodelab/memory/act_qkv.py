@@ -330,7 +330,7 @@ class ActQKV(Autoregressive):
         positions = call.model_kwargs.get("position_ids")
         real = torch.ones_like(call.prompt) if call.mask is None else call.mask
         if positions is not None and (positions.ndim != 2 or bool(((positions.diff() != 1) & (real[:, :-1] == 1)).any())):
-            raise ValueError("ActQKV gives tokens positions of its own: call without position_ids")
+            raise ValueError("ActQKV gives tokens positions of its own: call without position_ids, and with padding on the left only")
 
     def steps(self, call: Call) -> Any:
         if self._is_short(call):

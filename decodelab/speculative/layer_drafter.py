@@ -117,7 +117,12 @@ def layer_drafter(
     config = drafter.config.get_text_config()
     config.num_hidden_layers = len(layers)
     if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in layers]
+        try:
+            config.layer_types = [config.layer_types[i] for i in layers]
+        except AttributeError as error:
+            raise ValueError(
+                f"{type(target).__name__} gives its layers their kinds by itself, so a drafter cannot be made of some of them: use a draft model of its own"
+            ) from error
     if tokens is not None:
         if getattr(head, "bias", None) is not None or type(head) is not nn.Linear:
             raise ValueError("a head for some tokens needs a linear output layer without bias: leave out tokens")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -142,6 +143,19 @@ def _round(writer: DraftWriter, facts: dict[str, Any], here: BinaryIO, tensors: 
     )
 
 # %% ../../nbs/speculative/pearl_process.ipynb #460916c0
+def _end(process: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
+    # let the process end, or make it
+    with suppress(BrokenPipeError):
+        process.stdin.close()  # type: ignore[union-attr]
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    process.stdout.close()  # type: ignore[union-attr]
+    folder.cleanup()
+
+
 class DraftProcess:
     "A draft model that runs in a process of its own; a context manager, to be given to `PEARL`."
 
@@ -151,6 +165,8 @@ class DraftProcess:
         device: str | None = None,  # where it runs there, such as cuda:1; its own device when None
         threads: int = 1,  # of torch in that process
     ):
+        if not hasattr(draft_model, "save_pretrained"):
+            raise ValueError(f"draft_model must be a loaded model, such as load('tales-draft')[0], got {type(draft_model).__name__}")
         self.draft_model = draft_model
         self._folder = tempfile.TemporaryDirectory(prefix="decodelab-draft-")
         with without_bars():
@@ -166,9 +182,12 @@ class DraftProcess:
         )
         self.serving = threading.Lock()  # held by the call that it serves
         self._whole = True  # whether the last message went through whole
+        self._end = weakref.finalize(self, _end, self._process, self._folder)  # a process that nobody holds any more ends, too
         self.ask()  # wait until the model is there
 
     def _exchange(self, act: Callable[[], Any]) -> Any:
+        if not self._end.alive:
+            raise RuntimeError("this DraftProcess is closed: start a new one")
         if not self._whole:
             raise RuntimeError(
                 "a message to the draft process was cut off by an interrupt or an error: close it and start a new DraftProcess"
@@ -228,17 +247,9 @@ class DraftProcess:
 
     def close(self) -> None:
         "End the process."
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()  # type: ignore[union-attr]
         if not self._whole:
             self._process.kill()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()  # type: ignore[union-attr]
-        self._folder.cleanup()
+        self._end()
 
     def __enter__(self) -> Self:
         return self
@@ -254,8 +265,8 @@ class Remote:
         processors = call.draft_processors
         if processors is not None and not call.blind:
             raise ValueError(
-                "a drafter in another process cannot see the text of a call, so it takes only processors that look at the scores alone "
-                "(temperature, top-k, top-p, min-p): leave the others out, or give PEARL the draft model itself"
+                "a drafter in another process takes temperature, top-k, top-p, min-p and the like only, and some other processor of this call reads its text "
+                "or may do so: leave it out, or give PEARL the draft model itself"
             )
         process.reserve()
         self.process, self.call = process, call

@@ -175,7 +175,7 @@ class _Rows:
         self.tables, self.f, self.remaining = tables, f, remaining
         self.states = torch.zeros(len(f), dtype=torch.long, device=f.device)
         self.tokens: torch.Tensor | None = None  # written, and not yet read
-        self.before = self.after = f  # logits of the last step, for the trace
+        self.w = self.before = self.after = f  # log-weights and logits of the last step
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         "Drop rows that have ended."
@@ -186,8 +186,6 @@ class _Rows:
         "Take in the tokens that were written."
         if self.tokens is not None:
             self.states = self.tables.next(self.states, self.tokens)
-            if bool((self.states < 0).any()):
-                raise ValueError("a token was forced that the format does not allow: leave out the logits processor that forces it")
             if self.tables.hmm is not None:
                 self.f = self.tables.hmm.read(self.f, self.tokens)[0]
             self.remaining, self.tokens = self.remaining - 1, None
@@ -267,6 +265,7 @@ class DecoG(Autoregressive):
         rows.read()
         w = log_weights(rows.tables, rows.states, rows.f, rows.remaining).float()
         w = torch.nn.functional.pad(w, (0, logits.shape[-1] - w.shape[-1]), value=-torch.inf)
+        rows.w = w
         if call.trace is not None:
             rows.before, rows.after = logits, logits.float() + w
         return logits.float() + w  # a sum, so that a logit that is not a number is seen
@@ -275,6 +274,9 @@ class DecoG(Autoregressive):
         tokens, _, _ = super().pick(call, scores)
         if (rows := call.state) is None:
             return tokens, None, None
+        w, score = (x.gather(1, tokens[:, None]) for x in (rows.w, scores))
+        if bool(((w == -torch.inf) & (score > -torch.inf)).any()):
+            raise ValueError("a token was forced that the format does not allow: leave out the logits processor that forces it")
         rows.tokens = tokens
         return (tokens, *((None, None) if call.trace is None else _story(rows)))
 

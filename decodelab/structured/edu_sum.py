@@ -7,6 +7,7 @@ Docs: https://decodelab.github.io/decodelab/structured/edu_sum.html.md"""
 # %% ../../nbs/structured/edu_sum.ipynb #55e68a90
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -90,7 +91,7 @@ class PGA(Decoder):
 
     documents: Document | Sequence[Document] | None = None  # the document, or that of each row, see `read_document`
     planner: Any = None  # a `PlanGenerator`; not needed where plans are given
-    plans: Sequence[Sequence[int]] | None = None  # plans of every row, in place of the planner's
+    plans: Sequence[Sequence[int]] | None = None  # plans of every row, in place of the planner's (then k is not read)
     scorer: Any = None  # model whose f ranks the summaries; None: the model itself
     k: int = 16  # K, plans of a document (at least 1)
     beams: int = 4  # beams of each summary (at least 1)
@@ -110,6 +111,18 @@ class PGA(Decoder):
                 f"k, beams, fewest and chunk must be at least 1, most at least fewest and no_repeat not negative, "
                 f"got {self.k}, {self.beams}, {self.fewest}, {self.chunk}, {self.most}, {self.no_repeat}"
             )
+        if not all(map(math.isfinite, (self.plan_penalty, self.length_penalty, self.alpha))):
+            raise ValueError(f"penalties and alpha must be finite, got {self.plan_penalty}, {self.length_penalty} and {self.alpha}")
+        if self.planner is not None and not hasattr(getattr(self.planner, "config", None), "tags"):
+            raise ValueError(
+                f"planner must be a PlanGenerator, such as load_plan_generator('summariser-plan'), got {type(self.planner).__name__}"
+            )
+        if self.scorer is not None and not (isinstance(self.scorer, torch.nn.Module) and reads_prompt_apart(self.scorer)):
+            raise ValueError(
+                f"scorer must be an encoder-decoder model, such as load('summariser-rank')[0], got {type(self.scorer).__name__}"
+            )
+        if self.plans is not None and not len(self.plans):
+            raise ValueError("plans is empty: name at least one plan, or None for those of the planner")
 
     def check(self, call: Call) -> None:
         "Refuses to sample, and calls without documents, plans, a stop token, or tags that the model knows."
@@ -169,6 +182,8 @@ class PGA(Decoder):
         texts = plan_texts(call.model, document, units, self.chunk, beams=self.beams, new=call.budget, ends=sorted(call.eos), **how)
         scorer = call.model if self.scorer is None else self.scorer
         scores = candidate_scores(scorer, document.tagged(), [text.tokens for text in texts], self.alpha)
+        if not bool(scores.isfinite().all()):
+            raise ValueError("the scorer returned NaN or infinite scores: check its weights and dtype")
         return [Candidate(*triple) for triple in zip(plans, texts, scores.tolist())]
 
     def _deliver(self, call: Call, row: int, document: Document, candidates: list[Candidate]) -> None:

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..core.capability import embedding_size, evaluating
-from ..core.checks import reads_prompt_apart
+from ..core.capability import context_length, embedding_size, evaluating
+from ..core.checks import check_context, reads_prompt_apart
 from ..core.contract import Call, Decoder
 from ..core.cross_session import CrossSession
 from ..core.registry import register
@@ -225,6 +225,16 @@ def span_scores(
 ) -> SpanScores:
     "Log-probabilities of all spans of a passage as the model's answer to a prompt."
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    stops, span = (
+        torch.tensor([stop] if isinstance(stop, int) else list(stop), device=ids.device),
+        len(passage) if longest is None else longest,
+    )
+    if len(ids) != 1 or not len(passage) or not len(stops) or span < 1:
+        raise ValueError(
+            f"give one prompt, a passage, an id that stops and a longest span of at least 1, got {len(ids)}, {len(passage)}, {len(stops)} and {span}"
+        )
+    if not reads_prompt_apart(model):
+        check_context(context_length(model), ids.shape[1], len(begin) + min(span, len(passage)))
     with evaluating(model):
         if reads_prompt_apart(model):
             session: Any = CrossSession(model, mask, encoder_outputs=model.get_encoder()(**inputs, return_dict=True))
@@ -234,8 +244,6 @@ def span_scores(
             session = Session(model, mask)
         with session:
             logits, before = _behind(session, session.prefill(ids), begin)
-            stops = ids.new_tensor([stop] if isinstance(stop, int) else list(stop))
-            span = longest or len(passage)
             return score_suffixes(session, 0, logits[0], passage, stops, span, before=before[0], begin=len(begin), chunk=chunk)
 
 

@@ -72,7 +72,9 @@ class HMM:
         device: Any = None,  # where to
         dtype: torch.dtype | None = None,  # number type
     ) -> HMM:
-        "The same model elsewhere, or in another number type."
+        "The same model elsewhere, or in another number type (float32 or float64)."
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"an HMM needs float32 or float64, got {dtype}: its probabilities are too small for less")
         pi, A, B = (part.to(device=device, dtype=dtype) for part in (self.initial, self.transition, self.emission))
         return HMM(pi, A, B, self.reads_prompt)
 

@@ -47,6 +47,11 @@ def encoded(
     documents: Sequence[Sequence[int]],  # token ids of each
 ) -> tuple[Any, torch.Tensor]:
     "What the encoder makes of the documents, padded on the right, and the mask [documents, length]."
+    limit, longest = getattr(model.config, "max_position_embeddings", None), max(map(len, documents))
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"a document has {longest} tokens, tags included, the model reads {limit}: cut it, for instance with max_length of read_document"
+        )
     rows = [torch.tensor(list(ids), device=model.device) for ids in documents]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id or 0)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -127,6 +132,8 @@ def beam_texts(
             logits = session.feed(chosen[1].reshape(-1, 1))[:, -1]
     for g, team in enumerate(teams):
         team.close(texts[:, g * b : (g + 1) * b], penalty)
+    if not all(found for team in teams for found in team.found):
+        raise ValueError("no text is possible: the logits processors leave no token")
     return [[text for team in teams for text in sorted(team.found[i], key=lambda t: -t.score)] for i in range(n)]
 
 

@@ -7,7 +7,7 @@ Docs: https://decodelab.github.io/decodelab/theory/scylla.html.md"""
 # %% ../../nbs/theory/scylla.ipynb #e1172a54
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -297,6 +297,12 @@ class Plan:
     width: int = 5  # W, verified tokens a row: a chain of W - 1 draft tokens
     batch: int = 1  # B, rows
 
+    def __post_init__(self) -> None:
+        if not (0 < self.tokens < np.inf and 0 < self.layers < np.inf):
+            raise ValueError(f"training tokens and layers must be positive numbers, got {self.tokens} and {self.layers}")
+        if self.width != int(self.width) or self.batch != int(self.batch) or min(self.width, self.batch) < 1:
+            raise ValueError(f"width and batch must be whole numbers of at least 1, got {self.width} and {self.batch}")
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -324,17 +330,27 @@ class Planner:
     machine: Any  # the target's: has `seconds(tokens)`
     draft_seconds: Callable[[float, int], float]  # layers, batch -> seconds of one forward of the drafter
 
+    def __post_init__(self) -> None:
+        if self.g != int(self.g) or self.g < 1:
+            raise ValueError(f"g must be a whole number of at least 1, got {self.g}")
+
     def predict(self, plan: Plan) -> Prediction:
         "tau and speed-up of a plan."
         measured = float(self.data(plan.tokens) + self.depth(plan.layers) - self.depth(self.layers))
         alpha = chain_acceptance(min(max(measured, 1.0), self.g + 1.0), self.g)
         tau = float(chain_tokens(alpha, plan.width))
-        spent = (plan.width - 1) * self.draft_seconds(plan.layers, plan.batch)
+        once = self.draft_seconds(plan.layers, plan.batch)
+        if not 0 <= once < np.inf:
+            raise ValueError(
+                f"draft_seconds must give a time of at least 0, got {once} for {plan.layers} layers and a batch of {plan.batch}"
+            )
+        spent = (plan.width - 1) * once
         S = speedups(self.machine, tau, [plan.batch], [plan.width], lambda B, W: spent)
         return Prediction(plan, tau, S.item(), bool(saturated(measured, self.g)))
 
-    def best(self, plans: Sequence[Plan]) -> Prediction:
+    def best(self, plans: Iterable[Plan]) -> Prediction:
         "The plan with the largest speed-up."
-        if not plans:
+        found = [self.predict(plan) for plan in plans]
+        if not found:
             raise ValueError("there is no plan to choose from: give at least one")
-        return max(map(self.predict, plans), key=lambda p: p.speedup)
+        return max(found, key=lambda p: p.speedup)

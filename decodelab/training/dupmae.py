@@ -134,6 +134,8 @@ def two_part_scores(
     part: str = "both",  # "both", or only "cls" or "terms"
 ) -> torch.Tensor:
     "Score of every document for every query, [queries, documents]."
+    if part not in ("both", "cls", "terms") or k < 0:
+        raise ValueError(f"part must be 'both', 'cls' or 'terms' and k not negative, got {part!r} and {k}")
     dense = queries.cls @ docs.cls.T
     if part == "cls":
         return dense

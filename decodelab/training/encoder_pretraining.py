@@ -40,10 +40,16 @@ def retrieval_tokenizer(
     split, lower = pre_tokenizers.BertPreTokenizer(), normalizers.BertNormalizer(lowercase=True)
     known = {word for text in texts for word, _ in split.pre_tokenize_str(lower.normalize_str(text))}
     whole = len(known) + len(marks) <= vocabulary
-    made = Tokenizer(models.WordLevel(unk_token="[UNK]") if whole else models.WordPiece(unk_token="[UNK]"))
-    made.normalizer, made.pre_tokenizer = lower, split
+    trained = Tokenizer(models.WordLevel(unk_token="[UNK]") if whole else models.WordPiece(unk_token="[UNK]"))
+    trained.normalizer, trained.pre_tokenizer = lower, split
     kind = trainers.WordLevelTrainer if whole else trainers.WordPieceTrainer
-    made.train_from_iterator(texts, kind(vocab_size=vocabulary, special_tokens=marks, show_progress=False))
+    # letters inside a word are named in advance: else the trainer numbers them by a hash table, and learns other pieces in every process
+    inside = [] if whole else [f"##{letter}" for letter in sorted(set("".join(known)))]
+    trained.train_from_iterator(texts, kind(vocab_size=vocabulary, special_tokens=[*marks, *inside], show_progress=False))
+    model = models.WordLevel if whole else models.WordPiece
+    made = Tokenizer(model(trained.get_vocab(), unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = lower, split
+    made.add_special_tokens(marks)
     ends = [("[CLS]", made.token_to_id("[CLS]")), ("[SEP]", made.token_to_id("[SEP]"))]
     made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends)
     names = {f"{name.strip('[]').lower()}_token": name for name in marks}

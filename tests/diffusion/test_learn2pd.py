@@ -953,7 +953,7 @@ def test_training_learns_resumes_and_says_what_it_did(tmp_path, wide, tokenizer,
     assert json.loads((tmp_path / "whole/training.json").read_text()) == json.loads(json.dumps(whole))
     card = filter_card(tmp_path / "whole")
     assert card == (tmp_path / "whole/README.md").read_text()
-    assert "40 numbers in float32" in card and "--set block_length=4" in card and "--set name" not in card
+    assert "40 numbers in float32" in card and "--set block_length=4" in card
 
 
 def test_records_are_made_once_and_belong_to_a_recipe(tmp_path, wide, tokenizer, recipe, monkeypatch):

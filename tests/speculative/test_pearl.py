@@ -1,5 +1,6 @@
 """PEARL: one rule for both states, exact against plain decoding and exact probabilities, a negative control, and two processes."""
 
+import gc
 import json
 import os
 import signal
@@ -230,7 +231,7 @@ def test_an_interrupted_call_leaves_the_process_ready(llama, apart):
 
 
 def test_processors_that_look_at_the_text_are_refused(llama, apart):
-    with pytest.raises(ValueError, match="takes only processors that look at the scores alone"):
+    with pytest.raises(ValueError, match="takes temperature, top-k, top-p, min-p and the like only"):
         PEARL(apart, 3).generate(llama, random_prompts(1)[0], max_new_tokens=4, repetition_penalty=1.3, **GREEDY)
 
 
@@ -285,6 +286,21 @@ def test_a_process_that_was_killed(llama):
     with pytest.raises(RuntimeError, match="the draft process has ended with status -9"):
         PEARL(process, 3).generate(llama, random_prompts(1)[0], max_new_tokens=4, **GREEDY)
     process.close()
+    with pytest.raises(RuntimeError, match="this DraftProcess is closed: start a new one"):
+        PEARL(process, 3).generate(llama, random_prompts(1)[0], max_new_tokens=4, **GREEDY)
+
+
+def test_a_process_that_nobody_holds_ends(llama):
+    process = DraftProcess(example_drafter(llama))
+    running, folder = process._process, process._folder.name
+    del process
+    gc.collect()
+    assert running.poll() == 0 and not os.path.exists(folder)
+
+
+def test_only_a_model_can_draft_apart():
+    with pytest.raises(ValueError, match="draft_model must be a loaded model, .* got str"):
+        DraftProcess("tales-draft")
 
 
 # settings

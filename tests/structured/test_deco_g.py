@@ -306,6 +306,13 @@ def test_what_contradicts_the_format_is_refused(llama, tokenizer):
     decoder = DecoG(lift(template("ab"), tokenizer))
     with pytest.raises(ValueError, match="a token was forced that the format does not allow: leave out the logits processor"):
         decoder.generate(llama, prompt, max_new_tokens=5, do_sample=False, logits_processor=LogitsProcessorList([Forces()]))
+    digit = DecoG(lift(template(["1", "2"]), tokenizer))  # the last token is looked at, too
+    for sample in (False, True):
+        with pytest.raises(ValueError, match="a token was forced that the format does not allow"):
+            digit.generate(llama, prompt, max_new_tokens=1, do_sample=sample, logits_processor=LogitsProcessorList([Forces()]))
+    long = DecoG(lift(template("abc"), tokenizer))
+    with pytest.raises(ValueError, match="a token was forced that the format does not allow"):
+        long.generate(llama, prompt, max_new_tokens=3, do_sample=False, forced_eos_token_id=EOS, eos_token_id=EOS)
     with pytest.raises(ValueError, match="leave at least one token"):
         decoder.generate(llama, prompt, max_new_tokens=5, do_sample=False, suppress_tokens=tokenizer("a").input_ids)
     with pytest.raises(ValueError, match="no text of the format fits in 1 new tokens: the shortest has 2, raise max_new_tokens"):

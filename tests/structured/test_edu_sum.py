@@ -487,6 +487,12 @@ BAD = [
     ({"documents": a_document(5, 5)}, {}, "call with document.tagged\\(\\) as the prompt"),
     ({"documents": Document(((VOCAB,),) * 4, (5, 6))}, {}, "outside the model's vocabulary"),
     ({}, {"do_sample": True}, "do_sample=False"),
+    ({"alpha": math.nan}, {}, "must be finite"),
+    ({"length_penalty": math.inf}, {}, "must be finite"),
+    ({"plans": []}, {}, "plans is empty"),
+    ({"planner": "summariser-plan"}, {}, "planner must be a PlanGenerator, .* got str"),
+    ({"scorer": ("model", "tokenizer")}, {}, "scorer must be an encoder-decoder model, .* got tuple"),
+    ({}, {"logits_processor": LogitsProcessorList([lambda ids, scores: scores * 0 - math.inf])}, "leave no token"),
 ]
 
 
@@ -512,3 +518,11 @@ def test_models_and_planners_that_do_not_fit(t5, planner, llama):
     broken.decoder.final_layer_norm.weight[:] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         run(broken, document, plans=[(0,)])
+    with pytest.raises(ValueError, match="the scorer returned NaN or infinite scores"):
+        run(t5, document, plans=[(0,)], scorer=broken)
+    with pytest.raises(ValueError, match="scorer must be an encoder-decoder model, .* got Llama"):
+        PGA(document, planner=planner, scorer=llama)
+    short = copy.deepcopy(t5)
+    short.config.max_position_embeddings = len(document.tagged()) + 1
+    with pytest.raises(ValueError, match="tags included, the model reads"):
+        run(short, document, plans=[(0,)])

@@ -246,6 +246,23 @@ def test_tokens_that_branch_and_bound_feeds(kind, top, normalised, request):
         assert needed_of_all <= fed_of_all < 0.6 * every
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": {"input_ids": torch.ones(2, 4, dtype=torch.long)}}, "give one prompt"),
+        ({"longest": 0}, "a longest span of at least 1, got 1, 3, 1 and 0"),
+        ({"stop": []}, "an id that stops"),
+        ({"passage": []}, "a passage"),
+        ({"inputs": {"input_ids": torch.ones(1, 255, dtype=torch.long)}}, "exceed the model's context of 256"),
+    ],
+)
+def test_span_scores_refuses(llama, change, message):
+    fields = {"inputs": {"input_ids": torch.ones(1, 4, dtype=torch.long)}, "passage": [9, 8, 7], "stop": STOP} | change
+    assert llama.config.max_position_embeddings == 256
+    with pytest.raises(ValueError, match=message):
+        span_scores(llama, fields.pop("inputs"), fields.pop("passage"), fields.pop("stop"), **fields)
+
+
 @given(passage=passages, extra=passages, seed=st.integers(0, 5))
 @settings(max_examples=8)
 def test_more_candidates_never_lower_the_best(t5, passage, extra, seed):

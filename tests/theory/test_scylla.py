@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -332,6 +333,21 @@ def test_the_best_plan(planner):
     assert all(p.speedup == pytest.approx(1) and p.tau == 1 for p in every if p.plan.width == 1)
     with pytest.raises(ValueError, match="no plan"):
         planner.best([])
+    assert planner.best(plan for plan in plans).plan == planner.best(plans).plan
+
+
+def test_impossible_plans_and_measurements_are_refused(planner):
+    for bad in ((0, 2), (1e6, 0), (-5, 2), (np.nan, 2)):
+        with pytest.raises(ValueError, match="training tokens and layers must be positive"):
+            Plan(*bad)
+    for bad in ({"width": 2.5}, {"width": 0}, {"batch": 0}):
+        with pytest.raises(ValueError, match="width and batch must be whole numbers of at least 1"):
+            Plan(1e6, 2, **bad)
+    with pytest.raises(ValueError, match="g must be a whole number"):
+        replace(planner, g=0)
+    for seconds in (np.nan, -1.0, np.inf):
+        with pytest.raises(ValueError, match="draft_seconds must give a time of at least 0"):
+            replace(planner, draft_seconds=lambda layers, batch, seconds=seconds: seconds).best([Plan(1e6, 1), Plan(1e6, 2)])
 
 
 def test_plans_beyond_the_lines(planner):

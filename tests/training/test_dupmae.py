@@ -865,3 +865,19 @@ def test_encoders_and_collections_that_are_not_there(tmp_path):
         encode_texts(*small_encoder(), [])
     with pytest.raises(ValueError, match="at least 20 documents are needed"):
         topic_corpus(n_docs=30, n_test=20)
+
+
+def test_pieces_have_the_same_numbers_every_time():
+    "The trainer numbers pieces in the order of a hash table, another one for each tokenizer: a run could not go on."
+    texts = [" ".join(f"stem{i}ing other{i}" for i in range(100))] * 2
+    first = retrieval_tokenizer(texts, 60).get_vocab()
+    assert all(retrieval_tokenizer(texts, 60).get_vocab() == first for _ in range(5))
+    assert [first[mark] for mark in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")] == [0, 1, 2, 3, 4]
+
+
+def test_parts_of_a_score_are_known_by_name():
+    both = TwoPart(torch.ones(1, 2), torch.ones(1, 3))
+    with pytest.raises(ValueError, match="part must be 'both', 'cls' or 'terms' and k not negative, got 'foo' and 3"):
+        two_part_scores(both, both, 3, "foo")
+    with pytest.raises(ValueError, match="got 'both' and -1"):
+        two_part_scores(both, both, -1)

@@ -1233,7 +1233,7 @@ def test_the_command_does_not_speak_of_checkpoints_that_are_not_there(as_json, b
     monkeypatch.setattr(language_model, "encode_stream", interrupt)
     done = command(*arguments(books, tmp_path / "model", *(["--json"] if as_json else [])), code=130)
     assert "stopped before the first checkpoint: the same command begins again" in done.stderr
-    assert str(tmp_path) not in done.stderr
+    assert "checkpoint of step" not in done.stderr and str(tmp_path / "model/run") not in done.stderr
     assert json.loads(done.stdout) == {"interrupted": True, "step": 0, "planned_steps": None, "curve": []} if as_json else done.stdout == ""
 
 
