@@ -55,7 +55,7 @@ def scores_of(
 ) -> list[float | None]:
     "Mean score of each dimension; None where the scene does not speak of it."
     found = [judge(ToyGenerator(max_tokens)(prompt, s), truth) for s in seeds]
-    return [round(float(np.mean([f[d] for f in found])), 3) if d in found[0] else None for d in DIMENSIONS]
+    return [round(float(np.mean([f[d] for f in found])), 2) if d in found[0] else None for d in DIMENSIONS]
 
 
 def mean_score(
@@ -108,13 +108,21 @@ def kept_of(
 def experiment(
     scenes: int = 100,  # hidden scenes
     max_tokens: int = 48,  # budget
+    wide: int = 128,  # a budget that holds every scene
     pictures: int = 3,  # of each prompt
 ) -> dict[str, Any]:
     "Scores of all arms, dimensions and scenes; noise, errors, budgets, loops."
     noises, errors, budgets = (0.0, 0.3, 0.6, 0.8), (0.0, 0.25, 0.5, 1.0), (16, 32, 48, 64, 1000)
     seed = Lab("vision/decot").seed
-    out: dict[str, Any] = {"max_tokens": max_tokens, "pictures": pictures, "noises": noises, "errors": errors, "budgets": budgets}
-    for key in ("tokens", "objects", "arms", "noise", "eps", "kept", "loops"):
+    out: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "wide": wide,
+        "pictures": pictures,
+        "noises": noises,
+        "errors": errors,
+        "budgets": budgets,
+    }
+    for key in ("tokens", "objects", "arms", "noise", "eps", "wide scores", "kept", "loops"):
         out[key] = []
     for i in range(scenes):
         truth, seeds = scene(seed=1000 * seed + i), range(pictures)
@@ -127,14 +135,16 @@ def experiment(
         told = [prompts_of(truth, long_instruction(truth, noise, seed=i), max_tokens) for noise in noises]
         out["noise"].append([[_mean(p[name], truth, seeds, max_tokens) for p in told] for name in ("first tokens", "DeCoT")])
         out["eps"].append([_mean(prompts_of(truth, text, max_tokens, e, i)["DeCoT"], truth, seeds, max_tokens) for e in errors])
-        out["kept"].append([[round(x, 4) for x in kept_of(dec, text, B)] for B in budgets])
+        good, bad = (prompts_of(truth, text, wide, e, i) for e in (0.0, 1.0))
+        out["wide scores"].append([_mean(p, truth, seeds, wide) for p in (good["unresolved"], good["DeCoT"], bad["DeCoT"])])
+        out["kept"].append([[round(x, 3) for x in kept_of(dec, text, B)] for B in budgets])
         loops = loops_of(truth, dec, max_tokens, i)
-        out["loops"].append([round(x, 4) for x in loops.values()])
+        out["loops"].append([round(x, 3) for x in loops.values()])
     return out | {"loop names": list(loops)}
 
 
 def _mean(prompt: str, truth: Decomposition, seeds: Sequence[int], max_tokens: int) -> float:
-    return round(float(mean_score(scores_of(prompt, truth, seeds, max_tokens))), 4)
+    return round(float(mean_score(scores_of(prompt, truth, seeds, max_tokens))), 3)
 
 # %% ../../../nbs/experiments/vision/decot.ipynb #dc569932
 def resampled(
