@@ -112,7 +112,7 @@ def experiment(
     pictures: int = 3,  # of each prompt
 ) -> dict[str, Any]:
     "Scores of all arms, dimensions and scenes; noise, errors, budgets, loops."
-    noises, errors, budgets = (0.0, 0.3, 0.6, 0.8), (0.0, 0.25, 0.5, 1.0), (16, 32, 48, 64, 1000)
+    noises, errors, budgets = (0.0, 0.3, 0.6, 0.8), (0.0, 0.25, 0.5, 1.0), (16, 32, 48, 1000)
     seed = Lab("vision/decot").seed
     out: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -122,7 +122,7 @@ def experiment(
         "errors": errors,
         "budgets": budgets,
     }
-    for key in ("tokens", "objects", "arms", "noise", "eps", "wide scores", "kept", "loops"):
+    for key in ("tokens", "objects", "arms", "noise", "eps", "wide scores", "kept", "over", "loops"):
         out[key] = []
     for i in range(scenes):
         truth, seeds = scene(seed=1000 * seed + i), range(pictures)
@@ -131,13 +131,15 @@ def experiment(
         out["tokens"].append(toy_profile().count(text))
         out["objects"].append(sum(u.text is None for u in truth.units))
         prompts = prompts_of(truth, text, max_tokens)
-        out["arms"].append([scores_of(prompts[name], truth, seeds, max_tokens) for name in ARMS])
+        out["arms"].append([x for name in ARMS for x in scores_of(prompts[name], truth, seeds, max_tokens)])
         told = [prompts_of(truth, long_instruction(truth, noise, seed=i), max_tokens) for noise in noises]
         out["noise"].append([[_mean(p[name], truth, seeds, max_tokens) for p in told] for name in ("first tokens", "DeCoT")])
         out["eps"].append([_mean(prompts_of(truth, text, max_tokens, e, i)["DeCoT"], truth, seeds, max_tokens) for e in errors])
         good, bad = (prompts_of(truth, text, wide, e, i) for e in (0.0, 1.0))
         out["wide scores"].append([_mean(p, truth, seeds, wide) for p in (good["unresolved"], good["DeCoT"], bad["DeCoT"])])
-        out["kept"].append([[round(x, 3) for x in kept_of(dec, text, B)] for B in budgets])
+        kept = [kept_of(dec, text, B) for B in budgets]
+        out["kept"].append([round(x, 3) for row in kept for x in row[:3]])
+        out["over"].append(max(row[3] for row in kept))
         loops = loops_of(truth, dec, max_tokens, i)
         out["loops"].append([round(x, 3) for x in loops.values()])
     return out | {"loop names": list(loops)}
