@@ -169,7 +169,7 @@ def keeping_deltas(
 ) -> Iterator[None]:
     "Put back the `rope_deltas` that a call of `generate` writes on the model."
     inner = executed(model)
-    parts = [m for m in (inner, getattr(inner, "model", None)) if hasattr(m, "rope_deltas")]
+    parts: list[Any] = [m for m in (inner, getattr(inner, "model", None)) if hasattr(m, "rope_deltas")]
     before = [m.rope_deltas for m in parts]
     try:
         yield
