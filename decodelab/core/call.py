@@ -15,13 +15,14 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process
 
-from .capability import context_length
+from .capability import context_length, executed, forward_arguments
 from .checks import KINDS, check_config, check_context, check_inputs, reads_prompt_apart
 from .cross_session import CrossSession
 from .ends import Ends
 from .output import DecodeOutput, DecodeStats, Trace, TraceStep
 from .prefix_tree import PrefixTree
-from .session import Session
+from .pictures import check_end, picture_trial, require_pictures, row_arguments, split_arguments
+from .session import Session, own_cache
 from .steps import StepSession, further_arguments
 from .warp import check_finite, process
 
@@ -143,9 +144,24 @@ class Call:
             if self.compile:
                 raise ValueError("encoder-decoder models are not compiled: leave out compile=True")
             return CrossSession(self.model, self.mask, self.cache, self.stats, **self.extra)
+        self._check_pictures()
         positions = self.model_kwargs.get("position_ids")
         settings: dict[str, Any] = {"compiled": self.compile, "remaining": self.budget, "position_ids": positions}
         return Session(self.model, self.mask, self.cache, self.stats, **settings, **self.extra)
+
+    def _check_pictures(self) -> None:
+        # whether draft tokens behind the prompt's pictures get the logits that `generate` gets, tried once a model
+        if not split_arguments(self.extra, forward_arguments(type(executed(self.model))))[0]:  # type: ignore[arg-type]
+            return
+        check_end(self.model, self.prompt)
+
+        def trial() -> bool:
+            positions = self.model_kwargs.get("position_ids")
+            session = Session(self.model, self.mask, self.cache, position_ids=positions, **self.extra)
+            steps = StepSession(self.model, {**self.model_kwargs, "past_key_values": own_cache(self.cache)}, self.pad)
+            return picture_trial(self.model, session, steps, self.prompt)
+
+        require_pictures(self.model, self.mask is not None and not bool(self.mask.all()), trial)
 
     def prefix_tree(
         self,
@@ -154,8 +170,11 @@ class Call:
         "The continuations of one prompt, for methods that look at many of them."
         if self.no_cache:
             raise ValueError("a search keeps what it has tried in the KV cache: leave out use_cache=False")
+        self._check_pictures()
         given: dict[str, Any] = {"position_ids": self.model_kwargs.get("position_ids"), "compiled": self.compile, "remaining": self.budget}
-        return PrefixTree(self.model, row, self.mask, self.cache, self.stats, **given, **self.extra)
+        done = 0 if self.cache is None else self.cache.get_seq_length()
+        own = row_arguments(self.model, self.prompt[:, done:], row, self.extra)
+        return PrefixTree(self.model, row, self.mask, self.cache, self.stats, **given, **own)
 
     def watch(self, best: torch.Tensor) -> None:
         "Note the best scores of a forward: the next time the call waits for the device it raises if they are NaN or infinite."

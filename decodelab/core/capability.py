@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -163,6 +163,7 @@ class Abilities:
     standard: bool  # a step of `generate` is token, 2-D mask, position and a growing KV cache
     local: Local | None  # layers that see only a part of the text
     tree_error: str | None = None  # why no tree of draft tokens can be verified; "" when it can; None: not yet tried
+    pictures: dict[bool, bool] = field(default_factory=dict)  # of padded and other batches, whether drafts behind pictures are exact
 
 
 _PLAIN = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}  # keys and values, which can be masked and forgotten

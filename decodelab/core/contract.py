@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_origin
 
@@ -20,6 +21,7 @@ from .call import Call
 from .capability import evaluating
 from .fields import field_types, fits, type_words
 from .output import DecodeOutput
+from .pictures import keeping_deltas
 from .registry import FAMILIES, Method, decoders, register
 
 # %% auto #0
@@ -159,7 +161,9 @@ class Decoder:
             raise ValueError(f"assistant_model is not used by {type(self).__name__}: a decoder's drafter is one of its fields")
         given = {"streamer": streamer, "stop_strings": stop_strings, "tokenizer": tokenizer}
         bound = self.bind(**given) if any(v is not None for v in given.values()) else self
-        return model.generate(inputs, custom_generate=bound, **kwargs)
+        goes_on = kwargs.get("past_key_values") is not None  # whoever keeps the cache needs what `generate` notes on the model
+        with nullcontext() if goes_on else keeping_deltas(model):
+            return model.generate(inputs, custom_generate=bound, **kwargs)
 
 
 class Bound:

@@ -64,10 +64,9 @@ class PrefixTree(Session):
         *,
         position_ids: torch.Tensor | None = None,  # of the prompts, [batch, prompt]
         memory: int = 2**28,  # bytes of logits to keep
-        **more: Any,  # `compiled`, `remaining` and further arguments as in `Session`
+        **more: Any,  # `compiled`, `remaining` and further arguments as in `Session`, of that row alone
     ):
         mask = None if attention_mask is None else attention_mask[row : row + 1]
-        more = {name: v[row : row + 1] if isinstance(v, torch.Tensor) and v.ndim else v for name, v in more.items()}
         require_tree(model, tree_trial, lost="several continuations of one prompt cannot be written on one shared cache")
         super().__init__(model, mask, cache, stats, position_ids=_one_row(position_ids, row), trusted=True, **more)
         for layer in self.cache.layers:
@@ -142,8 +141,7 @@ class PrefixTree(Session):
         if len(fresh) < len(nodes):
             self.cache.place.slots = torch.tensor([self.slot[n] for n in nodes] + spare, device=device)
         positions = self.positions + torch.tensor([depths], device=device) - 1
-        if self.limit is not None:
-            positions = positions.clamp_max(self.limit - 1)
+        positions = self._within(positions)
         counted = self.stats.target_tokens + len(nodes)
         mask = self._seen(self._paths_mask(nodes, size), positions)
         logits = self._forward(torch.tensor([tokens], device=device), mask, positions, 0)[0, : len(nodes)]

@@ -28,16 +28,19 @@ from decodelab.core.capability import (
 )
 from .capability import trial_tokens
 from .output import DecodeStats
+from .pictures import flat_positions, next_position, split_arguments, types_behind
 from .slots import CompiledForward, Slots, bucket, padded_size
-from .steps import check_cached, holds_tensor
+from .steps import check_cached
 from .tree import Tree
 
 # %% auto #0
-__all__ = ['Session', 'tree_trial']
+__all__ = ['own_cache', 'Session', 'tree_trial']
 
 # %% ../../nbs/core/session.ipynb #d6c46cf3
-def _own_cache(cache: Any) -> DynamicCache:
-    # a copy that keeps every position; tensors are shared, as a growing cache never writes into them
+def own_cache(
+    cache: Any,  # a DynamicCache, or None
+) -> DynamicCache:
+    "A copy that keeps every position; tensors are shared, as a growing cache never writes into them."
     if cache is None:
         return DynamicCache()
     kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])}) or [type(cache).__name__]
@@ -49,26 +52,6 @@ def _own_cache(cache: Any) -> DynamicCache:
     own = DynamicCache()
     own.layers = [] if empty else [copy.copy(layer) for layer in cache.layers]
     return own
-
-
-def _checked_arguments(further: dict[str, Any]) -> dict[str, Any]:
-    told = {"mm_encoder_outputs": "the prompt's images or sounds (mm_encoder_outputs, made of pixel_values and the like)"}
-    tensors = [told.get(name, name) for name, value in further.items() if name != "token_type_ids" and holds_tensor(value)]
-    if tensors:
-        raise ValueError(
-            f"{', '.join(tensors)} cannot be given to a tree of tokens: leave {'them' if len(tensors) > 1 else 'it'} out, "
-            "or use a token-by-token decoder such as Autoregressive"
-        )
-    return further
-
-
-def _flat_positions(positions: torch.Tensor | None) -> torch.Tensor | None:
-    # models of images give each token several positions, which agree as long as the prompt is text
-    if positions is None or positions.ndim == 2:
-        return positions
-    if not bool((positions == positions[:1]).all()):
-        raise ValueError("the prompt has positions in several dimensions (images?): use a token-by-token decoder such as Autoregressive")
-    return positions[0]
 
 # %% ../../nbs/core/session.ipynb #396c62fc
 class Session:
@@ -90,14 +73,15 @@ class Session:
     ):
         found = abilities(model) if trusted else require_tree(model, tree_trial, name)
         self.model, self.stats = model, stats or DecodeStats()
-        self.extra = _checked_arguments(forward_kwargs)
-        self.cache: Any = _own_cache(cache)
         self.accepts = forward_arguments(type(executed(model)))  # type: ignore[arg-type]
+        self.once, self.types, self.extra = split_arguments(forward_kwargs, self.accepts)
+        self.cache: Any = own_cache(cache)
         padded = attention_mask is not None and not bool(attention_mask.all())
         self.prompt_mask = attention_mask.bool() if padded and attention_mask is not None else None
         self.valid: torch.Tensor | None = None
-        self.given = _flat_positions(position_ids)
+        self.given = flat_positions(position_ids)
         self.positions: torch.Tensor | int = 0  # next position id: an int while all rows agree, else [batch]
+        self._ahead: torch.Tensor | int = 0  # by how much it exceeds the number of tokens, behind pictures; [batch, 1]
         self.limit, self.local = context_length(model), found.local
         self.output: Any = None  # the model's last output
         self.compiled, self.remaining, self.name = compiled, remaining, name
@@ -140,13 +124,15 @@ class Session:
         check_cached(done, ids.shape[1])
         self.resume(ids)
         if self.given is not None:
-            positions = self.given[:, done : ids.shape[1]]
+            positions = self.given[..., done : ids.shape[1]]
         elif self.valid is not None:
             positions = (self.valid.long().cumsum(-1) - 1).clamp_min(0)[:, done:]
         else:
             positions = torch.arange(done, ids.shape[1], device=ids.device).expand(len(ids), -1)
         self._check_rope(ids.shape[1])
-        logits = self._forward(ids[:, done:], self.valid, positions, keep, **more)
+        types = {name: t[:, done : ids.shape[1]] for name, t in self.types.items()}
+        once, self.once = self.once, {}  # pictures are seen by the prompt alone
+        logits = self._forward(ids[:, done:], self.valid, positions, keep, **types, **once, **more)
         self._move_in(ids)
         return logits
 
@@ -169,7 +155,9 @@ class Session:
         length = ids.shape[1]
         self.valid = None if self.prompt_mask is None else self.prompt_mask[:, :length]
         if self.given is not None:
-            after = self.given[:, length] if length < self.given.shape[1] else self.given[:, -1] + 1
+            after = next_position(self.given, length)
+            if self.given.ndim > 2:
+                self._ahead = (after - (length if self.valid is None else self.valid.sum(-1)))[:, None]
         elif self.valid is not None:
             after = self.valid.sum(-1)
         else:
@@ -179,12 +167,12 @@ class Session:
         self.positions = int(after[0]) if same else after
 
     def _forward(self, tokens: torch.Tensor, mask: Any, positions: torch.Tensor, keep: int, **more: Any) -> torch.Tensor:
-        arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, **self.extra, **more}
+        arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, **self.extra}
+        if isinstance(self.cache, Slots):
+            arguments |= types_behind(self.types, tokens.shape[1])
+        arguments |= more
         if "logits_to_keep" in self.accepts:
             arguments["logits_to_keep"] = keep
-        if (types := arguments.get("token_type_ids")) is not None:
-            n = tokens.shape[1]
-            arguments["token_type_ids"] = types[:, -n:] if not isinstance(self.cache, Slots) else types[:, -1:].expand(-1, n)
         started = time.perf_counter()
         self.output = self._run(arguments)
         self.stats.forward_seconds += time.perf_counter() - started
@@ -206,6 +194,8 @@ class Session:
 
     def _move_in(self, tokens: torch.Tensor) -> None:
         # from the cache that the prefill has filled, if any, to slots 0, 1, ...
+        if self.once:
+            raise ValueError("the passed cache holds all of the prompt that could show its pictures: leave pixel_values and the like out")
         rows, length = len(tokens), self.cache.get_seq_length()
         old = self.cache
         capacity = bucket(length + (self.remaining if self.compiled else min(self.remaining, 512)) + 64)
@@ -217,7 +207,7 @@ class Session:
         self.bias[:, :length].masked_fill_(real, 0)
         if self.local:
             self._at = tokens.new_zeros(rows, capacity)
-            self._at[:, :length] = (real.long().cumsum(-1) - 1) if self.given is None else self.given[:, :length]
+            self._at[:, :length] = (real.long().cumsum(-1) - 1) if self.given is None or self.given.ndim > 2 else self.given[:, :length]
         self._kept = [[i for i, r in enumerate(row) if r] for row in real.tolist()]
         self._free = [list(range(capacity - 1, length - 1, -1)) for _ in range(rows)]
         self._waiting = [[] for _ in range(rows)]
@@ -268,9 +258,7 @@ class Session:
         for waiting, taken, free in zip(self._waiting, self._take(size), self._free):
             waiting += taken[:n]
             free += taken[n:][::-1]  # what fills up a compiled shape is written and forgotten
-        positions = self._next_positions(rows, tree.depth[..., -n:].to(tokens.device))
-        if self.limit is not None:
-            positions = positions.clamp_max(self.limit - 1)  # nodes beyond the context can never be accepted
+        positions = self._within(self._next_positions(rows, tree.depth[..., -n:].to(tokens.device)))
         counted = self.stats.target_tokens + n * rows  # without what fills up the shape
         if size > n:
             tokens, positions = (torch.nn.functional.pad(t, (0, size - n)) for t in (tokens, positions))
@@ -285,6 +273,16 @@ class Session:
         if isinstance(self.positions, int):
             return (self.positions + depth).expand(batch, -1)
         return self.positions[:, None] + depth
+
+    def _within(self, positions: torch.Tensor) -> torch.Tensor:
+        # a draft may reach beyond the context, where nothing is accepted
+        if self.limit is None:
+            return positions
+        return (
+            positions.clamp_max(self.limit - 1 + self._ahead)
+            if isinstance(self._ahead, int)
+            else positions.minimum(self.limit - 1 + self._ahead)
+        )
 
     def _tree_mask(self, tree: Tree, n: int, size: int) -> torch.Tensor:
         "Additive float mask of the new nodes: the kept slots, and in the tree's own slots its mask; [batch, 1, size, slots]."
@@ -302,7 +300,7 @@ class Session:
         # the mask, or one for each kind of layer where some see only a part of the text; positions [rows, n]
         if self._at is None or not self.local:
             return mask
-        slots = self.cache.place.slots.expand(len(positions), -1)
+        slots, positions = self.cache.place.slots.expand(len(positions), -1), positions - self._ahead
         self._at.scatter_(1, slots, positions)
         key, query = self._at[:, None, : mask.shape[-1]], positions[..., None]
         lowest, made = torch.finfo(mask.dtype).min, {}
@@ -358,9 +356,8 @@ class Session:
             kept += taken
             opened.append(row * self.cache.place.capacity + taken[0])
         self.bias.view(-1).index_fill_(0, torch.tensor(opened, device=self.bias.device), 0.0)
-        positions = self._next_positions(len(tokens), torch.zeros(1, dtype=torch.long, device=tokens.device)).contiguous()
-        if self.limit is not None:
-            positions = positions.clamp_max(self.limit - 1)  # a draft may reach beyond the context, where nothing is accepted
+        positions = self._next_positions(len(tokens), torch.zeros(1, dtype=torch.long, device=tokens.device))
+        positions = self._within(positions).contiguous()
         self.positions = self.positions + 1
         tokens = tokens.clone(memory_format=torch.contiguous_format)
         mask = self._seen(self.bias[:, None, None, : self.cache.place.width], positions)
@@ -395,10 +392,11 @@ class Session:
             self.bias = self.bias[rows]
         self._at = None if self._at is None else self._at[rows]
         self._kept, self._free, self._waiting = ([part[r] for r in chosen] for part in (self._kept, self._free, self._waiting))
-        if (types := self.extra.get("token_type_ids")) is not None:
-            self.extra["token_type_ids"] = types[rows]
+        self.types = {name: t[rows] for name, t in self.types.items()}
         if isinstance(self.positions, torch.Tensor):
             self.positions = self.positions[rows]
+        if isinstance(self._ahead, torch.Tensor):
+            self._ahead = self._ahead[rows]
 
     def repeat(
         self,
@@ -413,8 +411,9 @@ class Session:
         other._at = None if self._at is None else self._at[index]
         other._kept, other._free = ([list(part[row]) for _ in range(n)] for part in (self._kept, self._free))
         other._waiting = [[] for _ in range(n)]
-        other.extra = {name: value[index] if name == "token_type_ids" else value for name, value in self.extra.items()}
+        other.types = {name: t[index] for name, t in self.types.items()}
         other.positions = self.positions[index] if isinstance(self.positions, torch.Tensor) else self.positions
+        other._ahead = self._ahead[index] if isinstance(self._ahead, torch.Tensor) else self._ahead
         return other
 
     def layer_states(

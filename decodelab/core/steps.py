@@ -13,14 +13,17 @@ from typing import Any, Self
 
 import torch
 from transformers import DynamicCache
+from transformers.generation import utils
 
 from .capability import abilities, forward_arguments
 from .output import DecodeStats
 
 # %% auto #0
-__all__ = ['further_arguments', 'holds_tensor', 'check_cached', 'StepSession']
+__all__ = ['SEEN_ONCE', 'further_arguments', 'holds_tensor', 'check_cached', 'StepSession']
 
 # %% ../../nbs/core/steps.ipynb #43c1f0bd
+# pictures and the like, which `generate` gives with the prefill only
+SEEN_ONCE = frozenset(getattr(utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ("mm_encoder_outputs", "pixel_values")))
 _HANDLED = ("attention_mask", "past_key_values", "position_ids", "use_cache", "logits_to_keep", "cache_position")
 
 
@@ -66,7 +69,7 @@ class StepSession:
     ):
         self.model, self.pad, self.stats = model, pad, stats or DecodeStats()
         self.kwargs = dict(model_kwargs)
-        further = further_arguments(self.kwargs)
+        further = {name: value for name, value in further_arguments(self.kwargs).items() if name not in SEEN_ONCE}
         self.cache: Any = self.kwargs.get("past_key_values")
         self.further = further
         # whether steps may be fed directly; what the prefill returns must not speak against it

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import VOCAB, left_pad, random_prompts, small_model
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     DynamicCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -16,6 +18,7 @@ from transformers import (
     StaticCache,
 )
 
+from decodelab import PromptLookup, TokenRecycling
 from decodelab.core.session import Session
 from decodelab.core.tree import Tree
 
@@ -505,3 +508,16 @@ def test_states_of_a_layer_before_and_behind_a_passed_cache(model):
         assert_close(keys, whole.keys[:, :, :8])
         session.feed(text[:, 8:])
         assert_close(session.layer_states()[1], whole.values)
+
+
+@pytest.mark.parametrize("decoder", [PromptLookup(), TokenRecycling()], ids=lambda d: type(d).__name__)
+def test_types_of_tokens_stay_with_their_tokens(decoder):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertConfig(**shape, is_decoder=True, initializer_range=0.5, max_position_embeddings=64, pad_token_id=0)
+    model = BertLMHeadModel(config).eval()
+    ids, types = torch.randint(5, 60, (1, 9)), torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 0]])
+    asked = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    theirs = model.generate(ids, token_type_ids=types, **asked)
+    assert not theirs.equal(model.generate(ids, token_type_ids=types.roll(-1, 1), **asked))
+    assert decoder.generate(model, ids, token_type_ids=types, **asked).sequences.equal(theirs)
