@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .cards import retrain_command
 from .checkpoints import fingerprint, tokenizer_fingerprint
 from .recipes import recipe
 from .runs import RunTrainer, TrainingRun, check_recipe, processes, training_arguments
@@ -238,7 +239,8 @@ def train_tales(
     train, held_out = ([b["text"] for b in books if b["split"] == split] for split in ("train", "test"))
     vocabulary = _tokenizer(tokenizer) if tokenizer else train_tokenizer(train, settings.vocab_size)
     figures = train_language_model(settings, vocabulary, train, held_out, folder)
-    model_card(folder)
+    name = "tales-draft" if settings.name == "tales-draft" else "tales"
+    model_card(folder, retrain=retrain_command(name, vars(settings), RECIPES[name]))
     return figures
 
 # %% ../../nbs/training/language_model.ipynb #485611ea

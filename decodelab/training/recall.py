@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from ..core.zoo import model_card
 from ..lab.tasks.recall import RECALL_WORDS, recall_text, recall_tokenizer
+from .cards import retrain_command
 from .checkpoints import tokenizer_fingerprint
 from .language_model import LanguageModelRecipe, cosine_adamw
 from .recipes import recipe
@@ -140,5 +141,5 @@ def train_recall_model(
     "Train on texts made from a seed, and write the model card."
     figures = train_recall(settings, folder)
     data = "Texts made by `decodelab.lab.tasks.recall` from a seed: facts (key and value), questions about them, and filler"
-    model_card(folder, data=data, data_licence="made by our own code")
+    model_card(folder, data=data, data_licence="made by our own code", retrain=retrain_command("recall", vars(settings), RECALL))
     return figures
