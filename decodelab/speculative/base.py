@@ -1,4 +1,4 @@
-"""The loop that all speculative decoders share: a drafter offers a tree of draft tokens, one forward of the target checks all of them, the walk that agrees is kept.
+"""The loop that all speculative decoders share: a drafter writes a tree of draft tokens, one forward of the target checks all of them, and the path that agrees with the target is kept.
 
 Docs: https://decodelab.github.io/decodelab/speculative/base.html.md"""
 
@@ -131,7 +131,7 @@ class Walk:
         tokens = [[self.tokens[r][c] for c in children] + [-1] * (widest - len(children)) for r, children in zip(self.live, below)]
         return below, torch.tensor(tokens, dtype=torch.long, device=self.logits.device).view(len(below), widest)
 
-
+# %% ../../nbs/speculative/base.ipynb #wa1k0002
 def walk(
     call: Call,  # the call
     draft: Draft,  # what was drafted
@@ -162,7 +162,7 @@ def _plain(call: Call, logits: torch.Tensor) -> list[int]:
     call.watch(best)
     return tokens.tolist()
 
-
+# %% ../../nbs/speculative/base.ipynb #wa1k0004
 def _walk_greedily(state: Walk) -> None:
     # one wait for the device a forward: the choices of all nodes at once, unless that is more work than to look where the walk goes
     everything = state.call.processors is None and (state.logits.device.type != "cpu" or state.logits.numel() < 2**18)
@@ -193,7 +193,7 @@ def _walk_sampling(state: Walk, rule: Rule) -> None:
             tokens, which = rule(p, drafted, q)
         state.step(tokens.tolist(), [children[i] if i >= 0 else None for children, i in zip(below, which.tolist())])
 
-
+# %% ../../nbs/speculative/base.ipynb #wa1k0006
 def _walk_typically(state: Walk, rule: TypicalAcceptance) -> None:
     # all paths of typical draft tokens at once; of the longest the most probable one is taken
     frontier = [(r, [0], list[int](), 0.0) for r in state.live]
