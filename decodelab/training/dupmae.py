@@ -1,4 +1,4 @@
-"""Pre-train a text encoder by letting two decoders, each too weak to do it alone, rebuild the text from what the encoder gives them.
+"""Pre-train a text encoder by giving its outputs to two decoders that are too weak to do without them.
 
 Docs: https://decodelab.github.io/decodelab/training/dupmae.html.md"""
 
