@@ -1,4 +1,4 @@
-"""A process reward model judges every step of a solution, and the next step is always written where the rewards promise most, also if that means to go back.
+"""A process reward model judges every step of a solution, and the next step is always written where the rewards promise most, even if the search must go back for it.
 
 Docs: https://decodelab.github.io/decodelab/search/a_star.html.md"""
 

@@ -1,4 +1,4 @@
-"""Monte-Carlo tree search over the next tokens of a program, in which the model's own greedy completion, run on the tests, is the evaluation of a node.
+"""A tree search over the next tokens of a program: what a beginning is worth shows when the model finishes it and the tests are run.
 
 Docs: https://decodelab.github.io/decodelab/search/pg_td.html.md"""
 

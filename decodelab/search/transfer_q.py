@@ -48,7 +48,7 @@ def tilted(
     best = values.max()
     return log_p if best == -math.inf else log_p + (values - best) / alpha
 
-# %% ../../nbs/search/transfer_q.ipynb #01108944
+# %% ../../nbs/search/transfer_q.ipynb #3b728b54
 class _Judges:
     # the target reward, and beside it the reward that the model was aligned to
     def __init__(self, target: Judge, baseline: Judge):
@@ -57,7 +57,7 @@ class _Judges:
     def __call__(self, prompt: torch.Tensor, texts: Sequence[list[int]]) -> list[float]:
         return self.target(prompt, texts)
 
-# %% ../../nbs/search/transfer_q.ipynb #3b728b54
+
 @dataclass
 class RolloutSettings(SearchDecoder):
     "Settings of a decoder that tilts by the rewards of rollouts, checked."
