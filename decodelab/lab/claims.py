@@ -289,7 +289,8 @@ class Found:
         for run in self.runs:
             claims = [c for c in run["claims"] if c.get("kind") == "paper"]
             for claim in (Claim(**claims[i]) for i in self.which if i < len(claims)):
-                numbers = f" ({claim.measured}; expected {_short(claim.expected)})" if claim.measured else ""
+                expected = "" if claim.expected is None else f"; expected {_short(claim.expected)}"
+                numbers = f" ({claim.measured}{expected})" if claim.measured else ""
                 found.append(f"{claim.mark}, `{run['provenance']['profile']}`: {claim.text.rstrip('.')}{numbers}. {claim.why}".rstrip())
         return found or [f"No stored run of {self.notebook} here: run its experiments page in a checkout."]
 
