@@ -1,4 +1,4 @@
-"""A drafter for long texts whose own memory does not grow: it sees a short window by itself, and the rest through the keys and values of the target.
+"""A drafter for long texts whose own memory does not grow: it keeps a short window itself, and reads the whole text through the keys and values of the target.
 
 Docs: https://decodelab.github.io/decodelab/speculative/longspec.html.md"""
 

@@ -1,4 +1,4 @@
-"""While the target verifies one block of draft tokens, the drafter already writes the next one: two models work at the same time, and neither waits long for the other.
+"""While the target verifies one block of draft tokens, the drafter already writes the next one: the two models work at the same time.
 
 Docs: https://decodelab.github.io/decodelab/speculative/pearl.html.md"""
 

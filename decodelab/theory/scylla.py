@@ -1,4 +1,4 @@
-"""How many tokens a forward pass yields grows by the same amount each time the drafter's training text is multiplied by ten; how much faster that makes you is a question to the machine.
+"""Each time a drafter's training text is multiplied by ten, a forward pass of the target yields the same number of tokens more; how much faster that makes you depends on the machine.
 
 Docs: https://decodelab.github.io/decodelab/theory/scylla.html.md"""
 
