@@ -1,4 +1,4 @@
-"""Beam search over sets of clauses gives different plans; each is marked in the document and summarised; a re-ranker chooses among the summaries.
+"""Plan-guided abstraction (PGA): beam search over sets of clauses gives different plans; each is marked in the document and summarised; a re-ranker chooses among the summaries.
 
 Docs: https://decodelab.github.io/decodelab/structured/edu_sum.html.md"""
 

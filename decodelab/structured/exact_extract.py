@@ -1,4 +1,4 @@
-"""Score every span of a passage exactly, with one teacher-forced forward a start, and answer with the most probable one.
+"""Feed a model the passage from each of its tokens on: that scores all spans exactly, and the most probable one is the answer.
 
 Docs: https://decodelab.github.io/decodelab/structured/exact_extract.html.md"""
 

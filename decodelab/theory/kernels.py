@@ -1,4 +1,4 @@
-"""A step of a language model is a chain of row-stochastic matrices, and its entropy is a divergence between two ways through one diagram.
+"""A step of a language model is a chain of matrices whose rows are distributions, and its entropy tells how far "sample, then copy" is from "copy, then sample twice".
 
 Docs: https://decodelab.github.io/decodelab/theory/kernels.html.md"""
 

@@ -1,4 +1,4 @@
-"""What a hidden state can add to a bigram drafter, as in EAGLE, is a number of nats; for a known source it can be computed before anything is trained.
+"""What a drafter can gain from a hidden state, beyond the last token, is a number of nats; for a known source it can be computed before anything is trained.
 
 Docs: https://decodelab.github.io/decodelab/theory/markov_categories.html.md"""
 
@@ -17,7 +17,8 @@ from .kernels import distributions, divergence, entropy
 
 # %% auto #0
 __all__ = ['Source', 'random_source', 'conditional_entropy', 'information', 'surplus', 'best_losses', 'counted_entropy',
-           'counted_surplus', 'coding', 'softmax', 'head_metric', 'segment', 'similarity', 'spectrum', 'participation']
+           'counted_surplus', 'coding', 'softmax', 'head_metric', 'segment', 'similarity', 'spectrum',
+           'dirichlet_energy', 'participation']
 
 # %% ../../nbs/theory/markov_categories.ipynb #89a77d8b
 @dataclass(frozen=True)
@@ -233,6 +234,19 @@ def spectrum(
     if K.shape != (len(root), len(root)) or not np.allclose(K, K.T):
         raise ValueError(f"the kernel must be a symmetric matrix over the {len(root)} contexts, got shape {K.shape}")
     return np.linalg.eigvalsh(root[:, None] * K * root)[::-1]
+
+
+def dirichlet_energy(
+    phi: Any,  # functions of the contexts, [contexts] or [contexts, functions]
+    K: np.ndarray,  # a symmetric kernel, [contexts, contexts]
+    mu: Any,  # distribution of the contexts, [contexts]
+) -> np.ndarray:
+    "Half the sum of mu mu' K (phi - phi')^2 over pairs of contexts, as <phi, (degree - K) phi>, [functions]."
+    mu, phi = distributions(mu, "mu"), np.asarray(phi, dtype=float)
+    if phi.shape[:1] != mu.shape or K.shape != (len(mu), len(mu)):
+        raise ValueError(f"phi and the kernel need one row for each of the {len(mu)} contexts, got shapes {phi.shape} and {K.shape}")
+    phi, pairs = phi.reshape(len(mu), -1), mu[:, None] * K * mu
+    return pairs.sum(1) @ phi**2 - (phi * (pairs @ phi)).sum(0)
 
 
 def participation(

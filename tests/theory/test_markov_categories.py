@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +30,7 @@ from decodelab.theory.markov_categories import (
     conditional_entropy,
     counted_entropy,
     counted_surplus,
+    dirichlet_energy,
     head_metric,
     information,
     participation,
@@ -195,6 +197,8 @@ def test_mutual_information():
         (lambda: similarity([[1.0]], "cosine"), "kind must be Bhattacharyya"),
         (lambda: similarity([[1.0]], beta=0.0), "beta positive"),
         (lambda: spectrum(np.array([[1.0, 0.0], [1.0, 1.0]]), [0.5, 0.5]), "symmetric matrix over the 2 contexts"),
+        (lambda: dirichlet_energy(np.ones((3, 2)), np.eye(2), [0.5, 0.5]), "one row for each of the 2 contexts, got shapes \\(3, 2\\)"),
+        (lambda: dirichlet_energy(np.ones(2), np.ones((2, 3)), [0.5, 0.5]), "one row for each of the 2 contexts"),
     ],
 )
 def test_what_is_refused(call, message):
@@ -365,3 +369,68 @@ def test_similarity_and_its_spectrum():
     same_context = similarity(np.repeat(p[:2], 3, 0))
     assert spectrum(same_context, np.full(6, 1 / 6))[2:] == pytest.approx(np.zeros(4), abs=1e-12)
     assert participation([1, 1, 0]) == 2 and participation([5, 0]) == 1
+
+
+def test_the_kernel_of_jeffreys_may_have_a_negative_eigenvalue():
+    "Three contexts, two tokens; the paper calls every spectrum non-negative."
+    x, beta = [0.001, 0.1, 0.5], 0.1
+    far = lambda a, b: (a - b) * (math.log(a / (1 - a)) - math.log(b / (1 - b)))  # noqa: E731
+    a, b, c = (math.exp(-beta * far(x[i], x[j])) for i, j in ((0, 1), (0, 2), (1, 2)))
+    determinant = 1 + 2 * a * b * c - a * a - b * b - c * c
+    assert determinant < -1e-3
+    assert math.sqrt(far(x[0], x[2])) > math.sqrt(far(x[0], x[1])) + math.sqrt(far(x[1], x[2])) + 0.2  # why
+    p, mu = np.array([[v, 1 - v] for v in x]), np.full(3, 1 / 3)
+    values = spectrum(similarity(p, "Jeffreys", beta), mu)
+    assert np.prod(3 * values) == pytest.approx(determinant, abs=1e-12) and values[-1] < -1e-3 and values[1] > 0
+    js = np.exp(-beta * divergence(p[:, None], p[None], "JS"))
+    others = [similarity(p, "Bhattacharyya"), similarity(p, "linear"), similarity(p, "Hellinger", beta), js]
+    assert min(spectrum(K, mu)[-1] for K in others) > -1e-12
+
+
+@given(seed=SEEDS, kind=st.sampled_from(["Bhattacharyya", "linear", "Hellinger", "Jeffreys"]))
+@settings(max_examples=25, deadline=None)
+def test_dirichlet_energy(seed, kind):
+    rng = np.random.default_rng(seed)
+    p, mu, phi = rows(rng, 7, 4), rows(rng, 7, concentration=2.0), rng.normal(size=(7, 3))
+    K = similarity(p, kind, 0.7)
+    brute = [
+        sum(mu[x] * mu[y] * K[x, y] * (phi[x, k] - phi[y, k]) ** 2 for x, y in itertools.product(range(7), repeat=2)) / 2 for k in range(3)
+    ]
+    assert dirichlet_energy(phi, K, mu) == pytest.approx(brute, abs=1e-12)
+    assert dirichlet_energy(phi[:, 0], K, mu) == pytest.approx(brute[:1], abs=1e-12)
+    assert dirichlet_energy(phi + 5, K, mu) == pytest.approx(brute, abs=1e-10)
+    assert dirichlet_energy(np.full(7, 3.0), K, mu) == pytest.approx([0], abs=1e-12)  # a collapsed encoder
+    variance = mu @ phi**2 - (mu @ phi) ** 2
+    assert dirichlet_energy(phi, np.ones((7, 7)), mu) == pytest.approx(variance, abs=1e-12)  # all contexts alike: the variance
+
+
+def energy_share(h, G, K, mu):
+    # mean energy over variance of the hidden states along the two top directions of the average metric
+    top = np.linalg.eigh(head_metric(softmax(h @ G.T), G))[1][:, -2:]
+    phi = h @ top
+    return float((dirichlet_energy(phi, K, mu) / phi.var(0)).mean())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_training_lowers_the_dirichlet_energy(seed):
+    "NLL on four kinds of context: hidden states vary less between similar contexts than before, and than random functions do."
+    rng = np.random.default_rng(seed)
+    kinds = rng.dirichlet(np.full(12, 0.3), 4)
+    p = 0.9 * kinds[np.arange(40) % 4] + 0.1 * rng.dirichlet(np.ones(12), 40)
+    mu, K = np.full(40, 1 / 40), similarity(p)
+    h, G = (torch.tensor(rng.normal(size=shape), requires_grad=True) for shape in ((40, 3), (12, 3)))
+    numbers = lambda: (h.detach().numpy().copy(), G.detach().numpy().copy())  # noqa: E731
+    before, nll = energy_share(*numbers(), K, mu), []
+    optimiser = torch.optim.Adam([h, G], 0.05)
+    with torch.enable_grad():
+        for _ in range(300):
+            optimiser.zero_grad()
+            loss = -(torch.tensor(p) * (h @ G.T).log_softmax(-1)).sum(-1).mean()
+            loss.backward()
+            optimiser.step()
+            nll.append(loss.item())
+    after = energy_share(*numbers(), K, mu)
+    random = rng.normal(size=(40, 200))
+    shares = dirichlet_energy(random, K, mu) / random.var(0)
+    assert nll[-1] < nll[0] - 0.5
+    assert after < before and after < shares.min()
