@@ -94,7 +94,7 @@ def pixels(
 
 # %% ../../../nbs/lab/tasks/shapes.ipynb #ba0da525
 ROWS = ("one", "two", "three", "four")
-NUMBERS = ("no", *ROWS, *"five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split())
+NUMBERS = ("no", *ROWS, *["five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"])
 _THINGS = ("kite", "key", "drum", "boat", "lamp")
 _PLACES = ("by the river", "on a hill", "in the forest", "near the sea")
 _MOODS = ("sad", "happy", "tired", "proud")
