@@ -32,7 +32,7 @@ from ..vision.msd_drafter import MSDDrafter, draft_logits, new_msd_drafter, pair
 __all__ = ['CURRICULA', 'MSDRecipe', 'Curriculum', 'target_features', 'msd_losses', 'MSDTrainer', 'msd_agreement', 'msd_figures',
            'train_msd', 'load_target', 'msd_card', 'train_msd_recipe']
 
-# %% ../../nbs/training/msd.ipynb #f77f8e31
+# %% ../../nbs/training/msd.ipynb #17c28261
 CURRICULA = ("two-stage", "text", "pictures", "mixed")
 
 
@@ -42,9 +42,9 @@ class MSDRecipe:
 
     name: str = "shapes-msd"  # name of the drafter
     target: str = "shapes-vlm"  # zoo name, folder or hub id
-    decoupled: bool = True  # cells of pictures pass by the fusion; False: EAGLE's drafter
+    decoupled: bool = True  # cells of pictures enter unfused; False: EAGLE's drafter
     curriculum: str = "two-stage"  # or "text", "pictures": one kind alone; "mixed": the same share of pictures all the time
-    passes: int = 40  # E, the second half of which is the ramp
+    epochs: int = 40  # E, equal parts of the training; the second half is the ramp
     intermediate_size: int = 0  # width of the gated MLP; 0: the target's
     noise: float = 0.01  # half-width of the noise on the states is noise * 512 / length of the text; the release's 0.1
     regression: float = 1.0  # weight of the distance to the target's next state
@@ -60,7 +60,7 @@ class MSDRecipe:
     seed: int = 0  # of weights, talks and draws
 
     def __post_init__(self) -> None:
-        check_recipe(self, "passes")
+        check_recipe(self, "epochs")
         if self.curriculum not in CURRICULA:
             raise ValueError(f"curriculum must be one of {', '.join(CURRICULA)}, got {self.curriculum!r}")
         if min(self.noise, self.regression, self.distillation, self.intermediate_size) < 0 or not self.regression + self.distillation:
@@ -72,21 +72,21 @@ class MSDRecipe:
     ) -> float:
         "How probable a talk with a picture is at a step (r)."
         if self.curriculum == "mixed":  # as many as in the two stages
-            return sum(max(0.0, 2 * e / self.passes - 1) for e in range(1, self.passes + 1)) / self.passes
+            return sum(max(0.0, 2 * e / self.epochs - 1) for e in range(1, self.epochs + 1)) / self.epochs
         if self.curriculum != "two-stage":
             return float(self.curriculum == "pictures")
-        e = 1 + min(step, self.steps - 1) * self.passes // self.steps
-        return max(0.0, 2 * e / self.passes - 1)
+        e = 1 + min(step, self.steps - 1) * self.epochs // self.steps
+        return max(0.0, 2 * e / self.epochs - 1)
 
-# %% ../../nbs/training/msd.ipynb #56a7d49a
+# %% ../../nbs/training/msd.ipynb #12e33e31
 class Curriculum(Dataset):
     "Talks with and without pictures, in the shares of a recipe; row `i` depends on the seed and `i` alone."
 
     def __init__(
         self,
         settings: MSDRecipe,  # shares, batch, steps
-        words: Sequence[Mapping[str, Any]],  # talks without a picture, rows as `talk_row` makes them
-        pictures: Sequence[Mapping[str, Any]],  # talks with one
+        words: Any,  # talks without a picture, rows as `talk_row` makes them
+        pictures: Any,  # talks with one
     ):
         self.settings, self.words, self.pictures, self.each = settings, words, pictures, settings.batch_size * processes()
 
@@ -152,7 +152,7 @@ class MSDTrainer(RunTrainer):
         loss = own.regression * near + own.distillation * same
         return (loss, {}) if return_outputs else loss
 
-# %% ../../nbs/training/msd.ipynb #d070054a
+# %% ../../nbs/training/msd.ipynb #b58a6a4c
 @torch.no_grad()
 def msd_agreement(
     drafter: MSDDrafter,  # drafter
@@ -169,7 +169,7 @@ def msd_agreement(
 def msd_figures(
     drafter: MSDDrafter,  # drafter
     model: Any,  # target model
-    rows: Mapping[str, Sequence[Mapping[str, Any]]],  # kind -> held-out talks
+    rows: Mapping[str, Any],  # kind -> held-out talks
 ) -> dict[str, float]:
     "Agreement by kind of talk, means over tokens."
     found = {}
@@ -178,13 +178,13 @@ def msd_figures(
         found[kind] = float(msd_agreement(drafter, model, batch).double().mean())
     return found
 
-# %% ../../nbs/training/msd.ipynb #8e3fd200
+# %% ../../nbs/training/msd.ipynb #002a52e8
 def train_msd(
     settings: MSDRecipe,  # what to train
     out: str | Path,  # folder of the drafter; checkpoints go to `out/run`
     models: tuple[Any, Any] | None = None,  # target and processor; those that the settings name when None
     talks: tuple[Sequence[Any], Sequence[Any]]
-    | None = None,  # rows (as `talk_row` makes them) without and with pictures; made from a seed when None
+    | None = None,  # rows (as `talk_row` makes them) without and with pictures; at least 32 each, of which the last 16 are held out; made from a seed when None
 ) -> dict[str, Any]:
     "Train a drafter, resuming from the newest whole checkpoint below `out`; returns the figures (also written to `out/training.json`)."
     out = Path(out)
@@ -192,13 +192,19 @@ def train_msd(
     target.requires_grad_(False)
     with TrainingRun(out / "run", settings) as run:
         count = settings.steps * settings.batch_size * processes()
-        words, pictures = talks or (Talks(processor, count, WORDED, "words"), Talks(processor, count, PICTURED, "pictures"))
-        held_out = (
-            {kind: Talks(processor, 32, [kind], "held out") for kind in (*PICTURED, *WORDED)}
-            if talks is None
-            else {"own": [*words[:16], *pictures[:16]]}
+        words: Any
+        pictures: Any
+        words, pictures = (
+            talks if talks is not None else (Talks(processor, count, WORDED, "words"), Talks(processor, count, PICTURED, "pictures"))
         )
-        probe = [row for rows in held_out.values() for row in rows][:64]
+        held_out: dict[str, Any] = {kind: Talks(processor, 32, [kind], "held out") for kind in (*PICTURED, *WORDED)}
+        if talks is not None:
+            if min(map(len, talks)) < 32:
+                raise ValueError(f"give at least 32 talks of each kind, got {len(talks[0])} without and {len(talks[1])} with pictures")
+            words, pictures = [*words], [*pictures]
+            held_out = {"words": words[-16:], "pictures": pictures[-16:]}
+            words, pictures = words[:-16], pictures[:-16]
+        probe = [rows[i] for rows in held_out.values() for i in range(min(8, len(rows)))]
         drafter = new_msd_drafter(target, settings.intermediate_size or None, settings.decoupled, settings.seed).float()
         arguments = training_arguments(
             settings, run.folder, remove_unused_columns=False, label_names=["labels"], **cosine_adamw(settings) | {"max_grad_norm": 0.5}

@@ -74,7 +74,7 @@ def prune(
     above = parents.gather(1, best)
     return tokens.gather(1, best), torch.where(above < 0, 0, number.gather(1, above.clamp_min(0))), scores.gather(1, best)
 
-# %% ../../nbs/vision/msd.ipynb #8bc2a617
+# %% ../../nbs/vision/msd.ipynb #daaae0a0
 @register(
     "msd",
     family="vision",
@@ -128,4 +128,4 @@ def _example(model: Any) -> MSD:
     # the zoo's drafter for the zoo's `shapes-vlm`, else one that knows nothing
     if Path(getattr(model, "name_or_path", "")).name == "shapes-vlm" and any((f / "shapes-msd").is_dir() for f in zoo_folders()):
         return MSD(load_msd_drafter("shapes-msd", model.device).to(model.dtype))
-    return MSD(new_msd_drafter(model))
+    return MSD(new_msd_drafter(model), k=4, depth=2, nodes=12)  # a large tree of such a drafter only costs time

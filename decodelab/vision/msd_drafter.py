@@ -30,7 +30,7 @@ from ..core.zoo import load_part
 __all__ = ['MSDConfig', 'MSDDrafter', 'state_width', 'new_msd_drafter', 'load_msd_drafter', 'check_msd', 'draft_logits', 'pairs',
            'MSDSession']
 
-# %% ../../nbs/vision/msd_drafter.ipynb #97b4728f
+# %% ../../nbs/vision/msd_drafter.ipynb #6a2db868
 class MSDConfig(PreTrainedConfig):
     "Shape of a drafter that reads a target's last hidden states."
 
@@ -46,7 +46,7 @@ class MSDConfig(PreTrainedConfig):
         rope_theta: float = 10_000.0,  # base of the rotary positions
         rms_norm_eps: float = 1e-6,  # added to the mean square in the norm
         max_position_embeddings: int | None = None,  # positions of the target, None: without a limit
-        decoupled: bool = True,  # cells of pictures pass by the fusion; False: every position is fused, as in EAGLE
+        decoupled: bool = True,  # cells of pictures enter unfused; False: every position is fused, as in EAGLE
         input_norm: bool = False,  # a norm before the attention, as the version for Qwen2-VL has
         **kwargs: Any,  # further fields of a transformers config
     ):
@@ -74,21 +74,14 @@ class MSDDrafter(PreTrainedModel, GenerationMixin):
         names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
         rope: Any = {"rope_type": "default", "rope_theta": config.rope_theta}
         shape: dict[str, Any] = {name: getattr(config, name) for name in names}
-        one = LlamaConfig(
-            vocab_size=1,
-            num_hidden_layers=1,
-            rope_parameters=rope,
-            attn_implementation="sdpa",
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
-            **shape,
-        )
+        shape |= {"attn_implementation": "sdpa", "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+        one = LlamaConfig(vocab_size=1, num_hidden_layers=1, rope_parameters=rope, **shape)
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size)
-        self.body: Any = LlamaModel(one)
-        self.body.embed_tokens, self.body.norm = nn.Identity(), nn.Identity()
+        body: Any = LlamaModel(one)
+        body.embed_tokens, body.norm = nn.Identity(), nn.Identity()
         if not config.input_norm:
-            self.body.layers[0].input_layernorm = nn.Identity()
+            body.layers[0].input_layernorm = nn.Identity()
+        self.body = body
         self.post_init()
 
     def forward(

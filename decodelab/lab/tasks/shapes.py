@@ -92,11 +92,11 @@ def pixels(
     numbers = np.random.default_rng(random.Random(f"noise {seed}").getrandbits(63))
     return (picture + numbers.normal(0, noise, picture.shape)).clip(0, 255).round().astype(np.uint8)
 
-# %% ../../../nbs/lab/tasks/shapes.ipynb #ba0da525
+# %% ../../../nbs/lab/tasks/shapes.ipynb #c2be35da
 ROWS = ("one", "two", "three", "four")
 NUMBERS = ("no", *ROWS, *["five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"])
 _THINGS = ("kite", "key", "drum", "boat", "lamp")
-_PLACES = ("by the river", "on a hill", "in the forest", "near the sea")
+_WHERE = ("by the river", "on a hill", "in the forest", "near the sea")
 _MOODS = ("sad", "happy", "tired", "proud")
 _ENDS = ("they went home together .", "they danced until night .", "they found it under a tree .", "nobody ever saw it again .")
 
@@ -158,7 +158,7 @@ def _reverse(rng: random.Random) -> Talk:
 def _story(rng: random.Random) -> Talk:
     a, b = _things(rng, 2)
     hero, friend, thing, mood = a[2:], b[2:], rng.choice(_THINGS), rng.choice(_MOODS)
-    first = f"once there was {a} . it lived in a small house {rng.choice(_PLACES)} ."
+    first = f"once there was {a} . it lived in a small house {rng.choice(_WHERE)} ."
     then = f"one day the {hero} met {b} . the {friend} was {mood} because it had lost its {thing} ."
     return Talk("story", f"tell a story about {a} and {b} .", f"{first} {then} the {hero} looked for the {thing} . {rng.choice(_ENDS)}")
 
@@ -178,11 +178,11 @@ def talk(
     rng = random.Random(f"talk {seed}")
     return _MAKERS[rng.choice(kinds)](rng)
 
-# %% ../../../nbs/lab/tasks/shapes.ipynb #80ba8a01
+# %% ../../../nbs/lab/tasks/shapes.ipynb #91fbd3a5
 IMAGE = "<image>"
 _SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", IMAGE, "<|user|>", "<|assistant|>")
 _FIXED = "what is in the picture row column ? how many shapes are there : , . a nothing repeat you said reverse tell story about and once was it lived small house one day met because had lost its looked for"
-WORDS = (*dict.fromkeys([*_FIXED.split(), *NUMBERS, *COLOURS, *SHAPES, *_THINGS, *_MOODS, *" ".join((*_PLACES, *_ENDS)).split()]),)
+WORDS = (*dict.fromkeys([*_FIXED.split(), *NUMBERS, *COLOURS, *SHAPES, *_THINGS, *_MOODS, *" ".join((*_WHERE, *_ENDS)).split()]),)
 SEEN = {*COLOURS, *SHAPES, *NUMBERS, "nothing", "a"}  # words of an answer that may depend on the picture
 
 
