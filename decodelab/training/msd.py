@@ -178,7 +178,7 @@ def msd_figures(
         found[kind] = float(msd_agreement(drafter, model, batch).double().mean())
     return found
 
-# %% ../../nbs/training/msd.ipynb #002a52e8
+# %% ../../nbs/training/msd.ipynb #57cf3816
 def train_msd(
     settings: MSDRecipe,  # what to train
     out: str | Path,  # folder of the drafter; checkpoints go to `out/run`
@@ -227,10 +227,10 @@ def load_target(
     name: str,  # zoo name, path of a folder, or Hugging Face hub id
 ) -> tuple[Any, Any]:
     "A model of pictures and text in float32, on the GPU where there is one, and its processor."
-    model, _ = load(name, device=resolve_device("auto"))
-    return model, load_processor(name)
+    processor = load_processor(name)
+    return load(name, device=resolve_device("auto"))[0], processor
 
-# %% ../../nbs/training/msd.ipynb #bd4d8dbc
+# %% ../../nbs/training/msd.ipynb #945f7db0
 def msd_card(
     folder: str | Path,  # folder of a trained drafter, with its `training.json`
 ) -> str:
@@ -246,7 +246,7 @@ def msd_card(
         f"{figures['parameters']:,} parameters in bfloat16; embeddings and output layer are the target's.",
         _USE.replace("{target}", settings["target"]),
         {
-            "Training": f"{took}\n\n{curve_table(figures)}",
+            "Training": "\n\n".join([took, *figures.get("remarks", ()), curve_table(figures)]),
             "On held-out talks": "Share of the answers' tokens at which drafter and target have the same best one.\n\n| kind | agreement |\n|---|---:|\n"
             + "\n".join(f"| {kind} | {shown(value, '.3f')} |" for kind, value in rows),
         },

@@ -40,8 +40,8 @@ from .recipes import recipe
 from .runs import RunTrainer, TrainingRun, check_recipe, processes, training_arguments
 
 # %% auto #0
-__all__ = ['talk_row', 'Talks', 'collate_talks', 'ShapesRecipe', 'pretrain_tower', 'train_shapes_vlm', 'answer_figures',
-           'train_shapes_recipe']
+__all__ = ['talk_row', 'Talks', 'collate_talks', 'ShapesRecipe', 'pretrain_tower', 'ShapesTrainer', 'train_shapes_vlm',
+           'answer_figures', 'train_shapes_recipe']
 
 # %% ../../nbs/training/shapes_vlm.ipynb #ffae663e
 def talk_row(
@@ -96,7 +96,7 @@ def collate_talks(
         batch[name] = stack(parts, batch_first=True, padding_value=fill.get(name, 0)) if parts[0].ndim == 1 else torch.cat(parts)
     return batch
 
-# %% ../../nbs/training/shapes_vlm.ipynb #34af540d
+# %% ../../nbs/training/shapes_vlm.ipynb #4f662a4c
 @dataclass
 class ShapesRecipe:
     "A small LLaVA on pictures of shapes; the defaults are those of the zoo's `shapes-vlm`."
@@ -190,6 +190,14 @@ def pretrain_tower(
     return losses
 
 
+class ShapesTrainer(RunTrainer):
+    "Resumes: a LLaVA is saved under the names of its release, which only `from_pretrained` reads."
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = LlavaForConditionalGeneration.from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        (self.model if model is None else model).load_state_dict(saved.state_dict())
+
+
 def train_shapes_vlm(
     settings: ShapesRecipe,  # what to train
     out: str | Path,  # folder of the finished model; checkpoints go to `out/run`
@@ -202,7 +210,7 @@ def train_shapes_vlm(
         model = settings.model(processor)
         pretrain_tower(model, processor, settings.tower_steps, settings.seed)
         arguments = training_arguments(settings, run.folder, remove_unused_columns=False, label_names=["labels"], **cosine_adamw(settings))
-        trainer = RunTrainer(model, arguments, train_dataset=rows, eval_dataset=probe, data_collator=collate_talks)
+        trainer = ShapesTrainer(model, arguments, train_dataset=rows, eval_dataset=probe, data_collator=collate_talks)
         run.train(trainer, tokenizer=tokenizer_fingerprint(processor.tokenizer))
         figures, machine = run.figures(trainer), run.segments[-1]["machine"]
         tokens = sum(len(probe[i]["input_ids"]) for i in range(len(probe))) / len(probe)
