@@ -71,7 +71,7 @@ def train_arm(
             drafter.train()
     return drafter.eval(), said
 
-# %% ../../../nbs/experiments/vision/msd.ipynb #6856f947
+# %% ../../../nbs/experiments/vision/msd.ipynb #2de8629a
 def asked(
     kind: str,  # kind of the talks
     n: int,  # how many
@@ -111,11 +111,14 @@ def agreement(
     drafter: MSDDrafter,  # drafter
     model: Any,  # target
     batch: Mapping[str, torch.Tensor],  # talks with the target's own answers
-    blind: bool = False,  # zeros in place of the pictures
+    shown: str = "own",  # picture that the drafter is shown: its own, "none" (zeros), or "another" of the batch (all at the same positions)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Whether the best tokens agree, and the target's best tokens; over the answers, [n] each."
     embeds, pictures, states = target_features(model, batch)
-    embeds = embeds.masked_fill(pictures[..., None], 0.0) if blind else embeds
+    if shown == "none":
+        embeds = embeds.masked_fill(pictures[..., None], 0.0)
+    elif shown == "another":
+        embeds = torch.where(pictures[..., None], embeds.roll(1, 0), embeds)
     g = drafter(embeds, states[:, :-1], pictures, attention_mask=batch["attention_mask"][:, :-1]).logits
     kept = (batch["labels"][:, :-1] != -100) & (batch["attention_mask"][:, 1:] > 0)
     best = draft_logits(model, states[:, 1:][kept]).argmax(-1)
@@ -164,7 +167,7 @@ class Untempered(MSD):
             emitted[row][-1] = int(torch.multinomial(weights, 1))
         return paths, emitted
 
-# %% ../../../nbs/experiments/vision/msd.ipynb #37734418
+# %% ../../../nbs/experiments/vision/msd.ipynb #9c7bbf42
 def shapes_of(
     drafter: MSDDrafter,  # drafter
 ) -> dict[str, MSD]:
@@ -237,7 +240,7 @@ def blind_rows(
     found: dict[str, list[float]] = {}
     for kind in PICTURED:
         for eyes in ("sees", "blind"):
-            same, best = agreement(drafter, model, probes[kind], blind=eyes == "blind")
+            same, best = agreement(drafter, model, probes[kind], "none" if eyes == "blind" else "own")
             needs = torch.isin(best, seen)
             for name, those in (("picture's words", needs), ("other words", ~needs)):
                 found.setdefault(f"{name}, {eyes}", []).append(float(same[those].float().mean()))
