@@ -373,6 +373,10 @@ def load_part(
     folder = Path(place) if Path(place).is_dir() else zoo_path(str(place))
     weights = folder / "model.safetensors"
     safetensors_header(weights)
+    kind = _read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
+    wanted = getattr(config_cls, "model_type", "") or kind
+    if kind != wanted:
+        raise ValueError(f"{folder} holds no {cls.__name__} (its config.json says {kind!r}, not {wanted!r}): name the folder of one")
     part = cls(config_cls.from_pretrained(folder))
     part.load_state_dict(load_file(weights))
     return part.to(device).eval()

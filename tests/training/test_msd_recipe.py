@@ -193,7 +193,7 @@ def test_the_recipe_writes_a_card_whose_command_trains_it_again(tmp_path, monkey
     made = shapes_processor()
     train_msd_recipe(small, tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
-    assert "decodelab train msd --set name=trial" in card and f"load_msd_drafter(\"{tmp_path / 'out'}\")" in card
+    assert "decodelab train msd --set name=trial" in card and f'load_msd_drafter("{tmp_path / "out"}")' in card
     assert set(json.loads((tmp_path / "out/training.json").read_text())["held_out"]) == {*PICTURED, *WORDED}
 
 

@@ -15,7 +15,7 @@ from decodelab.core.tree import Tree
 from decodelab.speculative.base import SpeculativeDecoder, walk
 from decodelab.vision import msd as module
 from decodelab.vision.msd import MSD, prune
-from decodelab.vision.msd_drafter import MSDConfig, MSDDrafter, draft_logits, new_msd_drafter, pairs
+from decodelab.vision.msd_drafter import MSDConfig, MSDDrafter, draft_logits, load_msd_drafter, new_msd_drafter, pairs
 
 pictures = importlib.import_module("test_pictures")
 CALLS, GREEDY, llava, qwen, expected = pictures.CALLS, pictures.GREEDY, pictures.llava, pictures.qwen, pictures.expected
@@ -298,6 +298,13 @@ def test_a_drafter_of_another_target_is_refused():
         MSD(MSDDrafter(MSDConfig(16, 24, 4, 2, 4))).generate(model, **CALLS["llava"][1](), **GREEDY)
     with pytest.raises(ValueError, match="drafter must be an MSDDrafter"):
         MSD(model).generate(model, **CALLS["llava"][1](), **GREEDY)
+
+
+def test_a_folder_that_holds_something_else_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"tales holds no MSDDrafter \(its config.json says 'llama', not 'msd_drafter'\)"):
+        load_msd_drafter("tales")
+    with pytest.raises(FileNotFoundError):
+        load_msd_drafter(tmp_path)
 
 
 def test_a_drafter_that_says_nan_costs_nothing_but_time():
