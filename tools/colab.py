@@ -36,7 +36,7 @@ def with_install_cell(
     notebook: dict[str, Any],  # a notebook as its file holds it
 ) -> dict[str, Any]:
     "The notebook with the present install cell before its first code; an older install cell is replaced."
-    cells = [c for c in notebook["cells"] if c.get("id") != ID]
+    cells = [c for c in notebook["cells"] if c.get("id") != ID and source(c).strip() != INSTALL.strip()]  # of copied pages, too
     first = next((i for i, c in enumerate(cells) if c["cell_type"] == "code" and has_code(source(c))), len(cells))
     lines = INSTALL.splitlines(keepends=True)
     cell = {"cell_type": "code", "execution_count": None, "id": ID, "metadata": {}, "outputs": [], "source": lines}

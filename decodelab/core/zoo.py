@@ -22,7 +22,7 @@ from .fetched import FETCHABLE, fetched_folder
 
 # %% auto #0
 __all__ = ['checkout_root', 'zoo_folders', 'zoo_path', 'safetensors_header', 'ZooModel', 'zoo_models', 'check_model_folder',
-           'resolve_dtype', 'locate', 'without_bars', 'load', 'load_part', 'address', 'model_card']
+           'resolve_dtype', 'locate', 'without_bars', 'load', 'load_processor', 'load_part', 'address', 'model_card']
 
 # %% ../../nbs/core/zoo.ipynb #6cb2e431
 def checkout_root() -> Path | None:
@@ -61,6 +61,8 @@ _CHECKOUT_ONLY = (
     "programs",
     "recall",
     "reader",
+    "shapes-msd",
+    "shapes-vlm",
     "summariser",
     "summariser-plain",
     "summariser-plan",
@@ -261,12 +263,18 @@ def without_bars(
 
 def _fitting_class(place: str | Path, pin: dict[str, str]) -> Any:
     # a model is called masked by the class that its configuration names
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     config = AutoConfig.from_pretrained(place, trust_remote_code=False, **pin)
     if type(config) in AutoModelForSeq2SeqLM._model_mapping and (config.architectures or [""])[0].endswith("ForConditionalGeneration"):
         return AutoModelForSeq2SeqLM
     fitting = AutoModelForMaskedLM if (config.architectures or [""])[0].endswith("ForMaskedLM") else AutoModelForCausalLM
+    if (
+        fitting is AutoModelForCausalLM
+        and type(config) not in fitting._model_mapping
+        and type(config) in AutoModelForImageTextToText._model_mapping
+    ):
+        return AutoModelForImageTextToText
     if type(config) not in fitting._model_mapping:
         kind = "masked" if fitting is AutoModelForMaskedLM else "causal"
         raise ValueError(
@@ -332,6 +340,26 @@ def load(
     _check_fit(str(name), model, info)
     return model.to(where).eval(), tokenizer
 
+# %% ../../nbs/core/zoo.ipynb #proc0002
+def load_processor(
+    name: str | Path,  # zoo name, path of a folder, or Hugging Face hub id
+    revision: str | None = None,  # branch, tag or commit of a hub model
+) -> Any:
+    'The processor of a model of pictures and text: `processor(images=..., text=..., return_tensors="pt")`; `ValueError` where there is none.'
+    from transformers import AutoProcessor
+
+    place = locate(str(name))
+    pin = {"revision": revision} if revision and isinstance(place, str) else {}
+    try:
+        processor = AutoProcessor.from_pretrained(place, trust_remote_code=False, **pin)
+    except ImportError as error:
+        raise ValueError(f"the processor of {name} needs a library that is missing: {str(error).strip()}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} has no processor: it reads text alone, `load` gives its tokenizer") from error
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(f"{name} has no processor of pictures: it reads text alone, `load` gives its tokenizer")
+    return processor
+
 # %% ../../nbs/core/zoo.ipynb #part0002
 def load_part(
     place: str | Path,  # name in the zoo, or a folder with `config.json` and `model.safetensors`
@@ -345,6 +373,10 @@ def load_part(
     folder = Path(place) if Path(place).is_dir() else zoo_path(str(place))
     weights = folder / "model.safetensors"
     safetensors_header(weights)
+    kind = _read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
+    wanted = getattr(config_cls, "model_type", "") or kind
+    if kind != wanted:
+        raise ValueError(f"{folder} holds no {cls.__name__} (its config.json says {kind!r}, not {wanted!r}): name the folder of one")
     part = cls(config_cls.from_pretrained(folder))
     part.load_state_dict(load_file(weights))
     return part.to(device).eval()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .claims import Claim, Claims
-from ..core.zoo import checkout_root, load, resolve_dtype
+from ..core.zoo import checkout_root, load, load_processor, resolve_dtype
 
 # %% auto #0
 __all__ = ['ROLES', 'read_settings', 'chosen_profile', 'setting_text', 'setting_int', 'resolve_device', 'set_threads', 'Lab',
@@ -90,7 +90,7 @@ def set_threads() -> None:
         torch.set_num_threads(int(asked))
 
 # %% ../../nbs/lab/lab.ipynb #ad89e3ee
-ROLES = ("target", "draft", "featuriser", "tasks", "diffusion", "diffusion_tasks")
+ROLES = ("target", "draft", "featuriser", "tasks", "diffusion", "diffusion_tasks", "vision")
 
 
 class Lab:
@@ -160,6 +160,11 @@ class Lab:
     def diffusion(self) -> tuple[Any, Any]:
         "The masked language model that diffusion methods are tried on, and its tokenizer."
         return self.load("diffusion")
+
+    def vision(self) -> tuple[Any, Any]:
+        "The model of pictures and text, and its processor."
+        model, _ = self.load("vision")
+        return model, load_processor(self.names["vision"], self.settings.get("revision"))
 
     def n(
         self,

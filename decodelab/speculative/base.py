@@ -239,6 +239,8 @@ class SpeculativeDecoder(Decoder):
 
     lossy: TypicalAcceptance | None = field(default=None, kw_only=True)  # NOT lossless: a rule in place of the exact one, when sampling
 
+    target_arguments: ClassVar[dict[str, Any]] = {}  # further arguments of the target's forwards, such as output_hidden_states=True
+
     @property
     def rule(self) -> Rule:
         "Who decides, when sampling, which draft tokens stay; exact for the way in which `draft` makes its draft tokens."
@@ -352,7 +354,7 @@ class SpeculativeDecoder(Decoder):
             if behind is not None:
                 logits, behind = behind, None
             else:
-                logits = session.feed(draft.tokens) if plain else session.feed_tree(draft.tokens, draft.tree)  # b.
+                logits = self._verify(session, draft, plain)  # b.
             draft = draft if plain else self.complete(call, draft)
             paths, emitted = self.walk(call, draft, logits)  # c.
             if not plain:
@@ -375,6 +377,11 @@ class SpeculativeDecoder(Decoder):
                     call.size.keep_rows(rows.tolist())
                 roots = roots[rows]
 
+    def _verify(self, session: Session, draft: Draft, plain: bool) -> torch.Tensor:
+        if plain:
+            return session.feed(draft.tokens, **self.target_arguments)
+        return session.feed_tree(draft.tokens, draft.tree, **self.target_arguments)
+
     def _draft(self, call: Call, roots: torch.Tensor, plain: bool) -> Draft:
         if plain:
             self.skip(call, roots)
@@ -385,14 +392,14 @@ class SpeculativeDecoder(Decoder):
         # logits behind the prompt when the sizes are fitted: then its last token needs no forward of its own, and the first round no draft
         kept = 0 if self.reads_prompt else 1
         if call.size is not None:
-            logits = session.prefill(call.prompt, keep=kept)
+            logits = session.prefill(call.prompt, keep=kept, **self.target_arguments)
             self.start(call, logits[:, :-1] if self.reads_prompt else None)
             return logits[:, -1:]
         if session.slots == call.prompt.shape[1] - 1:  # a single token, or a passed cache that holds all but the last
             session.resume(call.prompt[:, :-1])
             self.start(call, None)
         else:
-            logits = session.prefill(call.prompt[:, :-1], keep=kept)
+            logits = session.prefill(call.prompt[:, :-1], keep=kept, **self.target_arguments)
             self.start(call, logits if self.reads_prompt else None)
         return None
 

@@ -170,6 +170,16 @@ class Guarded:
             self._stop_diverged(f"the weights are not finite after step {self.state.global_step}")
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # `Trainer` warns of weights that a checkpoint does not hold, and goes on with random ones; a tied weight is not missing
+        missing = {name for name, _ in self.model.named_parameters()} & {*load_result.missing_keys}  # type: ignore[attr-defined]
+        if missing:
+            raise ValueError(
+                f"the checkpoint does not hold {min(missing)} and {len(missing) - 1} other weights: name another folder to train anew"
+            )
+        if load_result.missing_keys and hasattr(self.model, "tie_weights"):  # type: ignore[attr-defined]
+            self.model.tie_weights()  # type: ignore[attr-defined]
+
     def _stop_diverged(self, what: str) -> None:
         kept = newest_whole_checkpoint(Path(str(self.args.output_dir)))
         where = f"{kept.name} is the last good checkpoint" if kept else "there is no checkpoint yet"

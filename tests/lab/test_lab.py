@@ -22,6 +22,7 @@ featuriser = tales
 tasks = tasks
 diffusion = tales-mdm
 diffusion_tasks = tasks-mdm
+vision = shapes-vlm
 max_new_tokens = 16
 revision = main
 [tiny]
@@ -64,7 +65,7 @@ def test_default_profile_and_its_inheritance(settings):
     lab = Lab("a/b", settings=settings)
     assert (lab.profile, lab.seed, lab.device, lab.dtype, lab.max_new_tokens) == ("tiny", 7, "cpu", torch.float32, 16)
     texts = {"target": "tales", "draft": "tales-draft", "featuriser": "tales", "diffusion": "tales-mdm"}
-    assert lab.names == texts | {"tasks": "tasks", "diffusion_tasks": "tasks-mdm"}
+    assert lab.names == texts | {"tasks": "tasks", "diffusion_tasks": "tasks-mdm", "vision": "shapes-vlm"}
     assert repr(lab).startswith("Lab('a/b', profile tiny, cpu, float32, seed 7; target tales")
 
 

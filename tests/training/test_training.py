@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from decodelab.cli import app
 from decodelab.core.zoo import load, model_card, zoo_path
 from decodelab.training import checkpoints as kept
-from decodelab.training import language_model, learn2pd, longspec, masked_diffusion, runs, specdec_pp
+from decodelab.training import language_model, learn2pd, longspec, msd, masked_diffusion, runs, specdec_pp
 from decodelab.training.checkpoints import checkpoint_fault, fingerprint, keep_tensors, kept_tensors, newest_whole_checkpoint
 from decodelab.training.denoising_data import TaskBatches, TextBatches, task_examples
 from decodelab.training.language_model import LanguageModelRecipe, Windows, encode_stream, held_out_figures, train_language_model
@@ -676,6 +676,7 @@ def test_a_masked_model_is_refused_before_anything_starts(name, field, tmp_path)
 
 def test_every_recipe_that_names_a_causal_model_is_tried():
     masked = {"cj-grpo", "tasks-learn2pd", "tales-mdm", "tasks-mdm"}  # these start from masked models, or make them
+    masked.add("msd")  # which needs one that sees pictures
     named = ("model", "target", "drafter", "start_from")
     fields = {(name, f) for name, found in recipes().items() for f in named if isinstance(getattr(found.settings, f, None), str)}
     assert {pair for pair in fields if pair[0] not in masked} == set(CAUSAL)
@@ -1051,6 +1052,8 @@ def test_cards_show_figures_that_are_none(finished, tmp_path):
         ("tales-specdec-pp", specdec_pp.head_card),
         ("tasks-learn2pd", learn2pd.filter_card),
         ("tales-longspec", longspec.longspec_card),
+        ("shapes-vlm", model_card),
+        ("shapes-msd", msd.msd_card),
     ],
 )
 def test_cards_of_the_zoo_can_be_written_again(name, card, tmp_path):
