@@ -159,7 +159,7 @@ def test_the_tower_learns_to_name_cells(processor):
 
 
 def test_own_talks(pair, tmp_path):
-    model, processor = pair
+    _, processor = pair
     own = tuple([talk_row(processor, talk(kinds, i), i) for i in range(34)] for kinds in (WORDED, PICTURED))
     figures = train_msd(MSD, tmp_path, pair, own)
     assert set(figures["held_out"]) == {"words", "pictures"}

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from decodelab.cli import app
 from decodelab.core.zoo import load, model_card, zoo_path
 from decodelab.training import checkpoints as kept
-from decodelab.training import language_model, learn2pd, longspec, msd, masked_diffusion, runs, specdec_pp
+from decodelab.training import language_model, learn2pd, longspec, masked_diffusion, msd, runs, specdec_pp
 from decodelab.training.checkpoints import checkpoint_fault, fingerprint, keep_tensors, kept_tensors, newest_whole_checkpoint
 from decodelab.training.denoising_data import TaskBatches, TextBatches, task_examples
 from decodelab.training.language_model import LanguageModelRecipe, Windows, encode_stream, held_out_figures, train_language_model
