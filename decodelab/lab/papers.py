@@ -18,8 +18,8 @@ from ..core.zoo import checkout_root
 from .claims import VERDICTS, Claim
 
 # %% auto #0
-__all__ = ['Paper', 'bibliography', 'papers', 'Measured', 'claims_of', 'claim_of', 'summary_of', 'first_held', 'first_failed',
-           'verdict_lines', 'family_counts']
+__all__ = ['Paper', 'bibliography', 'papers', 'marked', 'Measured', 'claims_of', 'claim_of', 'summary_of', 'first_held',
+           'first_failed', 'verdict_lines', 'family_counts']
 
 # %% ../../nbs/lab/papers.ipynb #dc693a9c
 @dataclass(frozen=True)
@@ -68,6 +68,13 @@ def _root() -> Path:
     return root
 
 # %% ../../nbs/lab/papers.ipynb #ae1dcff7
+def marked(
+    text: str,  # a sentence of a claim, or a title
+) -> str:
+    "The text as Markdown: signs that would be read as markup are escaped, code in backticks stays."
+    return re.sub(r"([*|$<])", r"\\\1", text)
+
+
 @dataclass(frozen=True)
 class Measured:
     "A claim as a stored run left it."
@@ -89,7 +96,7 @@ class Measured:
     def line(self) -> str:
         "Claim, numbers and profile as one line of Markdown."
         numbers = f": {self.numbers}" if self.numbers else ""
-        return f"{self.claim.text.rstrip('.')}{numbers} (`{self.profile}`)"
+        return f"{marked(self.claim.text.rstrip('.'))}{numbers} (`{self.profile}`)"
 
 
 def claims_of(
@@ -151,11 +158,11 @@ def verdict_lines(
     pages = [p for p in paper.notebooks if summary_of(p)[0]]
     claims = [m for notebook in paper.notebooks for m in claims_of(notebook)]
     held, failed = first_held(claims), first_failed(claims)
-    links = ", ".join(f"[{summary_of(p)[0]}]({p}.ipynb)" for p in pages) or paper.key
-    reason = f". {failed.claim.why}" if failed else ""
+    links = ", ".join(f"[{summary_of(p)[0]}]({p}.ipynb)" for p in pages) or paper.key.upper()
+    reason = f". {marked(failed.claim.why)}" if failed else ""
     return [
-        f"**{links}**, *[{paper.title}]({paper.url})*, {paper.year}",
-        summary_of(pages[0])[1] if pages else "Its page is not written yet.",
+        f"**{links}**, *[{marked(paper.title)}]({paper.url})*, {paper.year}",
+        " ".join(summary_of(p)[1] for p in pages) or "Its page is not written yet.",
         f"**held**: {held.line()}" if held else ("No claim held." if claims else "Nothing is measured yet."),
         f"**{failed.verdict}**: {failed.line()}{reason}" if failed else ("Nothing was refuted or left open." if claims else ""),
     ]
