@@ -236,14 +236,18 @@ def _buttons(notebook: Notebook, modules: set[str]) -> str:
 
 
 def as_markdown(prepared: nbformat.NotebookNode) -> str:
-    """A page as plain markdown (prose, code, text outputs), for readers that are not browsers."""
+    """A page as plain markdown (prose, shown code, Markdown and text outputs), for readers that are not browsers."""
     parts = []
     for cell in prepared.cells:
         if cell.cell_type == "markdown":
             parts.append(re.sub(r'<div class="dl-buttons">.*?</div>\n*', "", re.sub(r"\{py:obj\}`(\S+) <[^>]+>`", r"`\1`", cell.source)))
             continue
-        parts.append(f"```python\n{cell.source}\n```")
+        if "remove-input" not in cell.metadata.get("tags", ()):
+            parts.append(f"```python\n{cell.source}\n```")
         for output in cell.outputs:
+            if written := output.get("data", {}).get("text/markdown"):
+                parts.append("".join(written))
+                continue
             text = output.get("text") if output.output_type == "stream" else output.get("data", {}).get("text/plain", "")
             if text and not text.startswith("<Figure"):
                 parts.append(f"```text\n{text.rstrip()}\n```")
