@@ -121,9 +121,12 @@ def _code(cell: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
         what = "imports" if _imports_only(cell.source) else "code"
         cell.metadata.setdefault("mystnb", {}).update(code_prompt_show=f"Show {what}", code_prompt_hide=f"Hide {what}")
     cell.outputs = [o for o in cell.outputs if not _address_only(o)]
-    for output in cell.outputs:  # links to notebooks, which the builder mends in prose only
-        if text := output.get("data", {}).get("text/markdown"):
-            output["data"]["text/markdown"] = re.sub(r"\]\(([\w./]+)\.ipynb\)", r"](\1.html)", "".join(text))
+    for output in cell.outputs:
+        if text := "".join(output.get("data", {}).get("text/markdown") or ""):
+            if re.search(r"^\|[ :-]*---", text, re.M):  # a table, which only the parser of prose knows; it mends links, too
+                cell.metadata.setdefault("mystnb", {})["markdown_format"] = "myst"
+            else:
+                output["data"]["text/markdown"] = re.sub(r"\]\(([\w./]+)\.ipynb\)", r"](\1.html)", text)
     for output in cell.outputs:
         if "data" in output and len(output.data) > 1:
             output.data.pop("application/vnd.jupyter.widget-view+json", None)

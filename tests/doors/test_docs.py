@@ -56,6 +56,21 @@ def test_plain_page_holds_what_a_reader_sees(docs):
     assert text == "| a |\n|---|\n\n```python\n1 + 1\n```\n\n```text\n2\n```\n"
 
 
+def test_tables_of_outputs_are_read_as_prose(docs):
+    "Plain CommonMark has no tables: an output with one says who reads it; links of the others are mended here."
+    notebooks, _ = docs
+    made = {}
+    for name, text in (("table", "| a | b |\n|---|---|\n| [x](y/z.ipynb) | 1 |"), ("list", "- [x](y/z.ipynb) --- 1")):
+        output = nbformat.v4.new_output("display_data", {"text/markdown": text})
+        title = nbformat.v4.new_markdown_cell("# Title")
+        page = nbformat.v4.new_notebook(cells=[title, nbformat.v4.new_code_cell("made()", outputs=[output])])
+        made[name] = notebooks.page(notebooks.Notebook("a", "Title", "", page), {}, set()).cells[1]
+    assert made["table"].metadata["mystnb"]["markdown_format"] == "myst"
+    assert "(y/z.ipynb)" in made["table"].outputs[0]["data"]["text/markdown"]
+    assert "markdown_format" not in made["list"].metadata.get("mystnb", {})
+    assert "(y/z.html)" in made["list"].outputs[0]["data"]["text/markdown"]
+
+
 def glossary() -> dict[str, str]:
     "Terms and meanings."
     text = nbformat.read(ROOT / "nbs/glossary.ipynb", as_version=4).cells[0].source
