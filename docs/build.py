@@ -94,6 +94,7 @@ def write_pages(description: str, base: str) -> list[Notebook]:
     for name in extra:
         write(f"{name.lower()}.md", repository_page(ROOT / f"{name}.md"))
     write_home(description, notebooks, modules, table, [n.lower() for n in extra])
+    write("../markdown/papers.bib", (NBS / "papers.bib").read_text(encoding="utf-8"))
     own = NBS / "llms.txt"
     write("../markdown/llms.txt", own.read_text(encoding="utf-8") if own.exists() else llms_text(description, base, notebooks, modules))
     return notebooks

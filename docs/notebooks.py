@@ -121,9 +121,12 @@ def _code(cell: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
         what = "imports" if _imports_only(cell.source) else "code"
         cell.metadata.setdefault("mystnb", {}).update(code_prompt_show=f"Show {what}", code_prompt_hide=f"Hide {what}")
     cell.outputs = [o for o in cell.outputs if not _address_only(o)]
-    for output in cell.outputs:  # links to notebooks, which the builder mends in prose only
-        if text := output.get("data", {}).get("text/markdown"):
-            output["data"]["text/markdown"] = re.sub(r"\]\(([\w./]+)\.ipynb\)", r"](\1.html)", "".join(text))
+    for output in cell.outputs:
+        if text := "".join(output.get("data", {}).get("text/markdown") or ""):
+            if re.search(r"^\|[ :-]*---", text, re.M):  # a table, which only the parser of prose knows; it mends links, too
+                cell.metadata.setdefault("mystnb", {})["markdown_format"] = "myst"
+            else:
+                output["data"]["text/markdown"] = re.sub(r"\]\(([\w./]+)\.ipynb\)", r"](\1.html)", text)
     for output in cell.outputs:
         if "data" in output and len(output.data) > 1:
             output.data.pop("application/vnd.jupyter.widget-view+json", None)
@@ -236,14 +239,18 @@ def _buttons(notebook: Notebook, modules: set[str]) -> str:
 
 
 def as_markdown(prepared: nbformat.NotebookNode) -> str:
-    """A page as plain markdown (prose, code, text outputs), for readers that are not browsers."""
+    """A page as plain markdown (prose, shown code, Markdown and text outputs), for readers that are not browsers."""
     parts = []
     for cell in prepared.cells:
         if cell.cell_type == "markdown":
             parts.append(re.sub(r'<div class="dl-buttons">.*?</div>\n*', "", re.sub(r"\{py:obj\}`(\S+) <[^>]+>`", r"`\1`", cell.source)))
             continue
-        parts.append(f"```python\n{cell.source}\n```")
+        if "remove-input" not in cell.metadata.get("tags", ()):
+            parts.append(f"```python\n{cell.source}\n```")
         for output in cell.outputs:
+            if written := output.get("data", {}).get("text/markdown"):
+                parts.append("".join(written))
+                continue
             text = output.get("text") if output.output_type == "stream" else output.get("data", {}).get("text/plain", "")
             if text and not text.startswith("<Figure"):
                 parts.append(f"```text\n{text.rstrip()}\n```")

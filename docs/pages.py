@@ -42,6 +42,18 @@ ABOUT = {
     "vision": ("Vision", "The same loops with images. A paper supplies the drafter or the planner."),
 }
 NOT_PAPERS = ("core", "lab", "training")
+COMPARING = ("which", "verdicts", "differences")  # pages of no family that compare the papers
+# page, what it is called, what it holds: the pages that no notebook holds, for readers that are not browsers
+TABLES = (
+    (
+        "_sources/methods.md",
+        "Methods",
+        "every registered decoder and recipe: family, paper, whether it is lossless, whether it needs training",
+    ),
+    ("_sources/scoreboard.md", "Scoreboard", "every claim of every paper with what was measured"),
+    ("_sources/zoo/index.md", "Zoo", "the small models that come with the repository"),
+    ("papers.bib", "Bibliography", "all papers and baselines as BibTeX"),
+)
 
 
 def about(family: str) -> tuple[str, str]:
@@ -60,11 +72,13 @@ def toctree(entries: list[str], caption: str = "", depth: int = 2) -> str:
 def site_contents(notebooks: list[Notebook], extra: list[str]) -> str:
     """The tables of contents of the landing page; `extra` are the pages at the end."""
     families = sorted({n.family for n in notebooks if n.family}, key=family_rank)
-    loose = [n.name for n in notebooks if not n.family and n.name != "index"]
+    loose = [n.name for n in notebooks if not n.family and n.name not in ("index", *COMPARING)]
+    first = [name for name in COMPARING if any(n.name == name for n in notebooks)]
+    compare = [*first, "methods", "scoreboard", *(f"{f}/index" for f in ("experiments",) if f in families), "zoo/index"]
     return "\n\n".join(
         [
             toctree([f"{f}/index" for f in families if f not in (*NOT_PAPERS, "experiments")], "Methods"),
-            toctree(["methods", "scoreboard", *(f"{f}/index" for f in ("experiments",) if f in families), "zoo/index"], "Compare"),
+            toctree(compare, "Compare"),
             toctree([f"{f}/index" for f in NOT_PAPERS if f in families], "Foundations"),
             toctree([*loose, "api/index", *extra], "Reference"),
         ]
@@ -72,10 +86,14 @@ def site_contents(notebooks: list[Notebook], extra: list[str]) -> str:
 
 
 def landing(summary: str, body: str, notebooks: list[Notebook], contents: str) -> str:
-    """Top and bottom of the landing page around the text of the index: hero sentence and three cards."""
+    """Top and bottom of the landing page around the text of the index: hero sentence and cards."""
     papers = [n for n in notebooks if n.family and n.family not in (*NOT_PAPERS, "experiments")]
     read = (papers or notebooks)[0]
+    decide = [
+        ("Decide", "/which.ipynb", "Ten problems: what to use first, what was measured of it, what it costs, and what did not help."),
+    ]
     cards = [
+        *(decide if any(n.name == "which" for n in notebooks) else []),
         ("Read", f"/{read.family}/index.md", "Each paper is one notebook: the idea, the code piece by piece, the experiments, the claims."),
         ("Use", "/api/index.md", "Each notebook is a tested module: a decoder is one argument of `model.generate` on your own model."),
         ("Compare", "/scoreboard.md", "Every claim of a paper is measured and shown as held or not held, on the same models and prompts."),
@@ -122,6 +140,7 @@ def methods_page(table: str) -> str:
     """The page of all methods."""
     return (
         "# Methods\n\n> Every decoder of the registry, as `decodelab.decoders()` lists it, and every training recipe that is a paper's method.\n\n"
+        "Which of them for a problem of yours: {doc}`/which`. What became of each paper's claims: {doc}`/verdicts`.\n\n"
         "*Lossless* means that the output follows the distribution of the model itself: the same text under greedy decoding, the same distribution "
         f"under sampling. *Needs training* means that a part must be fitted before the method can be used.\n\n{table}\n"
     )
@@ -314,5 +333,6 @@ def llms_text(description: str, base: str, notebooks: list[Notebook], modules: l
         lines = [f"- [{n.title}]({base}{n.name}.html.md): {n.summary}" for n in notebooks if n.family == family and n.name != "index"]
         if lines:
             parts.append(f"## {about(family)[0] if family else 'Start'}\n\n" + "\n".join(lines))
+    parts.append("## Tables\n\n" + "\n".join(f"- [{title}]({base}{page}): {what}" for page, title, what in TABLES))
     parts.append("## API\n\n" + "\n".join(f"- [{m.name}]({base}_sources/api/{m.page}.md): {m.summary}" for m in modules))
     return "\n\n".join(parts) + "\n"

@@ -13,12 +13,15 @@ from importlib import metadata
 from pathlib import Path
 
 import check
+import citation
 import colab
 import gpu
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from decodelab.lab.papers import papers
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = {".git", ".venv", "_docs", "_site", "_proc", "dist", "build", "runs", "wandb", "scratch", "__pycache__", ".ipynb_checkpoints"}
@@ -119,18 +122,25 @@ def test_make_targets():
 
 
 def test_citation():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert citation["cff-version"] == "1.2.0"
-    assert {"message", "title", "authors", "version", "license"} <= set(citation)
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert found["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors", "version", "license"} <= set(found)
+
+
+def test_citation_names_every_paper():
+    "The references are those of the bibliography, as tools/citation.py writes them."
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert text == citation.citation(text), "run tools/citation.py"
+    assert [r["url"] for r in yaml.safe_load(text)["references"]] == [p.url for p in papers()]
 
 
 def test_one_version():
     version = re.search(r'^__version__ = "(.+)"$', (ROOT / "decodelab/__init__.py").read_text(encoding="utf-8"), flags=re.M)
     assert version
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.M)
     assert newest
-    assert version[1] == citation["version"] == newest[1]
+    assert version[1] == found["version"] == newest[1]
 
 
 def test_one_licence():

@@ -39,6 +39,7 @@ def main_pages() -> list[str]:
     maths = [p for p in notebook_pages(paper=True) + notebook_pages(paper=False) if "math notranslate" in (SITE / p).read_text("utf-8")]
     chosen = [
         "index.html",
+        *(f"{page}.html" for page in ("which", "verdicts", "differences")),
         "methods.html",
         "scoreboard.html",
         "zoo/index.html",
