@@ -228,7 +228,7 @@ def _story(before: torch.Tensor, after: torch.Tensor, near: Neighbours | None) -
 class CAADLogitsProcessor(LogitsProcessor):
     "Adds to the scores what similar contexts of true answers suggest; give it as the first processor."
 
-    rowwise = True  # each row by itself, no memory: may be asked about draft tokens
+    rowwise = True  # each row by itself, no memory: speculative decoders may use it
 
     def __init__(
         self,

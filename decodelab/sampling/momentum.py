@@ -63,7 +63,7 @@ def path_lengths(
     if longest < 1:
         raise ValueError(f"longest must be at least 1, got {longest}")
     reach, length = longest - 1, history.shape[1]
-    before = torch.nn.functional.pad(history, (reach, 0), value=-1)  # entry i + j is the token i - reach positions from position j
+    before = torch.nn.functional.pad(history, (reach, 0), value=-1)  # entry i + j: the token reach - i positions before position j
     end = before[:, length:].masked_fill(before[:, length:] < 0, -2)  # padding equals nothing, not even padding
     lengths = torch.ones_like(history)
     for i in range(reach):
@@ -185,7 +185,7 @@ class Momentum(TokenDecoder):
         call.state = call.state or _PathState()
         lengths = call.state.extend(history, self._rule.longest)
         tokens, p, r, value = self._rule.candidates(history, scores, lengths)
-        call.watch(p[:, 0])
+        call.watch(p[:, 0])  # reported if NaN or infinite
         best = value.argmax(-1, keepdim=True)  # ties: the first, which is the more probable; all blocked: the most probable
         roles, notes = (None, None) if call.trace is None else self._story(p, r, best)
         return tokens.gather(1, best)[:, 0], roles, notes

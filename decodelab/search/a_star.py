@@ -92,7 +92,7 @@ def _distinct(new: list[Partial], tokenizer: Any) -> list[Partial]:
 
 
 def _reward(value: float, scored: bool) -> float:
-    # r in [0, 1]; -inf counts as 0; without a scorer it is the probability a token
+    # r in [0, 1]; -inf counts as 0; without a scorer it is the geometric mean of the tokens' probabilities
     if not scored:
         return math.exp(value)
     if value == -math.inf:  # a text that must not be chosen
@@ -119,9 +119,9 @@ class AStar(SearchDecoder):
     else the deepest state, finished with one plain sample. A scorer outside [0, 1] raises `ValueError`.
     """
 
-    scorer: Any = None  # process reward of partial texts, 0 to 1, see `scorers`; None: probability a token
+    scorer: Any = None  # process reward of partial texts, 0 to 1, see `scorers`; None: geometric mean of the tokens' probabilities
     tokenizer: Any = None  # the model's; None: steps end by `step_tokens` only
-    k: int = 4  # steps sampled behind a state (at least 1)
+    k: int = 4  # steps sampled after a state (at least 1)
     expansions: int = 40  # states that may be extended (at least 1), then the best so far is finished
     delimiter: str = "\n\n"  # text that ends a step
     step_tokens: int = 1024  # most tokens of a step (at least 1)
@@ -168,7 +168,7 @@ class AStar(SearchDecoder):
         search: Search,  # the search
         state: Partial,  # the state that is extended
     ) -> list[Partial]:
-        "One sampled step more behind a state, k times."
+        "One sampled step more after a state, k times."
         streams = [state.stream, *search.streams(self.k - 1 if search.call.do_sample else 0)]
         search.state.growing = new = [state.fork(stream=stream) for stream in streams]
         search.grow(new, ends_step(self.tokenizer, self.delimiter), self.step_tokens)

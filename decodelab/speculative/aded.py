@@ -54,14 +54,14 @@ class Node:
 
     def choose(
         self,
-        pull: float,  # the factor of P / (1 + N)
+        pull: float,  # the factor of P / (1 + n)
     ) -> int:
         "Number of the successor to try next."
         i = self.fresh
         if i < len(self.visits):
             self.fresh = i + 1
             return i
-        # PUCT = Q + pull P / (1 + N)
+        # PUCT = Q + pull P / (1 + n)
         values = [s / n + pull * p / (1 + n) for s, n, p in zip(self.scores, self.visits, self.row.weights)]
         return values.index(max(values))
 
@@ -93,7 +93,7 @@ def search(
 def _descend(
     table: TrigramTable, root: Node, state: Pair, visits: int, pulls: list[float], depth: int, intended: bool
 ) -> tuple[list[tuple[Node, int]], Pair, float]:
-    # select down to a state that was never expanded, expand it: the moves, the state behind them, and 1 plus their weights
+    # select down to a state that was never expanded, expand it: the moves, the state after them, and 1 plus their weights
     node, new, value = root, visits == 0, 1.0
     line: list[tuple[Node, int]] = []
     while True:

@@ -107,7 +107,7 @@ class Walk:
                 else:
                     still.append((r, node))
         if self.call.in_step and (len(still) < len(self.tokens) or self.call.criteria):
-            still = []  # processors are asked for all rows together, and never behind a token that a criterion may still refuse
+            still = []  # processors are asked for all rows together, and never after a token that a criterion may still refuse
         for r, node in still:
             self.paths[r].append(node)
         self.live = [r for r, _ in still]

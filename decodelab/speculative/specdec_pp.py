@@ -37,7 +37,7 @@ class AcceptanceHeadConfig(PreTrainedConfig):
         hidden_size: int = 64,  # width of the drafter's hidden states
         D: int = 3,  # residual blocks (at least 0; 0 is a linear head)
         share_blocks: bool = False,  # one weight matrix for all blocks, as in the released checkpoint
-        w_rej: float = 1.0,  # weight of rejections in the loss it was trained with; `calibrated` needs it
+        w_rej: float = 1.0,  # weight of rejections in the loss it was trained with; `training.specdec_pp.calibrated` needs it
         **kwargs: Any,  # further fields of a transformers config
     ):
         super().__init__(**kwargs)

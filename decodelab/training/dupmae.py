@@ -157,7 +157,7 @@ ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "log1p_relu": lambda x: 
 
 
 class TwoPartEncoder(BertForMaskedLM):
-    'BERT with W_cls, and W_O where its configuration says `lpu="linear"`; `encode` gives both parts of texts.'
+    'BERT with W_cls, and W_O where its configuration says `lpu="linear"` (lpu: the linear map onto the vocabulary); `encode` gives both parts of texts.'
 
     def __init__(
         self,
@@ -218,6 +218,7 @@ class DupMAE(TwoPartEncoder):
         "`mlm`, `dec`, `bow` and their weighted sum `loss`; a part of weight 0 is left out."
         H = self.bert(masked_ids, attention_mask).last_hidden_state
         inner = ordinary_tokens(attention_mask)
+        # `self.cls` is BERT's name for the head for masked words; the map of [CLS] is `self.reduce`
         full = self.cls(H) if self.w_bow and self.lpu is None else None
         logits = self.cls(H[selected]) if full is None else full[selected]
         found = {"mlm": cross_entropy(logits, input_ids[selected], reduction="sum") / selected.sum().clamp_min(1)}
