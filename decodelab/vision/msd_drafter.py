@@ -30,7 +30,7 @@ from ..core.zoo import load_part
 __all__ = ['MSDConfig', 'MSDDrafter', 'state_width', 'new_msd_drafter', 'load_msd_drafter', 'check_msd', 'draft_logits', 'pairs',
            'MSDSession']
 
-# %% ../../nbs/vision/msd_drafter.ipynb #6a2db868
+# %% ../../nbs/vision/msd_drafter.ipynb #243298aa
 class MSDConfig(PreTrainedConfig):
     "Shape of a drafter that reads a target's last hidden states."
 
@@ -47,7 +47,7 @@ class MSDConfig(PreTrainedConfig):
         rms_norm_eps: float = 1e-6,  # added to the mean square in the norm
         max_position_embeddings: int | None = None,  # positions of the target, None: without a limit
         decoupled: bool = True,  # cells of pictures enter unfused; False: every position is fused, as in EAGLE
-        input_norm: bool = False,  # a norm before the attention, as the version for Qwen2-VL has
+        input_norm: bool = False,  # a norm before the attention, as the version for Qwen2-VL has; not set by itself
         **kwargs: Any,  # further fields of a transformers config
     ):
         super().__init__(**kwargs)
