@@ -119,6 +119,12 @@ _PARTS: tuple[tuple[str, dict[str, Any], float], ...] = (
 )
 
 
+_FIRST = (
+    *("momentum", "min_p", "cntp", "beam_search", "first_finish", "deal", "prompt_lookup", "ngram", "token_recycling", "draft_model"),
+    *("rsd_s", "longspec", "deco_g", "act_qkv", "llada", "fast_dllm", "localleap", "learn2pd", "msd"),
+)  # shown when none are named: some of each family
+
+
 def _live(own: _Setting) -> None:
     from decodelab.demo import TextKeeper
 
@@ -160,6 +166,28 @@ def _masked(own: _Setting, asked: _Request, seconds: float) -> list[Any]:
     return [table]
 
 
+def _pictures(own: _Setting, asked: _Request, seconds: float) -> list[Any]:
+    # the table of the decoders for pictures, beside two that see none; what is shown there is no longer left out
+    from decodelab.demo import picture_table
+
+    known = decoder_files()
+    names = asked.methods or [*known]
+    wanted = [name for name in names if known[name].parent.name == "vision"]
+    if not wanted:
+        return []
+    try:
+        _, model, tokenizer = load_for("", "vision", asked.threads, asked.seed)
+    except (ValueError, FileNotFoundError) as error:
+        own.left_out |= dict.fromkeys(wanted, f"needs a model of pictures and text: {error}")
+        return []
+    others = [name for name in ("prompt_lookup", "token_recycling") if name in names]
+    with waiting("looking at pictures ..."):
+        table = picture_table(model, tokenizer, [*others, *wanted], seconds=seconds, seed=asked.seed)
+    for row in table.rows:
+        own.left_out.pop(row.name, None)
+    return [table]
+
+
 def _demo_tables(own: _Setting, asked: _Request, seconds: float, tables: list[Any]) -> dict[str, Any]:
     # fills `tables`, so that Ctrl-C leaves those that are there; traces of the first prompt
     from decodelab.demo import traced_calls
@@ -169,9 +197,10 @@ def _demo_tables(own: _Setting, asked: _Request, seconds: float, tables: list[An
             tables.append(found[1])
             if found[1].conditions["interrupted"]:
                 raise KeyboardInterrupt
-    tables += _masked(own, asked, 0.25 * seconds)
-    if tables and tables[-1].conditions["interrupted"]:
-        raise KeyboardInterrupt
+    for further, share in ((_masked, 0.25), (_pictures, 0.15)):
+        tables += further(own, asked, share * seconds)
+        if tables and tables[-1].conditions["interrupted"]:
+            raise KeyboardInterrupt
     call = {**_PARTS[0][1], "max_new_tokens": max(_SHOWN, asked.tokens)}
     with waiting("drawing how the texts came about ..."):
         return traced_calls(own.ready, own.model, own.tokenizer, own.prompts[0], call, asked.seed)
@@ -183,19 +212,24 @@ def demo(
     model: ModelOption = "",
     draft: DraftOption = "",
     methods: MethodOption = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every decoder; some of each family when left out.")] = False,
     chat: ChatOption = False,
     tokens: TokensOption = 24,
     seconds: Annotated[
-        float, typer.Option(min=1, help="Begin no prompt after this time, once three are done; masked decoders get a quarter besides.")
+        float,
+        typer.Option(
+            min=1, help="Begin no prompt after this time, once three are done; masked decoders get a quarter besides, pictures a seventh."
+        ),
     ] = 45,
     out: Annotated[Path, typer.Option(help="Page to write.")] = Path("demo.html"),
     threads: ThreadsOption = 1,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    "See every decoder beside transformers' own methods, in about a minute."
+    "See decoders of every family beside transformers' own methods, in about a minute."
     check_place(out)
-    asked = _request(model, draft, methods, prompts, number, 6, tokens=tokens, chat=chat, threads=threads, seed=seed)
+    chosen = methods or (None if everything else [*_FIRST])
+    asked = _request(model, draft, chosen, prompts, number, 6, tokens=tokens, chat=chat, threads=threads, seed=seed)
     own = _set_up(asked, bool(draft), _SHOWN)
     tables: list[Any] = []
     traces: dict[str, Any] = {}

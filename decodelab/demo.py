@@ -21,6 +21,7 @@ from .core.contract import Decoder, decoders
 from .core.output import DecodeOutput
 from .lab.provenance import provenance
 from .lab.tasks.catalogue import TASKS
+from .lab.tasks.shapes import picture_inputs, talk
 from .demo_page import DemoRow, DemoTable
 from .lab.frontier import BASELINE, compared_policies, policies
 from .prompting import encode_prompts, left_padded
@@ -29,7 +30,7 @@ from .reading import check_decoder
 # %% auto #0
 __all__ = ['Methods', 'LEFT_TO_RIGHT', 'QUESTIONS', 'transformers_methods', 'ready_decoders', 'drop_failing', 'Comparison',
            'baselines', 'ends_of', 'measure_in_turns', 'demo_rows', 'TextKeeper', 'traced_calls', 'masked_decoders',
-           'masked_table']
+           'masked_table', 'picture_table']
 
 # %% ../nbs/demo.ipynb #d10475e1
 Methods = dict[str, Callable[[Any], DecodeOutput]]
@@ -299,11 +300,38 @@ def masked_table(
     calls: Methods = {name: lambda prompt, d=d: d.generate(model, **prompt, **settings) for name, d in methods.items()}  # type: ignore[misc]
     good, refused = drop_failing(calls, trial)
     result = measure_in_turns(good, prompts, seconds=seconds, at_least=len(QUESTIONS), seed=seed, **ends_of(model, tokenizer))
-    answers = replace(result, rows=[replace(row, tokens=1) for row in result.rows])  # the time of an answer counts, however long it is
-    rows = demo_rows(answers, tokenizer, sampled=True)
-    for row in rows:
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in result.ids(row.name)]
-        row.right = sum(round(TASKS[e.task].score(e, text)) for e, text in zip(examples, texts))
-        row.tokens_per_forward = float(result.figures(row.name)["tokens_per_forward"])
-        row.text = texts[0].strip()
+    rows = _answer_rows(result, tokenizer, [lambda text, e=e: TASKS[e.task].score(e, text) for e in examples])  # type: ignore[misc]
     return DemoTable("questions about lists", examples[0].prompt, BASELINE, result.provenance, rows, refused)
+
+
+def _answer_rows(result: BenchResult, tokenizer: Any, scores: Sequence[Callable[[str], float]], sampled: bool = True) -> list[DemoRow]:
+    # rows of questions with a right answer: the time of an answer counts, however long it is
+    answers = replace(result, rows=[replace(row, tokens=1) for row in result.rows])
+    rows = demo_rows(answers, tokenizer, sampled)
+    for row in rows:
+        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in result.ids(row.name)]
+        row.right = sum(round(score(text)) for score, text in zip(scores, texts))
+        row.tokens_per_forward = float(result.figures(row.name)["tokens_per_forward"])
+        row.text = texts[0]
+    return rows
+
+# %% ../nbs/demo.ipynb #demopic2
+def picture_table(
+    model: Any,  # model of pictures and text that knows shapes
+    tokenizer: Any,  # its tokenizer
+    names: Iterable[str],  # names of decoders
+    max_new_tokens: int = 72,  # tokens of an answer
+    questions: int = 4,  # how many; three are asked however long it takes
+    seconds: float | None = None,  # begin no further question that would end later than this
+    seed: int = 0,  # seed of questions and order
+) -> DemoTable:
+    "How each decoder answered questions about pictures: right answers, tokens a forward, time of an answer."
+    talks = [talk("caption" if i % 2 else "row", f"demo {seed} {i}") for i in range(questions + 1)]
+    trial, *prompts = (picture_inputs(tokenizer, [said]) for said in talks)
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
+    ready = {name: decoders()[name].example(model) for name in names}
+    ours: Methods = {name: lambda prompt, d=d: d.generate(model, **prompt, **settings) for name, d in ready.items()}  # type: ignore[misc]
+    good, refused = drop_failing(transformers_methods(model, None, settings) | ours, trial)
+    result = measure_in_turns(good, prompts, seconds=seconds, at_least=3, seed=seed, **ends_of(model, tokenizer))
+    rows = _answer_rows(result, tokenizer, [lambda text, said=said: text == said.answer for said in talks[1:]], sampled=False)  # type: ignore[misc]
+    return DemoTable("questions about pictures", talks[1].question, next(iter(good)), result.provenance, rows, refused)

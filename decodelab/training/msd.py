@@ -32,7 +32,7 @@ from ..vision.msd_drafter import MSDDrafter, draft_logits, new_msd_drafter, pair
 __all__ = ['CURRICULA', 'MSDRecipe', 'Curriculum', 'target_features', 'msd_losses', 'MSDTrainer', 'msd_agreement', 'msd_figures',
            'train_msd', 'load_target', 'msd_card', 'train_msd_recipe']
 
-# %% ../../nbs/training/msd.ipynb #17c28261
+# %% ../../nbs/training/msd.ipynb #ff5d85d7
 CURRICULA = ("two-stage", "text", "pictures", "mixed")
 
 
@@ -46,12 +46,12 @@ class MSDRecipe:
     curriculum: str = "two-stage"  # or "text", "pictures": one kind alone; "mixed": the same share of pictures all the time
     epochs: int = 40  # E, equal parts of the training; the second half is the ramp
     intermediate_size: int = 0  # width of the gated MLP; 0: the target's
-    noise: float = 0.01  # half-width of the noise on the states is noise * 512 / length of the text; the release's 0.1
+    noise: float = 0.01  # half-width of the noise on the states is noise * 512 / length of the text; the release has 0.1
     regression: float = 1.0  # weight of the distance to the target's next state
     distillation: float = 0.1  # weight of the cross-entropy to the target's next distribution
     batch_size: int = 16  # talks a step
     steps: int = 2400  # optimiser steps, both stages together
-    learning_rate: float = 1e-3  # peak, after warm-up, cosine to a tenth; the release's 5e-5
+    learning_rate: float = 1e-3  # peak, after warm-up, cosine to a tenth; the release has 5e-5
     warmup: int = 50  # warm-up steps
     weight_decay: float = 0.0  # on matrices
     save_every: int = 400  # steps between checkpoints

@@ -536,11 +536,11 @@ def tables_of(out: str) -> dict[str, dict]:
 def test_demo(tmp_path):
     started = time.perf_counter()
     page = tmp_path / "demo.html"
-    shown = run("demo", "--number", 1, "--tokens", 12, "--seconds", 1, "--out", page, "--json").stdout
+    shown = run("demo", "--all", "--number", 1, "--tokens", 12, "--seconds", 1, "--out", page, "--json").stdout
     out, tables = json.loads(shown), tables_of(shown)
-    assert list(tables) == ["temperature 0.7", "greedy", "questions about lists"]
+    assert list(tables) == ["temperature 0.7", "greedy", "questions about lists", "questions about pictures"]
     rows = {title: {r["name"]: r for r in table["rows"]} for title, table in tables.items()}
-    ours = {n for n, m in decoders().items() if m.family != "diffusion"}
+    ours = {n for n, m in decoders().items() if m.family not in ("diffusion", "vision")}
     for title, plain in (("temperature 0.7", "sampling"), ("greedy", "greedy")):
         assert set(rows[title]) - ours == {f"{m} (transformers)" for m in (plain, "prompt lookup", "assisted")}
         assert tables[title]["baseline"] == f"{plain} (transformers)"
@@ -560,7 +560,36 @@ def test_demo(tmp_path):
     check_page(text)
     assert all(name in text for name in (*rows["greedy"], *masked) if "(transformers)" not in name)
     assert 'class="tree"' in text
+    pictures = rows["questions about pictures"]
+    assert {"msd", "token_recycling"} <= set(pictures) and not {"msd", "token_recycling"} & set(out["left_out"])
+    assert all(r["identical"] == 1 and r["right"] >= 2 for r in pictures.values())
     print(f"demo {time.perf_counter() - started:.1f} s")
+
+
+def test_demo_shows_some_of_each_family(tmp_path):
+    shown = run("demo", "--number", 1, "--tokens", 4, "--seconds", 1, "--out", tmp_path / "demo.html", "--json").stdout
+    names = {row["name"] for table in json.loads(shown)["tables"] for row in table["rows"]}
+    fills = {compared_policies()[name].name for name in names if name in compared_policies()}
+    families = {m.family for name, m in decoders().items() if name in names | fills}
+    assert families == {m.family for m in decoders().values()}
+    assert not {"pg_td", "self_consistency"} & names
+
+
+def test_demo_without_a_model_that_sees(tmp_path, monkeypatch):
+    import decodelab.cli_measure as commands
+
+    plain = commands.load_for
+
+    def load_for(name, role, *more, **kwargs):
+        if role == "vision":
+            raise FileNotFoundError("unknown model 'shapes-vlm'")
+        return plain(name, role, *more, **kwargs)
+
+    monkeypatch.setattr(commands, "load_for", load_for)
+    command = ["demo", "--number", 1, "--tokens", 4, "-m", "momentum", "-m", "msd", "--out", tmp_path / "demo.html", "--json"]
+    out = json.loads(run(*command).stdout)
+    assert [table["title"] for table in out["tables"]] == ["greedy"]
+    assert out["left_out"] == {"msd": "needs a model of pictures and text: unknown model 'shapes-vlm'"}
 
 
 def test_demo_tables_and_live_text(tmp_path):

@@ -12,6 +12,7 @@ from scipy.stats import chisquare
 from transformers import DynamicCache
 
 from decodelab.core.tree import Tree
+from decodelab.core.zoo import load
 from decodelab.speculative.base import SpeculativeDecoder, walk
 from decodelab.vision import msd as module
 from decodelab.vision.msd import MSD, prune
@@ -298,6 +299,11 @@ def test_a_drafter_of_another_target_is_refused():
         MSD(MSDDrafter(MSDConfig(16, 24, 4, 2, 4))).generate(model, **CALLS["llava"][1](), **GREEDY)
     with pytest.raises(ValueError, match="drafter must be an MSDDrafter"):
         MSD(model).generate(model, **CALLS["llava"][1](), **GREEDY)
+
+
+def test_an_encoder_decoder_model_is_refused():
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
+        new_msd_drafter(load("reader")[0])
 
 
 def test_a_folder_that_holds_something_else_is_named(tmp_path):

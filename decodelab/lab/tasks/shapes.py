@@ -17,7 +17,7 @@ import numpy as np
 # %% auto #0
 __all__ = ['GRID', 'CELL', 'SHAPES', 'COLOURS', 'Cell', 'ROWS', 'NUMBERS', 'PICTURED', 'WORDED', 'IMAGE', 'WORDS', 'SEEN',
            'Scene', 'draw_scene', 'pixels', 'Talk', 'told', 'talk', 'shapes_tokenizer', 'shapes_processor',
-           'shapes_prompt']
+           'shapes_prompt', 'picture_inputs']
 
 # %% ../../../nbs/lab/tasks/shapes.ipynb #d52c83d2
 GRID, CELL = 4, 8  # rows and columns of cells; rows and columns of pixels in a cell
@@ -178,7 +178,7 @@ def talk(
     rng = random.Random(f"talk {seed}")
     return _MAKERS[rng.choice(kinds)](rng)
 
-# %% ../../../nbs/lab/tasks/shapes.ipynb #91fbd3a5
+# %% ../../../nbs/lab/tasks/shapes.ipynb #3ee6bca1
 IMAGE = "<image>"
 _SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", IMAGE, "<|user|>", "<|assistant|>")
 _FIXED = "what is in the picture row column ? how many shapes are there : , . a nothing repeat you said reverse tell story about and once was it lived small house one day met because had lost its looked for"
@@ -216,3 +216,20 @@ def shapes_prompt(
 ) -> str:
     "What the model reads before it answers."
     return f"<bos> <|user|> {IMAGE + ' ' if pictured else ''}{question} <|assistant|>"
+
+
+def picture_inputs(
+    tokenizer: Any,  # see `shapes_tokenizer`
+    talks: Sequence[Talk],  # talks with or without a picture
+    noise: int | str = 0,  # seed of the noise in the pictures
+) -> dict[str, Any]:
+    "What the model reads of talks, a left-padded batch on tensors: `shapes_processor` without its image library."
+    import torch
+
+    text = [shapes_prompt(t.question, t.scene is not None).replace(IMAGE, IMAGE * GRID * GRID) for t in talks]
+    given = dict(tokenizer(text, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"))
+    given.pop("token_type_ids", None)
+    seen = [pixels(t.scene, seed=noise) for t in talks if t.scene is not None]
+    if seen:
+        given["pixel_values"] = (torch.tensor(np.stack(seen)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    return given
