@@ -61,6 +61,7 @@ _CHECKOUT_ONLY = (
     "programs",
     "recall",
     "reader",
+    "story-parser",
     "summariser",
     "summariser-plain",
     "summariser-plan",
