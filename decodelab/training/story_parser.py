@@ -171,6 +171,6 @@ def train_story_parser_model(
     figures = train_story_parser(settings, folder)
     data = "Stories made by `decodelab.lab.tasks.stories` from a seed, and what the rule-based reader finds in them"
     retrain = retrain_command("story-parser", vars(settings), STORY_PARSER)
-    use = f'from decodelab import load\nfrom decodelab.lab.tasks.story_facts import ModelParser\n\nparser = ModelParser(*load("{address(folder)}"))'
+    use = f'from decodelab import load\nfrom decodelab.lab.tasks.story_facts import ModelParser\n\nmodel, tokenizer = load("{address(folder)}")\nparser = ModelParser(model, tokenizer)'
     model_card(folder, data=data, data_licence="made by our own code", retrain=retrain, use=use)
     return figures
