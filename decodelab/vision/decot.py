@@ -50,9 +50,7 @@ def truncate(
     words = text.split()
     cut = lambda n: " ".join(words[len(words) - n :] if end else words[:n])  # noqa: E731
     n = bisect_right(range(len(words) + 1), profile.max_tokens, key=lambda n: profile.count(cut(n))) - 1
-    while n > 0 and profile.count(cut(n)) > profile.max_tokens:  # a tokenizer may count less for more words
-        n -= 1
-    return cut(max(0, n))
+    return cut(n)
 
 
 def _written(parts: Sequence[str], profile: Profile) -> str:

@@ -285,8 +285,9 @@ def test_a_tokenizer_that_counts_otherwise():
 
 
 def test_counts_that_shrink_with_more_words_keep_the_budget():
-    odd = Profile(4, lambda text: len(text.split()) + (len(text.split()) == 4))
-    assert truncate("a b c d e f", odd) == "a b c"
+    for odd in range(1, 6):
+        profile = Profile(4, lambda text: len(text.split()) + 3 * (len(text.split()) == odd))  # noqa: B023
+        assert 0 < profile.count(truncate("a b c d e f", profile)) <= 4
 
 
 # ambiguities
@@ -478,7 +479,7 @@ def test_the_copy_editor_may_join_but_not_change():
     for text, taken in (
         ("There is one red cat and one drum.", True),
         ("There is one red drum and one cat.", False),  # another thing is red
-        ("There is one red cat, one drum, one dog.", False),
+        ("one red cat, one drum, one dog", False),
         ("one red cat and one drum in the image that is of an image", False),  # too long
         ("one red cat", False),
     ):
