@@ -63,6 +63,7 @@ _CHECKOUT_ONLY = (
     "reader",
     "shapes-msd",
     "shapes-vlm",
+    "story-parser",
     "summariser",
     "summariser-plain",
     "summariser-plan",

@@ -66,6 +66,15 @@ def verdict_of(
     return "refuted" if refuted else "inconclusive"
 
 
+def _measured_against(
+    interval: tuple[float, float], above: float | None, below: float | None, expected: Any
+) -> tuple[str, tuple[float, float], Any]:
+    # verdict, interval, and what is expected: the boundaries where nothing else is said
+    interval = (float(interval[0]), float(interval[1]))
+    bounds = [f"> {_short(float(above))}" if above is not None else "", f"< {_short(float(below))}" if below is not None else ""]
+    return verdict_of(interval, above, below), interval, " and ".join(b for b in bounds if b) if expected is None else expected
+
+
 @dataclass
 class Claim:
     "One claim of a paper, or one check of ours, and what became of it."
@@ -157,10 +166,7 @@ class Claims:
     ) -> Claim:
         "Add a claim of the paper."
         if interval is not None:
-            interval = (float(interval[0]), float(interval[1]))
-            verdict = verdict_of(interval, above, below)
-            bounds = [f"> {_short(float(above))}" if above is not None else "", f"< {_short(float(below))}" if below is not None else ""]
-            expected = " and ".join(b for b in bounds if b) if expected is None else expected
+            verdict, interval, expected = _measured_against(interval, above, below, expected)
         else:
             verdict = "not testable" if holds is None else "held" if holds else "refuted"
         return self._add(Claim(text, verdict, "paper", value, interval, expected, paper, "" if verdict == "held" else why))
@@ -169,19 +175,27 @@ class Claims:
         self,
         text: str,  # what must be true, in one sentence
         *,
-        holds: Any,  # whether it is
+        holds: Any = None,  # whether it is, for what has no error; None with `interval`
         value: Any = None,  # what was measured
-        expected: Any = None,  # what must come out
+        interval: tuple[float, float] | None = None,  # its 95 % interval; decides as for a claim of the paper
+        above: float | None = None,  # it must be larger than this
+        below: float | None = None,  # it must be smaller than this
+        expected: Any = None,  # what must come out; the boundaries when None
         why: str = "",  # reason, needed when it is not so: "Measured: ..." or "Conjecture: ..."
     ) -> Claim:
         "Add a check of ours: a reduction, an exact identity, a control."
-        return self._add(Claim(text, "held" if holds else "refuted", "check", value, None, expected, "", "" if holds else why))
+        if (holds is None) == (interval is None):
+            raise ValueError(f"check {text!r}: give either holds=... or interval=... with above=... or below=...")
+        verdict = "held" if holds else "refuted"
+        if interval is not None:
+            verdict, interval, expected = _measured_against(interval, above, below, expected)
+        return self._add(Claim(text, verdict, "check", value, interval, expected, "", "" if verdict == "held" else why))
 
     def counts(self) -> dict[str, int]:
-        "How many claims of the paper have each verdict, and how many checks held and failed."
-        verdicts = [c.verdict for c in self.claims if c.kind == "paper"]
-        checks = [c.verdict == "held" for c in self.claims if c.kind == "check"]
-        return {v: verdicts.count(v) for v in VERDICTS} | {"checks held": checks.count(True), "checks failed": checks.count(False)}
+        "How many claims of the paper have each verdict, and how many checks held, failed and stayed undecided."
+        verdicts, checks = ([c.verdict for c in self.claims if c.kind == kind] for kind in ("paper", "check"))
+        names = {"held": "checks held", "refuted": "checks failed", "inconclusive": "checks undecided"}
+        return {v: verdicts.count(v) for v in VERDICTS} | {name: checks.count(v) for v, name in names.items()}
 
     def save(
         self,

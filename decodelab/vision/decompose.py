@@ -7,23 +7,29 @@ Docs: https://decodelab.github.io/decodelab/vision/decompose.html.md"""
 # %% ../../nbs/vision/decompose.ipynb #9bc0dd5e
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
+from .answers import ATTRIBUTES, SCENE, SCHEMAS, ask, check_json
+
 # %% auto #0
-__all__ = ['Assertion', 'SCENE', 'WEIGHTS', 'ATTRIBUTES', 'DIMENSIONS', 'SCHEMAS', 'dimension', 'Unit', 'Decomposition',
-           'check_json', 'ask', 'sentences', 'decompose', 'resolve']
+__all__ = ['Assertion', 'WEIGHTS', 'DIMENSIONS', 'dimension', 'Unit', 'Decomposition', 'sentences', 'decompose', 'resolve']
 
 # %% ../../nbs/vision/decompose.ipynb #0dfa4759
 Assertion = tuple[str, ...]  # such as ("colour", "cat", "red")
-SCENE = ("background", "light", "camera", "effect")  # facts about the whole image
 WEIGHTS = {1: 3, 2: 2, 3: 1}  # of an assertion, by its priority
-_KINDS = {"exists": "object", "count": "object", "size": "object", "light": "lighting", "relation": "composition", "camera": "composition"}
-ATTRIBUTES = ("size", "colour", "texture", "pose")  # facts about a unit, in the order of the phrase
+_KINDS = {
+    **dict.fromkeys(("exists", "count", "size", "shape"), "object"),
+    **dict.fromkeys(("style", "mood", "palette"), "colour"),
+    **dict.fromkeys(("material",), "texture"),
+    **dict.fromkeys(("light", "time"), "lighting"),
+    **dict.fromkeys(("relation", "camera"), "composition"),
+    **dict.fromkeys(("state", "expression"), "pose"),
+    "place": "background",
+}
 DIMENSIONS = ("object", "background", "colour", "texture", "lighting", "text", "composition", "pose", "effect")
 
 
@@ -43,9 +49,12 @@ class Unit:
     count: int | None = None  # how many; None: not known
     attributes: Mapping[str, str] = field(default_factory=dict)  # of `ATTRIBUTES`
     text: str | None = None  # what is written on it
-    priority: int = 1  # 1 main subject, 2 surroundings, 3 detail
+    priority: int = 1  # 1 main subject and written text, 2 surroundings, 3 detail
     source: tuple[int, ...] = ()  # sentences that speak of it, from 0
     invented: tuple[str, ...] = ()  # attributes that no sentence states
+    kind: str = "object"  # object, group, environment, text or effect
+    depth: str | None = None  # fore, mid or back
+    certainty: str = "stated"  # stated, implied or invented
 
 
 @dataclass(frozen=True)
@@ -61,87 +70,8 @@ class Decomposition:
     choices: tuple[Mapping[str, Any], ...] = ()  # answers to the open questions, with their rule
     valid: bool = True  # False: the model gave no usable answer
     log: tuple[str, ...] = ()  # what happened
-
-# %% ../../nbs/vision/decompose.ipynb #44a6139f
-_LIST, _TEXT, _NUMBERS = {"type": "array"}, {"type": "string"}, {"type": "array", "items": {"type": "integer"}}
-_FACTS = {"type": "object", "properties": dict.fromkeys(ATTRIBUTES, _TEXT), "additionalProperties": False}
-_COUNT, _PRIORITY, _WRITTEN = {"type": ["integer", "null"]}, {"enum": [1, 2, 3]}, {"type": ["string", "null"]}
-
-
-def _object(optional: Collection[str] = (), **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "required": [p for p in properties if p not in optional], "properties": properties}
-
-
-_UNIT = {"id": _TEXT, "name": _TEXT, "count": _COUNT, "attributes": _FACTS, "text": _WRITTEN, "priority": _PRIORITY, "source": _NUMBERS}
-_RELATION = _object(subject=_TEXT, predicate=_TEXT, object=_TEXT, source=_NUMBERS)
-_SCENE = _object(key={"enum": list(SCENE)}, value=_TEXT, source=_NUMBERS)
-_OPEN = _object(("unit", "value"), type={"enum": ["coreference", "number", "conflict"]}, field=_TEXT, candidates=_LIST, source=_NUMBERS)
-_DROPPED = _object(sentence={"type": "integer"}, reason=_TEXT)
-_ANALYSIS = _object(
-    **{
-        key: {"type": "array", "items": item}
-        for key, item in {
-            "units": _object(("count", "attributes", "text", "priority"), **_UNIT),
-            "relations": _RELATION,
-            "scene": _SCENE,
-            "open": _OPEN,
-            "dropped": _DROPPED,
-        }.items()
-    }
-)
-_CHOICES = {"type": "array", "items": _object(item={"type": "integer"}, choice={}, confidence={"type": "number"})}
-_ADDED = {"type": "array", "items": _object(unit=_TEXT, field={"enum": list(ATTRIBUTES)}, value=_TEXT)}
-SCHEMAS = {"scene analyst": _ANALYSIS, "gap finder": _ANALYSIS, "art director": _object(choices=_CHOICES, added=_ADDED)}
-
-# %% ../../nbs/vision/decompose.ipynb #c6ebbf64
-_TYPES: dict[str, Any] = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "null": type(None)}
-
-
-def check_json(
-    value: Any,  # parsed JSON
-    schema: Mapping[str, Any],  # JSON schema: type, enum, required, properties, additionalProperties, items
-    at: str = "answer",  # how the value is called in the message
-) -> None:
-    "Raise a `ValueError` that names the first value which the schema does not allow."
-    types = [schema["type"]] if isinstance(schema.get("type"), str) else schema.get("type", [])
-    if types and (isinstance(value, bool) or not any(isinstance(value, _TYPES[t]) for t in types)):
-        raise ValueError(f"{at} must be {' or '.join(types)}, got {str(value)[:40]!r}")
-    if "enum" in schema and value not in schema["enum"]:
-        raise ValueError(f"{at} must be one of {schema['enum']}, got {str(value)[:40]!r}")
-    if isinstance(value, dict):
-        known = schema.get("properties", {})
-        wrong = [f"lacks {key!r}" for key in schema.get("required", []) if key not in value]
-        if not schema.get("additionalProperties", True):
-            wrong += [f"has an unknown {key!r}" for key in value if key not in known]
-        if wrong:
-            raise ValueError(f"{at} {wrong[0]}")
-        for key in known.keys() & value.keys():
-            check_json(value[key], known[key], f"{at}.{key}")
-    if isinstance(value, list) and "items" in schema:
-        for i, item in enumerate(value):
-            check_json(item, schema["items"], f"{at}[{i}]")
-
-
-def ask(
-    llm: Callable[[str, dict[str, Any]], str],  # role, payload -> JSON text
-    role: str,  # a key of `SCHEMAS`
-    payload: dict[str, Any],  # what the model needs to know
-    log: list[str],  # messages are added
-    check: Callable[[Any], None] = lambda answer: None,  # raises a `ValueError` for what a schema cannot say
-) -> Any:
-    "A checked answer; asked for twice, the second time with the error; None when both are invalid."
-    for _ in range(2):
-        text = llm(role, payload)
-        try:
-            answer = json.loads(text)
-            check_json(answer, SCHEMAS[role])
-            check(answer)
-            return answer
-        except (ValueError, TypeError, RecursionError) as error:
-            log.append(f"{role}: {error}")
-            payload = payload | {"error": str(error)}
-    log.append(f"{role}: two invalid answers, going on without")
-    return None
+    negative: tuple[str, ...] = ()  # what must not be in the image
+    assumed: tuple[str, ...] = ()  # facts about the scene that nobody stated
 
 # %% ../../nbs/vision/decompose.ipynb #86e4c56b
 def sentences(
@@ -159,61 +89,125 @@ def _forward(subject: str, predicate: str, other: str) -> tuple[str, str, str]:
     return (other, _INVERSE[predicate], subject) if predicate in _INVERSE else (subject, predicate, other)
 
 
+def _cyclic(relations: Sequence[tuple[str, str, str]]) -> bool:
+    # whether something stands left of itself, or above itself, by way of others
+    order: dict[str, TopologicalSorter[str]] = {"left of": TopologicalSorter(), "above": TopologicalSorter()}
+    for a, predicate, b in (_forward(*r) for r in relations):
+        if predicate in order:
+            order[predicate].add(b, a)
+    try:
+        for graph in order.values():
+            graph.prepare()
+    except CycleError:
+        return True
+    return False
+
+
+def _check_question(o: Mapping[str, Any], ids: Sequence[str]) -> None:
+    kind, candidates = o["type"], o["candidates"]
+    if kind == "coreference":
+        fits = o["field"] in ATTRIBUTES and isinstance(o.get("value"), str) and all(c in ids for c in candidates)
+    elif o["field"] == "relation":
+        fits = all(isinstance(c, list) and len(c) == 3 and c[0] in ids and c[2] in ids and isinstance(c[1], str) for c in candidates)
+    else:
+        of = (int,) if o["field"] == "count" else (str,)
+        fits = all(isinstance(c, of) and not isinstance(c, bool) for c in candidates) and (o["field"] in SCENE or o.get("unit") in ids)
+    if not candidates or not fits:
+        raise ValueError(f"candidates must fit the question and name units that exist, got {str(dict(o))[:200]}")
+
+
 def _consistent(answer: Mapping[str, Any], n: int) -> None:
     ids = [u["id"] for u in answer["units"]]
     for key in ("units", "relations", "scene", "open"):
         for i, item in enumerate(answer[key]):
-            if not item["source"] or not set(item["source"]) <= set(range(n)):
+            free = item.get("certainty") == "invented" and not item["source"]
+            if not free and (not item["source"] or not set(item["source"]) <= set(range(n))):
                 raise ValueError(f"{key}[{i}] must cite sentences from 0 to {n - 1}, got {item['source']}")
-    asked = [o for o in answer["open"] if o["type"] != "coreference" and o["field"] not in SCENE]
-    named = [r[end] for r in answer["relations"] for end in ("subject", "object")] + [o.get("unit") for o in asked]
-    named += [c for o in answer["open"] if o["type"] == "coreference" for c in o["candidates"]]
-    if len(set(ids)) < len(ids) or not all(name in ids for name in named) or not all(o["candidates"] for o in answer["open"]):
-        raise ValueError("ids must be unique, relations and open questions must name units, and open questions need candidates")
-    order: dict[str, TopologicalSorter[str]] = {}
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"ids must be unique, got {ids[:20]}")
     for r in answer["relations"]:
-        a, predicate, b = _forward(r["subject"], r["predicate"], r["object"])
-        order.setdefault(predicate, TopologicalSorter()).add(a, b)
-    for predicate in ("left of", "above"):
-        order.get(predicate, TopologicalSorter()).prepare()  # a cycle is a ValueError
+        if r["subject"] not in ids or r["object"] not in ids:
+            raise ValueError(f"relations must name units that exist, got {r['subject']!r} and {r['object']!r}")
+    for o in answer["open"]:
+        _check_question(o, ids)
+    if _cyclic([(r["subject"], r["predicate"], r["object"]) for r in answer["relations"]]):
+        raise ValueError("the relations contradict each other: something is left of itself, or above itself")
 
 
 def _cited(answer: Mapping[str, Any]) -> set[int]:
     found = {s for key in ("units", "relations", "scene", "open") for item in answer[key] for s in item["source"]}
     return found | {d["sentence"] for d in answer["dropped"]}
 
+
+def _united(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    # both answers; what is known of a unit stays, what was missing is added
+    out = {key: [*old[key], *new.get(key, [])] for key in old}
+    units: dict[str, dict[str, Any]] = {}
+    for u in out["units"]:
+        known = units.setdefault(u["id"], {})
+        more = {key: value for key, value in u.items() if known.get(key) is None}
+        attributes = {**u.get("attributes", {}), **known.get("attributes", {})}
+        units[u["id"]] = known | more | {"attributes": attributes, "source": sorted({*known.get("source", []), *u["source"]})}
+    return out | {"units": list(units.values())}
+
 # %% ../../nbs/vision/decompose.ipynb #d5ca93da
+def _gaps(texts: Sequence[str], answer: Mapping[str, Any], nouns: Callable[[str], Sequence[str]] | None) -> tuple[list[int], list[str]]:
+    # sentences that nothing cites, and nouns that stand in no unit and no reason
+    missed = sorted(set(range(len(texts))) - _cited(answer))
+    words = [w for u in answer["units"] for w in (u["id"], u["name"], u.get("text") or "")] + [d["reason"] for d in answer["dropped"]]
+    known, dropped = " ".join(words).lower(), {d["sentence"] for d in answer["dropped"]}
+    found = [noun for i, text in enumerate(texts) if nouns and i not in dropped for noun in nouns(text)]
+    return missed, [noun for noun in dict.fromkeys(found) if noun.lower() not in known]
+
+
+def _default_priority(u: Mapping[str, Any]) -> int:
+    if u.get("certainty") == "invented":
+        return 3  # the first to be cut
+    if u.get("text") is not None:
+        return 1
+    return u.get("priority") or (2 if u.get("kind") in ("environment", "effect") else 1)
+
+
 def decompose(
     instruction: str,  # long prose
     llm: Callable[[str, dict[str, Any]], str],  # role, payload -> JSON text
     rounds: int = 2,  # of gap filling (at least 0)
+    nouns: Callable[[str], Sequence[str]] | None = None,  # a sentence's nouns, which must be covered, too; sentences only when None
 ) -> Decomposition:
     "Units, relations, scene and open questions of an instruction, every sentence cited or dropped with a reason where the model can."
-    spans = sentences(instruction)
+    if not isinstance(instruction, str) or rounds < 0:
+        raise ValueError(f"the instruction must be text and rounds at least 0, got {type(instruction).__name__} and {rounds}")
+    texts = [instruction[a:b] for a, b in sentences(instruction)]
+    if not texts:
+        return Decomposition(instruction)
     log: list[str] = []
-    payload: dict[str, Any] = {"sentences": [instruction[a:b] for a, b in spans]}
-    answer = ask(llm, "scene analyst", payload, log, lambda new: _consistent(new, len(spans)))
+    payload: dict[str, Any] = {"sentences": texts}
+    answer = ask(llm, "scene analyst", payload, log, lambda new: _consistent(new, len(texts)))
     if answer is None:
         return Decomposition(instruction, valid=False, log=tuple(log))
+    answer = {"negative": [], **answer}
     for _ in range(rounds):
-        missed = sorted(set(range(len(spans))) - _cited(answer))
-        if not missed:
+        missed, uncovered = _gaps(texts, answer, nouns)
+        if not missed and not uncovered:
             break
         old = answer
-        check = lambda new: _consistent({key: old[key] + new[key] for key in old}, len(spans))  # noqa: B023, E731
-        more = ask(llm, "gap finder", payload | {"missed": missed, "known": answer}, log, check)
+        check = lambda new: _consistent(_united(old, new), len(texts))  # noqa: B023, E731
+        more = ask(llm, "gap finder", payload | {"missed": missed, "nouns": uncovered, "known": answer}, log, check)
         if more is None:
             break
-        answer = {key: answer[key] + more[key] for key in answer}
-    units = tuple(Unit(**(u | {"source": tuple(u["source"])})) for u in answer["units"])
+        answer = _united(answer, more)
+    units = tuple(Unit(**(u | {"source": tuple(u["source"]), "priority": _default_priority(u)})) for u in answer["units"])
     relations = dict.fromkeys(_forward(r["subject"], r["predicate"], r["object"]) for r in answer["relations"])
     facts = {s["key"]: s["value"] for s in reversed(answer["scene"])}  # the first one counts
     dropped = {d["sentence"]: d["reason"] for d in answer["dropped"]}
-    return Decomposition(instruction, units, tuple(relations), facts, tuple(answer["open"]), dropped, log=tuple(log))
+    unwanted, questions = tuple(dict.fromkeys(answer["negative"])), tuple(answer["open"])
+    return Decomposition(instruction, units, tuple(relations), facts, questions, dropped, log=tuple(log), negative=unwanted)
 
 # %% ../../nbs/vision/decompose.ipynb #3cf0e54f
-def _readings(item: Mapping[str, Any], units: Mapping[str, Unit]) -> list[Any]:
-    # candidates of whom the field is not stated, else those of whom the same is stated; for other questions, all
+def _readings(item: Mapping[str, Any], units: Mapping[str, Unit], relations: Sequence[tuple[str, str, str]]) -> list[Any]:
+    # candidates that contradict nothing: of whom the field is not stated, else those of whom the same is stated
+    if item["field"] == "relation":
+        return [c for c in item["candidates"] if not _cyclic([*relations, (c[0], c[1], c[2])])]
     if item["type"] != "coreference":
         return list(item["candidates"])
     stated = {c: units[c].attributes.get(item["field"]) for c in item["candidates"]}
@@ -221,15 +215,60 @@ def _readings(item: Mapping[str, Any], units: Mapping[str, Unit]) -> list[Any]:
 
 
 def _with(unit: Unit, field: str, value: Any, **changes: Any) -> Unit:
-    if field == "count":
-        return replace(unit, count=value, **changes)
+    if field in ("count", "text"):
+        return replace(unit, **{field: value}, **changes)
     return replace(unit, attributes={**unit.attributes, field: value}, **changes)
+
+
+def _choose(item: Mapping[str, Any], allowed: Sequence[Any], said: Mapping[str, Any] | None) -> dict[str, Any]:
+    # the question with its answer and the rule behind it
+    if said and said["choice"] in allowed:
+        return {**item, "choice": said["choice"], "rule": "model", "confidence": said["confidence"]}
+    only = item["type"] in ("coreference", "frame") and len(allowed) == 1 < len(item["candidates"])
+    return {**item, "choice": (allowed or item["candidates"])[0], "rule": "contradicts nothing" if only else "first candidate"}
+
+
+def _grouped(units: Mapping[str, Unit], relations: Sequence[tuple[str, str, str]]) -> list[Unit]:
+    # equal things that no relation names become one unit
+    named = {end for a, _, b in relations for end in (a, b)}
+    out: dict[Any, Unit] = {}
+    for u in units.values():
+        alone = u.id in named or u.text is not None or u.count is None
+        key = u.id if alone else (u.name, tuple(sorted(u.attributes.items())), u.priority, u.depth, u.invented)
+        old = out.get(key)
+        out[key] = (
+            u if old is None else replace(old, count=(old.count or 0) + (u.count or 0), source=tuple(sorted({*old.source, *u.source})))
+        )
+    return list(out.values())
+
+
+def _answered(
+    dec: Decomposition, said: Mapping[int, Mapping[str, Any]], units: dict[str, Unit]
+) -> tuple[dict[str, str], list[tuple[str, str, str]], list[dict[str, Any]]]:
+    # scene, relations and choices; units are changed in place
+    scene, relations = dict(dec.scene), list(dec.relations)
+    pending, choices = dict(enumerate(dec.open)), []
+    while pending:
+        i, item = min(pending.items(), key=lambda pair: len(_readings(pair[1], units, relations)))
+        del pending[i]
+        allowed = _readings(item, units, relations)
+        choices.append(_choose(item, allowed, said.get(i)))
+        choice = choices[-1]["choice"]
+        unit, value = (choice, item["value"]) if item["type"] == "coreference" else (item.get("unit", ""), choice)
+        if item["field"] == "relation":
+            relations += [_forward(*choice)] if allowed else []
+        elif item["field"] in SCENE:
+            scene[item["field"]] = value
+        elif allowed:
+            units[unit] = _with(units[unit], item["field"], value)
+    return scene, list(dict.fromkeys(relations)), choices
 
 
 def resolve(
     dec: Decomposition,  # with open questions
     llm: Callable[[str, dict[str, Any]], str] | None = None,  # the art director; rules alone when None
     added: int = 2,  # facts that it may add to a unit
+    camera: str | None = "eye-level medium",  # the view that is assumed where none is stated; None: none
 ) -> Decomposition:
     "Answer every open question by the model, else by rule; add visible facts that contradict nothing."
 
@@ -238,28 +277,20 @@ def resolve(
         if wrong:
             raise ValueError(f"a choice must be one of the candidates of an open question, got {wrong[0]}")
 
-    units, scene, log = {u.id: u for u in dec.units}, dict(dec.scene), list(dec.log)
+    units, log = {u.id: u for u in dec.units}, list(dec.log)
     payload = {"open": list(dec.open), "units": [vars(u) for u in dec.units]}
-    answer = (llm and ask(llm, "art director", payload, log, check)) or {"choices": [], "added": []}
-    said = {c["item"]: c["choice"] for c in answer["choices"] if c["confidence"] >= 0.5}
-    pending, choices = dict(enumerate(dec.open)), []
-    while pending:
-        i, item = min(pending.items(), key=lambda pair: len(_readings(pair[1], units)))
-        del pending[i]
-        allowed = _readings(item, units)
-        choice, rule = (said[i], "model") if said.get(i) in allowed else ((allowed or item["candidates"])[0], "first candidate")
-        if rule != "model" and item["type"] == "coreference" and len(allowed) == 1 < len(item["candidates"]):
-            rule = "contradicts nothing"
-        choices.append({**item, "choice": choice, "rule": rule})
-        unit, value = (choice, item.get("value")) if item["type"] == "coreference" else (str(item.get("unit")), choice)
-        if item["field"] in SCENE:
-            scene[item["field"]] = str(value)
-        elif allowed:
-            units[unit] = _with(units[unit], item["field"], value)
+    asked = llm is not None and dec.valid and bool(dec.units or dec.open)
+    answer = (llm and asked and ask(llm, "art director", payload, log, check)) or {"choices": [], "added": []}
+    said = {c["item"]: c for c in answer["choices"] if c["confidence"] >= 0.5}
+    scene, relations, choices = _answered(dec, said, units)
     for fact in answer["added"]:
         u = units.get(fact["unit"])
         if u is None or fact["field"] in u.attributes or len(u.invented) >= added:
             log.append(f"art director: {fact} is not added")
         else:
             units[u.id] = _with(u, fact["field"], fact["value"], invented=(*u.invented, fact["field"]))
-    return replace(dec, units=tuple(units.values()), scene=scene, open=(), choices=tuple(choices), log=tuple(log))
+    assumed = dec.assumed
+    if camera and units and "camera" not in scene:
+        scene, assumed = {**scene, "camera": camera}, (*assumed, "camera")
+    new: dict[str, Any] = {"units": tuple(_grouped(units, relations)), "relations": tuple(relations), "scene": scene}
+    return replace(dec, **new, open=(), choices=tuple(choices), assumed=assumed, log=tuple(log))

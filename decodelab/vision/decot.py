@@ -7,90 +7,25 @@ Docs: https://decodelab.github.io/decodelab/vision/decot.html.md"""
 # %% ../../nbs/vision/decot.ipynb #7cf55434
 from __future__ import annotations
 
+import itertools
+import re
+import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .decompose import ATTRIBUTES, SCENE, WEIGHTS, Assertion, Decomposition, Unit, decompose, dimension, resolve
+from .answers import ask
+from .decompose import WEIGHTS, Assertion, Decomposition, decompose, dimension, resolve
+from .phrases import Phrase, Profile, assertions, layout, phrases, profile_of, question, render
 
 # %% auto #0
-__all__ = ['NUMBERS', 'Profile', 'Phrase', 'render', 'phrases', 'assertions', 'PromptPlan', 'truncate', 'fill', 'integrate',
-           'Result', 'verify', 'generate', 'decot']
-
-# %% ../../nbs/vision/decot.ipynb #1bc14dd3
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-
-@dataclass(frozen=True)
-class Profile:
-    "What a generator can do."
-
-    max_tokens: int  # budget B: tokens of a prompt that it reads
-    count: Callable[[str], int]  # the generator's own tokenizer
-    supports_edit: bool = False  # it can change an image
-    max_objects: int = 4  # things that it draws well from one prompt
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1 or self.max_objects < 1:
-            raise ValueError(f"max_tokens and max_objects must be at least 1, got {self.max_tokens} and {self.max_objects}")
-
-
-@dataclass(frozen=True)
-class Phrase:
-    "A fact in words."
-
-    forms: tuple[tuple[str, tuple[Assertion, ...]], ...]  # text and what it says, the longest form first
-    priority: int  # 1 to 3; 0: it was missing in the last image
-
-
-def render(
-    unit: Unit,  # a visible thing
-    attributes: Collection[str] = ATTRIBUTES,  # those to mention
-) -> tuple[str, tuple[Assertion, ...]]:
-    "The unit's phrase, and what it says."
-    used = {key: unit.attributes[key] for key in ATTRIBUTES if key in unit.attributes and key in attributes}
-    number = [] if unit.count is None else [NUMBERS[unit.count] if 0 <= unit.count < len(NUMBERS) else str(unit.count)]
-    name = unit.name + ("" if unit.count == 1 else "s")
-    said = [("exists", unit.name), *([("count", unit.name, str(unit.count))] if unit.count is not None else [])]
-    said += [(key, unit.name, value) for key, value in used.items()]
-    return " ".join([*number, *used.values(), name]), tuple(said)
-
-
-def phrases(
-    dec: Decomposition,  # resolved
-) -> list[Phrase]:
-    "One phrase a fact: scene, units, relations, texts, effect."
-    names, found = {u.id: u.name for u in dec.units}, {u.id: u for u in dec.units}
-    words = {"background": "{} background", "light": "{} light", "camera": "{} view", "effect": "{} effect"}
-    about = {key: Phrase(((words[key].format(dec.scene[key]), ((key, dec.scene[key]),)),), 2) for key in SCENE if key in dec.scene}
-    out = [about[key] for key in SCENE[:3] if key in about]
-    for u in dec.units:
-        if u.text is not None:
-            continue
-        stated = [key for key in ATTRIBUTES if key in u.attributes and key not in u.invented]
-        forms = dict.fromkeys(render(u, keep) for keep in (ATTRIBUTES, stated, stated[:1], ()))
-        out.append(Phrase(tuple(forms), u.priority))
-    for a, predicate, b in dec.relations:
-        said = (("relation", names[a], predicate, names[b]), ("exists", names[a]), ("exists", names[b]))
-        out.append(Phrase(((f"{names[a]} {predicate} {names[b]}", said),), max(found[a].priority, found[b].priority)))
-    written = [u for u in dec.units if u.text is not None]
-    out += [Phrase(((f'{u.name} reading "{u.text}"', (("text", str(u.text)),)),), u.priority) for u in written]
-    return out + [about[key] for key in SCENE[3:] if key in about]
-
-
-def assertions(
-    dec: Decomposition,  # resolved
-) -> dict[Assertion, int]:
-    "Everything that a decomposition says, with its priority."
-    invented = {(key, u.name) for u in dec.units for key in u.invented}
-    found: dict[Assertion, int] = {}
-    for p in phrases(dec):
-        for a in p.forms[0][1]:
-            found[a] = min(found.get(a, 3), 3 if a[:2] in invented else p.priority)
-    return found
+__all__ = ['Said', 'PromptPlan', 'truncate', 'fill', 'integrate', 'polish', 'Result', 'verify', 'generate', 'decot']
 
 # %% ../../nbs/vision/decot.ipynb #4c8db6a1
+Said = tuple[str, tuple[Assertion, ...]]  # a text and what it says
+
+
 @dataclass(frozen=True)
 class PromptPlan:
     "One prompt, or several that are drawn one over the other."
@@ -99,7 +34,11 @@ class PromptPlan:
     kept: tuple[Assertion, ...] = ()  # what they say
     cut: tuple[Assertion, ...] = ()  # what had to go
     coverage: float = 0.0  # share of the weighted assertions that is kept
-    mode: str = "single"  # single, hierarchical, unchanged or truncated
+    mode: str = "single"  # single, hierarchical, edit, unchanged or truncated
+    tokens: tuple[int, ...] = ()  # of each prompt
+    parts: tuple[tuple[str, ...], ...] = ()  # phrases of each prompt
+    negative: str = ""  # what must not be drawn, for a generator that takes it
+    boxes: dict[str, tuple[float, float, float, float]] = field(default_factory=dict)  # for a generator that takes them
 
 
 def truncate(
@@ -110,48 +49,75 @@ def truncate(
     "The longest run of whole words from the beginning (or the end) within the budget."
     words = text.split()
     cut = lambda n: " ".join(words[len(words) - n :] if end else words[:n])  # noqa: E731
-    return cut(bisect_right(range(len(words) + 1), profile.max_tokens, key=lambda n: profile.count(cut(n))) - 1)
+    n = bisect_right(range(len(words) + 1), profile.max_tokens, key=lambda n: profile.count(cut(n))) - 1
+    return cut(n)
+
+
+def _written(parts: Sequence[str], profile: Profile) -> str:
+    return ", ".join(parts) if profile.likes_tags else " ".join(f"{part}." for part in parts)
+
+
+def _fill(candidates: Sequence[Phrase], profile: Profile) -> list[Said]:
+    chosen: dict[int, Said] = {}
+    order = sorted(range(len(candidates)), key=lambda i: (candidates[i].priority > 0, i))
+    cost = [profile.count(c.forms[0][0]) for c in candidates]
+    about = [{dimension(a) for a in c.forms[0][1]} for c in candidates]
+    seen, left = set[str](), set(order)
+
+    def fits(extra: Sequence[Said], more: dict[int, Said]) -> bool:
+        parts = [*((chosen | more)[i][0] for i in order if i in chosen or i in more), *(text for text, _ in extra)]
+        return profile.count(_written(parts, profile)) <= profile.max_tokens
+
+    while left:
+        i = min(left, key=lambda i: (candidates[i].priority, not about[i] - seen, cost[i], i))
+        left.remove(i)
+        for form in candidates[i].forms:
+            if fits((), {i: form}):
+                chosen[i] = form
+                seen |= {dimension(a) for a in form[1]}
+                break
+    again: list[Said] = []
+    for i in (i for i in order if i in chosen and candidates[i].priority == 0):
+        again += [chosen[i]] if fits([*again, chosen[i]], {}) else []  # a missing fact is said twice
+    return [*(chosen[i] for i in order if i in chosen), *again]
 
 
 def fill(
     candidates: Sequence[Phrase],  # in the order of the prompt
     profile: Profile,  # of the generator
-) -> tuple[str, tuple[Assertion, ...]]:
+) -> Said:
     "A prompt of at most `max_tokens` tokens, and what it says."
-    chosen: dict[int, tuple[str, tuple[Assertion, ...]]] = {}
-    order = sorted(range(len(candidates)), key=lambda i: (candidates[i].priority > 0, i))
-
-    def written(extra: dict[int, tuple[str, tuple[Assertion, ...]]]) -> str:
-        return " ".join(f"{(chosen | extra)[i][0]}." for i in order if i in chosen | extra)
-
-    def value(i: int) -> tuple[Any, ...]:
-        new = {dimension(a) for a in candidates[i].forms[0][1]} - {dimension(a) for _, said in chosen.values() for a in said}
-        return candidates[i].priority, not new, profile.count(candidates[i].forms[0][0]), i
-
-    left = set(order)
-    while left:
-        i = min(left, key=value)
-        left.remove(i)
-        for form in candidates[i].forms:
-            if profile.count(written({i: form})) <= profile.max_tokens:
-                chosen[i] = form
-                break
-    return written({}), tuple(a for i in order if i in chosen for a in chosen[i][1])
+    done = _fill(candidates, profile)
+    return _written([text for text, _ in done], profile), tuple(dict.fromkeys(a for _, said in done for a in said))
 
 # %% ../../nbs/vision/decot.ipynb #073d21e4
 def _layers(dec: Decomposition, found: Sequence[Phrase], size: int) -> list[list[Phrase]]:
-    kind = [p.forms[0][1][0][0] for p in found]
-    scene = [p for p, k in zip(found, kind) if k in SCENE[:3]]
-    units = [p for p, k in zip(found, kind) if k == "exists"]
+    kind = [p.forms[-1][1][0][0] for p in found]
+    scene = [p for p, k in zip(found, kind) if k in dec.scene and k != "effect"]
+    style = [p for k in ("style", "background") for p in scene if p.forms[0][1][0][0] == k][:1]
+    depth = {u.name: u.depth for u in dec.units}
+    units = [p for p, k in zip(found, kind) if k in ("exists", "place")]
+    units.sort(key=lambda p: ("back", None, "mid", "fore").index(depth[p.forms[0][1][0][1]]))
     out, drawn, waiting = [scene], set(), [p for p, k in zip(found, kind) if k == "relation"]
     for start in range(0, len(units), size):
         group = units[start : start + size]
         drawn |= {p.forms[0][1][0][1] for p in group}
         now = [p for p in waiting if {p.forms[0][1][0][1], p.forms[0][1][0][3]} <= drawn]
         waiting = [p for p in waiting if p not in now]
-        out.append(scene[:1] + group + now)
-    last = [p for p, k in zip(found, kind) if k in ("text", "effect")]
-    return [layer for layer in (*out, scene[:1] + last if last else []) if layer]
+        out.append(style + group + now)
+    last = [p for p, k in zip(found, kind) if k in ("text", "effect")] + waiting
+    return [layer for layer in (*out, style + last if last else []) if layer]
+
+
+def _plan(dec: Decomposition, profile: Profile, layers: Sequence[Sequence[Phrase]], mode: str) -> PromptPlan:
+    wanted, done = assertions(dec), [_fill(layer, profile) for layer in layers]
+    kept = tuple(dict.fromkeys(a for layer in done for _, said in layer for a in said))
+    weight = {a: WEIGHTS[p] for a, p in wanted.items()}
+    coverage = sum(weight[a] for a in kept) / max(1, sum(weight.values()))
+    parts = tuple(tuple(text for text, _ in layer) for layer in done if layer)
+    prompts = tuple(_written(texts, profile) for texts in parts)
+    cut = tuple(a for a in wanted if a not in kept)
+    return PromptPlan(prompts, kept, cut, coverage, mode, tuple(map(profile.count, prompts)), parts)
 
 
 def integrate(
@@ -159,22 +125,71 @@ def integrate(
     profile: Profile,  # of the generator
     mode: str | None = None,  # single or hierarchical; what the generator can do when None
     front: Collection[Assertion] = (),  # what the last image lacked
+    adapted: int = 0,  # rounds so far; each halves the number of things of priority 3
 ) -> PromptPlan:
     "Prompts within the budget; a short, clear instruction stays as it is, one that no model could read is truncated."
     mode = mode or ("hierarchical" if profile.supports_edit else "single")
     if mode not in ("single", "hierarchical") or (mode == "hierarchical" and not profile.supports_edit):
         raise ValueError(f"mode must be single, or hierarchical with a generator that supports edits, got {mode!r}")
-    if not dec.valid:
-        return PromptPlan((truncate(dec.instruction, profile),), mode="truncated")
-    wanted = assertions(dec)
-    if not front and not dec.choices and len(dec.units) <= 3 and profile.count(dec.instruction) <= profile.max_tokens:
-        return PromptPlan((dec.instruction,), tuple(wanted), (), 1.0, "unchanged")
+    wanted, size = assertions(dec), profile.count(dec.instruction)
+    empty, fits = not dec.instruction.strip(), len(dec.units) <= 3 and size <= profile.max_tokens
+    if dec.valid and (not wanted if empty else fits and not front and not dec.choices):
+        return _extras(PromptPlan((dec.instruction,), tuple(wanted), (), 1.0, "unchanged", (size,)), dec, profile)
     found = [replace(p, priority=0) if any(a in front for a in p.forms[0][1]) else p for p in phrases(dec)]
-    done = [fill(layer, profile) for layer in (_layers(dec, found, profile.max_objects) if mode == "hierarchical" else [found])]
-    kept = tuple(dict.fromkeys(a for _, said in done for a in said))
-    weight = {a: WEIGHTS[p] for a, p in wanted.items()}
-    coverage = sum(weight[a] for a in kept) / max(1, sum(weight.values()))
-    return PromptPlan(tuple(prompt for prompt, _ in done), kept, tuple(a for a in wanted if a not in kept), coverage, mode)
+    lesser = [p for p in found if p.priority == 3]
+    gone = lesser[len(lesser) >> adapted :]
+    found = [p for p in found if p not in gone]
+    plan = _plan(dec, profile, _layers(dec, found, profile.max_objects) if mode == "hierarchical" else [found], mode)
+    if not dec.valid or not plan.prompts:  # nothing was read, or nothing fits
+        text = truncate(dec.instruction, profile)
+        return PromptPlan((text,), cut=tuple(wanted), mode="truncated", tokens=(profile.count(text),))
+    return _extras(plan, dec, profile)
+
+
+def _extras(plan: PromptPlan, dec: Decomposition, profile: Profile) -> PromptPlan:
+    negative = truncate(", ".join(dec.negative), profile).rstrip(", ") if profile.supports_negative else ""
+    names = {u.id: u.name for u in dec.units}
+    boxes = {names[id]: box for id, box in layout(dec).items()} if profile.supports_layout else {}
+    return replace(plan, negative=negative, boxes=boxes)
+
+
+def _local(dec: Decomposition, profile: Profile, missing: Sequence[Assertion]) -> PromptPlan:
+    # an edit for the first unit that is missing or wrong
+    about = [a for a in missing if a[1] == missing[0][1]]
+    return _extras(_plan(dec, profile, [[p for p in phrases(dec) if any(a in about for a in p.forms[0][1])]], "edit"), dec, profile)
+
+# %% ../../nbs/vision/decot.ipynb #c0py0001
+_JOINING = frozenset(
+    re.findall(r"\w+", "a an the and or with of in on at by is are there its their this that which while shows showing image picture")
+)
+
+
+def polish(
+    plan: PromptPlan,  # from `integrate`
+    profile: Profile,  # of the generator
+    llm: Callable[[str, dict[str, Any]], str],  # the copy editor
+    log: list[str],  # messages are added
+) -> PromptPlan:
+    "The prompts as fluent prose, where every phrase stands in it word for word, nothing is added, and it fits; else the plan itself."
+
+    def check(answer: Any) -> None:
+        if len(answer["prompts"]) != len(plan.parts):
+            raise ValueError(f"expected {len(plan.parts)} prompts, got {len(answer['prompts'])}")
+        for text, parts in zip(answer["prompts"], plan.parts):
+            left = text
+            for part in sorted(parts, key=len, reverse=True):
+                if part not in left:
+                    raise ValueError(f"the phrase {part!r} must stay word for word")
+                left = left.replace(part, " ", 1)
+            added = {word.strip(".,;:").lower() for word in left.split()} - _JOINING - {""}
+            if added or profile.count(text) > profile.max_tokens:
+                raise ValueError(f"at most {profile.max_tokens} tokens and no new words: {profile.count(text)} tokens, new {sorted(added)}")
+
+    if not plan.parts:
+        return plan
+    answer = ask(llm, "copy editor", {"prompts": list(map(list, plan.parts)), "max_tokens": profile.max_tokens}, log, check)
+    prompts = plan.prompts if answer is None else tuple(answer["prompts"])
+    return replace(plan, prompts=prompts, tokens=tuple(map(profile.count, prompts)))
 
 # %% ../../nbs/vision/decot.ipynb #57471722
 @dataclass(frozen=True)
@@ -184,70 +199,103 @@ class Result:
     image: Any
     plan: PromptPlan  # that drew it
     calls: int  # of the generator
-    satisfied: float | None = None  # share of the checklist; None without a verifier
+    satisfied: float | None = None  # share of the checklist; None without an answer of a verifier
     log: tuple[str, ...] = ()
+    rounds: int = 1  # that were begun
+
+
+def _yes(answer: Any) -> bool:
+    if isinstance(answer, bool) or str(getattr(answer, "dtype", "")) in ("bool", "torch.bool"):
+        return bool(answer)
+    raise ValueError(f"expected booleans, got {str(answer)[:40]!r}")
 
 
 def verify(
-    verifier: Callable[[Any, list[Assertion]], list[bool]],  # image, assertions -> whether each one holds
+    verifier: Callable[[Any, list[Assertion]], Sequence[bool]],  # image, assertions -> whether each one holds
     image: Any,  # a generated image
     checklist: list[Assertion],  # questions
     log: list[str],  # messages are added
-) -> list[bool]:
-    "The verifier's answers; all False when it gave two invalid ones."
+) -> list[bool] | None:
+    "The verifier's answers; None, with a warning, after two invalid ones."
     for _ in range(2):
-        answers = verifier(image, checklist)
-        if isinstance(answers, list) and len(answers) == len(checklist) and all(isinstance(a, bool) for a in answers):
-            return answers
-        log.append(f"verifier: expected {len(checklist)} booleans, got {str(answers)[:40]!r}")
-    return [False] * len(checklist)
+        try:
+            answers = [_yes(a) for a in verifier(image, list(checklist))]
+            if len(answers) == len(checklist):
+                return answers
+            log.append(f"verifier: expected {len(checklist)} booleans, got {len(answers)}")
+        except Exception as error:  # a verifier may fail in any way
+            log.append(f"verifier: {str(error) or type(error).__name__}")
+    warnings.warn(f"two answers of the verifier were invalid, the image is not verified; the last error: {log[-1][:200]}", stacklevel=3)
+    return None
+
+
+def _draw(t2i: Callable[..., Any], plan: PromptPlan, profile: Profile, seeds: Iterator[int], image: Any, log: list[str]) -> tuple[Any, int]:
+    # an image and the calls it took; None when two seeds failed
+    extra: dict[str, Any] = {"negative": plan.negative} if profile.supports_negative else {}
+    extra |= {"boxes": plan.boxes} if profile.supports_layout else {}
+    calls = 0
+    for seed in itertools.islice(seeds, 2):
+        drawn = image
+        try:
+            for prompt in plan.prompts:
+                calls += 1
+                drawn = t2i(prompt, seed, drawn, **extra)
+            if drawn is not None:
+                return drawn, calls
+            log.append(f"generator, seed {seed}: it returned None")
+        except Exception as error:  # a generator may fail in any way; the next seed is tried
+            log.append(f"generator, seed {seed}: {str(error) or type(error).__name__}")
+    return None, calls
 
 
 def generate(
     dec: Decomposition,  # resolved
     profile: Profile,  # of the generator
-    t2i: Callable[[str, int, Any], Any],  # prompt, seed, image to change (None: a new one) -> image
-    verifier: Callable[[Any, list[Assertion]], list[bool]] | None = None,  # image, assertions -> whether each one holds
+    t2i: Callable[..., Any],  # prompt, seed, image to change (None: a new one) -> image
+    verifier: Callable[[Any, list[Assertion]], Sequence[bool]] | None = None,  # image, assertions -> whether each one holds
     N_seed: int = 1,  # images in a round
     R_max: int = 0,  # further rounds with adapted prompts
     mode: str | None = None,  # single or hierarchical
+    editor: Callable[[str, dict[str, Any]], str] | None = None,  # the copy editor; templates when None
 ) -> Result:
     "Draw, verify, adapt, and keep the best image."
     if N_seed < 1 or R_max < 0 or (verifier is None and (N_seed > 1 or R_max)):
         raise ValueError(f"N_seed must be at least 1, R_max at least 0, and more than one image needs a verifier: got {N_seed}, {R_max}")
-    log, calls, best = list(dec.log), 0, None
+    log, calls, seeds, rounds = list(dec.log), 0, itertools.count(), 0
+    best: tuple[int, list[bool] | None, Any, PromptPlan] | None = None
     missing: list[Assertion] = []
     checklist = [a for a, priority in assertions(dec).items() if priority == 1]
-    for step in range((R_max + 1) * N_seed):
-        if best and step % N_seed == 0:
-            missing = [a for a, yes in zip(checklist, best[1]) if not yes]
-            if not missing:
-                break
+    for rounds in range(1, R_max + 2):
         edit = bool(missing) and profile.supports_edit
-        plan = integrate(dec, profile, "single" if edit else mode, missing)
-        image = best[2] if best and edit else None
-        try:
-            for prompt in plan.prompts:
-                image, calls = t2i(prompt, step, image), calls + 1
-        except Exception as error:  # a generator may fail in any way; the next seed is tried
-            log.append(f"generator, seed {step}: {error}")
-            continue
-        answers = verify(verifier, image, checklist, log) if verifier else []
-        if best is None or sum(answers) > sum(best[1]):
-            best = (step, answers, image, plan)
+        plan = _local(dec, profile, missing) if edit else integrate(dec, profile, mode, missing, rounds - 1)
+        plan = polish(plan, profile, editor, log) if editor else plan
+        start = best[2] if best and edit else None
+        for _ in range(N_seed):
+            image, n = _draw(t2i, plan, profile, seeds, start, log)
+            calls += n
+            answers = verify(verifier, image, checklist, log) if verifier and image is not None else None
+            score = -1 if answers is None else sum(answers)
+            if image is not None and (best is None or score > best[0]):
+                best = (score, answers, image, plan)
+            if image is None or (verifier and answers is None):
+                break
+        missing = [a for a, yes in zip(checklist, best[1]) if not yes] if best and best[1] is not None else []
+        if not missing:  # all is there, or nothing is known
+            break
     if best is None:
         raise RuntimeError(f"the generator drew no image: {log[-1]}")
-    share = sum(best[1]) / max(1, len(checklist)) if verifier else None
-    return Result(best[2], best[3], calls, share, tuple(log))
+    share = None if best[1] is None else sum(best[1]) / max(1, len(checklist))
+    return Result(best[2], best[3], calls, share, tuple(log), rounds)
 
 
 def decot(
     instruction: str,  # long prose
     llm: Callable[[str, dict[str, Any]], str],  # role, payload -> JSON text
-    t2i: Callable[[str, int, Any], Any],  # prompt, seed, image to change (None: a new one) -> image
+    t2i: Callable[..., Any],  # prompt, seed, image to change (None: a new one) -> image
     profile: Profile,  # of the generator
     rounds: int = 2,  # of gap filling
-    **loop: Any,  # verifier, N_seed, R_max, mode: see `generate`
+    added: int = 2,  # facts that the art director may add to a unit
+    **loop: Any,  # verifier, N_seed, R_max, mode, editor: see `generate`
 ) -> Result:
     "Both stages and the loop."
-    return generate(resolve(decompose(instruction, llm, rounds), llm), profile, t2i, **loop)
+    return generate(resolve(decompose(instruction, llm, rounds), llm, added), profile, t2i, **loop)

@@ -109,7 +109,7 @@ def test_running_a_cell_again_replaces_its_claim():
         ("one", "refuted", "paper"), ("two", "not testable", "paper"), ("three", "held", "check")
     ]  # fmt: skip
     assert claims.counts() == {
-        "held": 0, "refuted": 1, "inconclusive": 0, "not testable": 1, "checks held": 1, "checks failed": 0
+        "held": 0, "refuted": 1, "inconclusive": 0, "not testable": 1, "checks held": 1, "checks failed": 0, "checks undecided": 0
     }  # fmt: skip
 
 
@@ -304,3 +304,17 @@ def test_lists_of_numbers_stand_on_one_line(tmp_path):
     assert json.loads(text) == content
     assert "[1, 2.5, null]" in text
     assert "[2, 3]" in text
+
+
+def test_checks_with_an_interval_are_decided_by_the_rule_of_claims():
+    claims = Claims("sampling/example")
+    for interval, verdict in (((0.1, 0.4), "held"), ((-0.1, 0.4), "inconclusive"), ((-0.4, -0.1), "refuted")):
+        check = claims.check(f"gain {interval}", value=0.0, interval=interval, above=0, why="Measured: as shown")
+        assert (check.kind, check.verdict, check.expected, check.why != "") == ("check", verdict, "> 0", verdict != "held")
+    assert [claims.counts()[f"checks {name}"] for name in ("held", "failed", "undecided")] == [1, 1, 1]
+    assert "? inconclusive" in claims._repr_markdown_()
+    for wrong in ({}, {"holds": True, "interval": (0.0, 1.0), "above": 0}):
+        with pytest.raises(ValueError, match=r"either holds=\.\.\. or interval"):
+            claims.check("both or none", **wrong)
+    with pytest.raises(ValueError, match="say why"):
+        claims.check("no reason", interval=(-1, 1), above=0)

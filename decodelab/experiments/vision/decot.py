@@ -1,4 +1,4 @@
-"""A hundred hidden scenes told as long stories, one generator that reads 48 tokens, and the same seeds for every way to prompt it.
+"""Hidden scenes told as long stories, one generator that reads 48 tokens, three readers of the story, and the same seeds for every way to prompt it.
 
 Docs: https://decodelab.github.io/decodelab/experiments/vision/decot.html.md"""
 
@@ -12,18 +12,34 @@ from typing import Any
 
 import numpy as np
 
+from ...core.zoo import load
 from ...lab.lab import Lab
 from ...lab.tasks.canvas import ToyGenerator, canonical, judge, read, scene, toy_profile, toy_verifier
 from ...lab.tasks.stories import RuleParser, long_instruction
-from ...vision.decompose import DIMENSIONS, Assertion, Decomposition, decompose, resolve, sentences
-from ...vision.decot import assertions, generate, integrate, truncate
+from ...lab.tasks.story_facts import ModelParser
+from ...vision.decompose import DIMENSIONS, WEIGHTS, Assertion, Decomposition, decompose, resolve, sentences
+from ...vision.decot import generate, integrate, truncate
+from ...vision.phrases import Profile, assertions
 
 # %% auto #0
-__all__ = ['ARMS', 'prompts_of', 'scores_of', 'mean_score', 'uncertain_verifier', 'loops_of', 'kept_of', 'experiment',
-           'resampled', 'interval']
+__all__ = ['ARMS', 'READERS', 'COLUMNS', 'shortest', 'prompts_of', 'scores_of', 'mean_score', 'uncertain_verifier', 'loops_of',
+           'kept_of', 'coverage', 'readers_of', 'experiment', 'resampled', 'interval']
 
 # %% ../../../nbs/experiments/vision/decot.ipynb #873611c1
-ARMS = ("first tokens", "last tokens", "visible sentences", "unresolved", "DeCoT", "reference")
+def shortest(
+    texts: Sequence[str],  # sentences
+    profile: Profile,  # of the generator
+) -> str:
+    "The shortest sentences that fit the budget together, in their order."
+    chosen: list[int] = []
+    for i in sorted(range(len(texts)), key=lambda i: profile.count(texts[i])):
+        longer = sorted([*chosen, i])
+        if profile.count(" ".join(texts[k] for k in longer)) <= profile.max_tokens:
+            chosen = longer
+    return " ".join(texts[i] for i in chosen)
+
+
+ARMS = ("first tokens", "last tokens", "visible sentences", "summary", "unresolved", "DeCoT", "reference")
 
 
 def prompts_of(
@@ -36,11 +52,12 @@ def prompts_of(
     "The prompt of every arm."
     profile, raw = toy_profile(max_tokens), decompose(text, RuleParser(eps, seed))
     spans = sentences(text)
-    visible = " ".join(text[slice(*spans[i])] for i in range(len(spans)) if i not in raw.dropped)
+    visible = [text[slice(*spans[i])] for i in range(len(spans)) if i not in raw.dropped]
     return {
         "first tokens": truncate(text, profile),
         "last tokens": truncate(text, profile, end=True),
-        "visible sentences": truncate(visible, profile),
+        "visible sentences": truncate(" ".join(visible), profile),
+        "summary": shortest(visible, profile),
         "unresolved": integrate(raw, profile, front=[("nothing",)]).prompts[0],
         "DeCoT": integrate(resolve(raw), profile).prompts[0],
         "reference": canonical(truth, max_tokens),
@@ -105,15 +122,48 @@ def kept_of(
     return [len(first & set(read(p))) / len(first) for p in prompts] + [max(0, profile.count(prompts[0]) - max_tokens)]
 
 
+READERS = ("rules", "small model", "none")
+COLUMNS = ("recall", "precision", "kept", "score")  # of a reader, at one budget
+
+
+def coverage(
+    prompt: str,  # what the generator gets
+    truth: Decomposition,  # what the picture should show
+) -> float:
+    "Share of the scene's weighted facts that stand in the prompt in the generator's words."
+    weight, said = {a: WEIGHTS[p] for a, p in assertions(truth).items()}, read(prompt)
+    return sum(w for a, w in weight.items() if a in said) / sum(weight.values())
+
+
+def readers_of(
+    truth: Decomposition,  # a hidden scene
+    text: str,  # its story
+    parser: ModelParser,  # the small model
+    budgets: Sequence[int],  # tokens
+    seeds: Sequence[int],  # of the pictures
+) -> tuple[list[float], bool]:
+    "For each reader and budget the `COLUMNS`; whether the small model's analysis was usable."
+    out, wanted = list[float](), set(assertions(truth))
+    decs = [resolve(decompose(text, reader)) for reader in (RuleParser(), parser)]
+    for dec in (*decs, Decomposition(text, valid=False)):
+        found = set(assertions(dec))
+        right = len(found & wanted)
+        for B in budgets:
+            prompt = integrate(dec, toy_profile(B)).prompts[0]
+            row = (right / len(wanted), right / max(1, len(found)), coverage(prompt, truth), _mean(prompt, truth, seeds, B))
+            out += [round(x, 3) for x in row]
+    return out, decs[1].valid
+
+
 def experiment(
-    scenes: int = 100,  # hidden scenes
+    scenes: int = 70,  # hidden scenes
     max_tokens: int = 48,  # budget
     wide: int = 128,  # a budget that holds every scene
     pictures: int = 3,  # of each prompt
 ) -> dict[str, Any]:
     "Scores of all arms, dimensions and scenes; noise, errors, budgets, loops."
     noises, errors, budgets = (0.0, 0.3, 0.6, 0.8), (0.0, 0.25, 0.5, 1.0), (16, 32, 48, 1000)
-    seed = Lab("vision/decot").seed
+    seed, parser = Lab("vision/decot").seed, ModelParser(*load("story-parser", dtype="float32"))
     out: dict[str, Any] = {
         "max_tokens": max_tokens,
         "wide": wide,
@@ -122,7 +172,7 @@ def experiment(
         "errors": errors,
         "budgets": budgets,
     }
-    for key in ("tokens", "objects", "arms", "noise", "eps", "wide scores", "kept", "over", "loops"):
+    for key in ("tokens", "objects", "arms", "noise", "eps", "wide scores", "kept", "over", "loops", "covered", "readers", "usable"):
         out[key] = []
     for i in range(scenes):
         truth, seeds = scene(seed=1000 * seed + i), range(pictures)
@@ -132,6 +182,10 @@ def experiment(
         out["objects"].append(sum(u.text is None for u in truth.units))
         prompts = prompts_of(truth, text, max_tokens)
         out["arms"].append([x for name in ARMS for x in scores_of(prompts[name], truth, seeds, max_tokens)])
+        out["covered"].append([round(coverage(prompts[name], truth), 3) for name in ARMS])
+        rows, usable = readers_of(truth, text, parser, (max_tokens, wide), seeds)
+        out["readers"].append(rows)
+        out["usable"].append(usable)
         told = [prompts_of(truth, long_instruction(truth, noise, seed=i), max_tokens) for noise in noises]
         out["noise"].append([[_mean(p[name], truth, seeds, max_tokens) for p in told] for name in ("first tokens", "DeCoT")])
         out["eps"].append([_mean(prompts_of(truth, text, max_tokens, e, i)["DeCoT"], truth, seeds, max_tokens) for e in errors])
@@ -142,7 +196,7 @@ def experiment(
         out["over"].append(max(row[3] for row in kept))
         loops = loops_of(truth, dec, max_tokens, i)
         out["loops"].append([round(x, 3) for x in loops.values()])
-    return out | {"loop names": list(loops)}
+    return out | {"loop names": list(loops), "windows": parser.seen["windows"], "valid windows": parser.seen["valid"]}
 
 
 def _mean(prompt: str, truth: Decomposition, seeds: Sequence[int], max_tokens: int) -> float:

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from ...vision.decompose import DIMENSIONS, SCENE, Assertion, Decomposition, Unit, dimension
+from ...vision.decompose import DIMENSIONS, Assertion, Decomposition, Unit, dimension
 from ...vision.decot import Profile, assertions, integrate
 
 # %% auto #0
-__all__ = ['SIZE', 'NOUNS', 'VALUES', 'KNOWN', 'tokens', 'toy_profile', 'Cell', 'Canvas', 'holds', 'judge', 'toy_verifier',
-           'scene', 'canonical', 'read', 'ToyGenerator', 'picture']
+__all__ = ['SIZE', 'NOUNS', 'VALUES', 'KNOWN', 'SCENE', 'tokens', 'toy_profile', 'Cell', 'Canvas', 'holds', 'judge',
+           'toy_verifier', 'scene', 'canonical', 'read', 'ToyGenerator', 'picture']
 
 # %% ../../../nbs/lab/tasks/canvas.ipynb #26ce65df
 SIZE = 8  # rows and columns of a canvas
@@ -48,6 +48,7 @@ VALUES: dict[str, dict[str, str]] = {
 }
 KNOWN = {word: (kind, word) for kind, words in VALUES.items() for word in words}  # what the generator knows
 _COUNTS = {"a": 1, "one": 1, "two": 2, "three": 3}
+SCENE = ("background", "light", "camera", "effect")  # facts about the whole canvas
 _ATTRIBUTES = ("colour", "texture", "pose")
 
 

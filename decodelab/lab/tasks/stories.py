@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from .canvas import KNOWN, NOUNS, VALUES
-from ...vision.decompose import SCENE, Decomposition, Unit
+from .canvas import KNOWN, NOUNS, SCENE, VALUES
+from ...vision.decompose import Decomposition, Unit
 
 # %% auto #0
 __all__ = ['PREDICATES', 'READABLE', 'long_instruction', 'RuleParser']
