@@ -117,7 +117,7 @@ def represent(
     keys = keys.view(kv_heads, -1, b, size).repeat_interleave(heads // kv_heads, 0)
     return keys.gather(2, best).mean(2).transpose(0, 1).flatten(1)
 
-
+# %% ../../nbs/memory/act_qkv.ipynb #cdd98392
 class _Layer:
     # what a row remembers in one layer
     def __init__(self, history: int):

@@ -80,7 +80,7 @@ def conditional_entropy(
     of: Sequence[int],  # axes
     given: Sequence[int] = (),  # axes
 ) -> float:
-    "H(of | given) in nats."
+    "Entropy of some variables given others, nats."
     marginal = lambda keep: joint.sum(tuple(i for i in range(joint.ndim) if i not in keep)).ravel()  # noqa: E731
     return float(entropy(marginal({*of, *given})) - (entropy(marginal({*given})) if given else 0.0))
 
