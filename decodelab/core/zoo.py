@@ -356,7 +356,11 @@ def load_processor(
     except ImportError as error:
         raise ValueError(f"the processor of {name} needs a library that is missing: {str(error).strip()}") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name} has no processor: it reads text alone, `load` gives its tokenizer") from error
+        if not isinstance(place, Path) and not isinstance(error, ValueError):
+            raise _not_found(place, error) from error
+        raise ValueError(
+            f"{name} has no processor that can be read ({' '.join(str(error).split())}): `load` gives its tokenizer"
+        ) from error
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"{name} has no processor of pictures: it reads text alone, `load` gives its tokenizer")
     return processor

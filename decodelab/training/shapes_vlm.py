@@ -88,12 +88,18 @@ def collate_talks(
 ) -> dict[str, torch.Tensor]:
     "A batch: what has an entry a token is padded on the right; `pixel_values` and the like are those of all pictures, in order."
     stack = torch.nn.utils.rnn.pad_sequence
-    whole = [{"attention_mask": torch.ones_like(row["input_ids"]), **row} for row in rows]
+    if lacking := {name for name in ("input_ids", "labels") for row in rows if name not in row}:
+        raise ValueError(f"a row lacks {', '.join(sorted(lacking))}: make rows with `talk_row`, or as it does")
+    whole = [{"attention_mask": torch.ones_like(torch.as_tensor(row["input_ids"])), **row} for row in rows]
     fill = {"input_ids": pad, "labels": -100}
     batch = {}
     for name in dict.fromkeys(name for row in whole for name in row):
         parts = [torch.as_tensor(row[name]) for row in whole if name in row]
-        batch[name] = stack(parts, batch_first=True, padding_value=fill.get(name, 0)) if parts[0].ndim == 1 else torch.cat(parts)
+        if parts[0].ndim == 1:  # one entry a token: 0 in rows that do not say it
+            parts = [torch.as_tensor(row.get(name, torch.zeros_like(torch.as_tensor(row["input_ids"])))) for row in whole]
+            batch[name] = stack(parts, batch_first=True, padding_value=fill.get(name, 0))
+        else:
+            batch[name] = torch.cat(parts)
     return batch
 
 # %% ../../nbs/training/shapes_vlm.ipynb #4f662a4c

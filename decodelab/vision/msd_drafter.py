@@ -125,7 +125,8 @@ def _tried(model: Any) -> int:
     tokens = trial_tokens(model, 2).to(model.device if model.device.type != "meta" else "cpu")
     out = model(input_ids=tokens, output_hidden_states=True)
     states = getattr(out, "hidden_states", None)
-    if not states or head is None or model.get_input_embeddings()(tokens).shape != states[-1].shape:
+    embedded = model.get_input_embeddings()(tokens).shape
+    if not states or head is None or not embedded == states[0].shape == states[-1].shape:
         raise ValueError(f"{name} gives no hidden states as wide as its embeddings, or has no output layer of its own: {other}")
     try:
         logits = head(states[-1])

@@ -167,6 +167,31 @@ def test_own_talks(pair, tmp_path):
         train_msd(MSD, tmp_path / "few", pair, (own[0][:5], own[1]))
 
 
+def test_a_run_on_other_talks_is_another_run(pair, tmp_path):
+    _, processor = pair
+    own = tuple([talk_row(processor, talk(kinds, i), i) for i in range(34)] for kinds in (WORDED, PICTURED))
+    train_msd(MSD, tmp_path, pair, own)
+    with pytest.raises(ValueError, match="checkpoints of another run \\(the talks differs\\)"):
+        train_msd(MSD, tmp_path, pair, (own[0][::-1], own[1]))
+
+
+def test_a_curriculum_of_words_needs_no_pictures(pair, tmp_path):
+    _, processor = pair
+    words = [talk_row(processor, talk(WORDED, i), i) for i in range(34)]
+    figures = train_msd(replace(MSD, curriculum="text"), tmp_path, pair, (words, []))
+    assert "words" in figures["held_out"]
+
+
+def test_rows_of_a_batch_may_lack_a_field_of_tokens(processor):
+    rows = [talk_row(processor, talk(kind, 1), 1) for kind in ("story", "caption")]
+    rows[1]["mm_token_type_ids"] = (rows[1]["input_ids"] == processor.tokenizer.convert_tokens_to_ids(IMAGE)).long()
+    batch = collate_talks([{name: v.tolist() if v.ndim == 1 else v for name, v in row.items()} for row in rows])
+    assert batch["mm_token_type_ids"].shape == batch["input_ids"].shape and batch["mm_token_type_ids"].sum(1).tolist() == [0, 16]
+    del rows[0]["labels"]
+    with pytest.raises(ValueError, match="a row lacks labels"):
+        collate_talks(rows)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import DynamicCache
+from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
 from decodelab.core.tree import Tree
 from decodelab.core.zoo import load
@@ -304,6 +304,20 @@ def test_a_drafter_of_another_target_is_refused():
 def test_an_encoder_decoder_model_is_refused():
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
         new_msd_drafter(load("reader")[0])
+
+
+def test_a_target_whose_embeddings_are_narrower_than_its_states_is_refused():
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 16,
+        "ffn_dim": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = OPTForCausalLM(OPTConfig(**sizes, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+    with pytest.raises(ValueError, match="no hidden states as wide as its embeddings"):
+        new_msd_drafter(model)
 
 
 def test_a_folder_that_holds_something_else_is_named(tmp_path):

@@ -187,7 +187,7 @@ SEEN = {*COLOURS, *SHAPES, *NUMBERS, "nothing", "a"}  # words of an answer that 
 
 
 def shapes_tokenizer() -> Any:
-    "One token a word; a chat template with a picture in front of the question, if there is one."
+    "One token a word; write prompts with `shapes_prompt`."
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
