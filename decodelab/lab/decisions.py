@@ -89,7 +89,8 @@ class Problem:
     def glance(self) -> str:
         "The row of the first table: problem, method, evidence, cost."
         best = self.first
-        shown = f"{best.says}: {best.found.numbers} ({best.where})" if best else "no statement held"
+        named = f"{best.method} " if best and self.use else ""  # the way to go may be another than the method of the number
+        shown = f"{named}{best.says}: {best.found.numbers} ({best.where})" if best else "no statement held"
         method = self.use or (best.method if best else "nothing yet")
         return f"| {self.name} | {method} | {shown}; {self.counted} | {(self.cost_lines() or ['nothing was measured'])[0]} |"
 

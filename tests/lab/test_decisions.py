@@ -50,7 +50,7 @@ def test_costs_and_a_given_way():
     costs = ["nothing", evidence("X,", "refuted", "seconds")]
     found = Problem("speed", [evidence("A", "held")], costs, "Never.", use="advise")
     assert "**Costs.** nothing; X, seconds: 1.25 [1, 1.5] (`small`, `m`)." in found._repr_markdown_()
-    assert found.glance() == "| speed | advise | is better: 1.25 [1, 1.5] (`small`, `m`); 1 held | nothing |"
+    assert found.glance() == "| speed | advise | A is better: 1.25 [1, 1.5] (`small`, `m`); 1 held | nothing |"
     assert glance_table([found, found]).count("| speed |") == 2
 
 

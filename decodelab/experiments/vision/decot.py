@@ -1,4 +1,4 @@
-"""Hidden scenes told as long stories, one generator that reads 48 tokens, three readers of the story, and the same seeds for every way to prompt it.
+"""Hidden scenes told as long stories, one generator that reads 48 tokens, two readers of the story or none, and the same seeds for every way to prompt it.
 
 Docs: https://decodelab.github.io/decodelab/experiments/vision/decot.html.md"""
 
