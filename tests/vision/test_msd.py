@@ -13,8 +13,7 @@ from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
 from decodelab.core.tree import Tree
 from decodelab.core.zoo import load
-from decodelab.speculative.base import SpeculativeDecoder, walk
-from decodelab.vision import msd as module
+from decodelab.speculative.base import walk
 from decodelab.vision.msd import MSD, prune
 from decodelab.vision.msd_drafter import MSDConfig, MSDDrafter, draft_logits, load_msd_drafter, new_msd_drafter, pairs
 
@@ -333,7 +332,3 @@ def test_a_drafter_that_says_nan_costs_nothing_but_time():
     drafter.fc.bias.data.fill_(torch.nan)
     out = MSD(drafter, k=3, depth=2).generate(model, **inputs(), **GREEDY)
     assert out.sequences.equal(expected("llava, batch"))
-
-
-def test_it_is_a_decoder_of_the_family_s_loop():
-    assert issubclass(MSD, SpeculativeDecoder) and module.MSD.target_arguments == {"output_hidden_states": True}
