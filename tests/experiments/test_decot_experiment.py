@@ -64,7 +64,7 @@ def test_resampled_means():
 
 def test_a_small_run_can_be_stored_and_made_again():
     found = experiment(2, pictures=1)
-    assert np.array(found["arms"], dtype=float).shape == (2, 6 * 9) and np.array(found["noise"]).shape == (2, 2, 4)
+    assert np.array(found["arms"], dtype=float).shape == (2, len(ARMS) * len(DIMENSIONS)) and np.array(found["noise"]).shape == (2, 2, 4)
     assert (
         np.array(found["kept"]).shape == (2, 4 * 3)
         and found["over"] == [0, 0]
