@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset
 
 from ..core.capability import executed
 from ..lab.data import load_data
@@ -128,10 +128,6 @@ class LongSpecTrainer(RunTrainer):
     target: Any  # target model
     settings: LongSpecRecipe  # positions and lags
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        given: Any = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(given)
-
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         ids = inputs["input_ids"]
         positions, lag = self.settings.draw(self.state.global_step, ids.shape[1]) if model.training else (torch.arange(ids.shape[1]), 1)
@@ -186,7 +182,8 @@ def train_longspec(
     with TrainingRun(out / "run", settings) as run:
         drafter = new_drafter(target, settings.window, settings.intermediate_size or None, settings.seed).float()
         probe = Windows(test, settings.block, min(16, max(1, len(test) // settings.block)), seed=1)
-        arguments = training_arguments(settings, run.folder, remove_unused_columns=False, label_names=["labels"], **cosine_adamw(settings))
+        fixed = {"remove_unused_columns": False, "label_names": ["labels"], "train_sampling_strategy": "sequential"}
+        arguments = training_arguments(settings, run.folder, **cosine_adamw(settings) | fixed)
         trainer = LongSpecTrainer(drafter, arguments, train_dataset=Stages(train, settings), eval_dataset=probe)
         trainer.target, trainer.settings = target, settings
         made_of = {"training_text": fingerprint(train), "held_out_text": fingerprint(test), "tokenizer": tokenizer_fingerprint(tokenizer)}

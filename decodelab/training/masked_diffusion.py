@@ -197,14 +197,7 @@ def train_masked_diffusion(
         denoiser = Denoiser(model.train(), tokenizer.mask_token_id, shift_logits=True)
         trainer = DenoiserTrainer(recipe, denoiser, args=arguments, train_dataset=train, eval_dataset=probe, callbacks=list(callbacks))
         run.train(trainer, **made_of, data=facts.pop("data"))
-        rows, machine = trainer.get_total_train_batch_size(arguments) * recipe.batch_size, run.segments[-1]["machine"]
-        figures = run.figures(trainer)
-        figures |= {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens_seen": round(figures["steps"] * rows * facts.pop("tokens_a_row")),
-            "machine": machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores",
-            **facts,
-        }
+        figures = run.model_figures(trainer, recipe.batch_size * facts.pop("tokens_a_row")) | facts
         model.to(torch.bfloat16)  # what is written is what is evaluated
         figures = _evaluated(recipe, model.float(), tokenizer, books[1], evaluate, figures)
         return run.finish(out, figures, model.to(torch.bfloat16), tokenizer)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset
 
 from ..core.capability import executed
 from ..core.zoo import load, load_processor
@@ -142,10 +142,6 @@ class MSDTrainer(RunTrainer):
     target: Any  # target model
     settings: MSDRecipe  # noise and weights
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        given: Any = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(given)
-
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         own = self.settings
         near, same = msd_losses(model, self.target, inputs, own.noise if model.training else 0.0)
@@ -207,9 +203,8 @@ def train_msd(
             words, pictures = words[:-16], pictures[:-16]
         probe = [rows[i] for rows in held_out.values() for i in range(min(8, len(rows)))]
         drafter = new_msd_drafter(target, settings.intermediate_size or None, settings.decoupled, settings.seed).float()
-        arguments = training_arguments(
-            settings, run.folder, remove_unused_columns=False, label_names=["labels"], **cosine_adamw(settings) | {"max_grad_norm": 0.5}
-        )
+        fixed = {"remove_unused_columns": False, "label_names": ["labels"], "train_sampling_strategy": "sequential", "max_grad_norm": 0.5}
+        arguments = training_arguments(settings, run.folder, **cosine_adamw(settings) | fixed)
         trainer = MSDTrainer(
             drafter, arguments, train_dataset=Curriculum(settings, words, pictures), eval_dataset=probe, data_collator=collate_talks
         )

@@ -120,15 +120,8 @@ def train_list_programs(
             model, training_arguments(recipe, run.folder, **cosine_adamw(recipe) | {"bf16": False}), train_dataset=train, eval_dataset=probe
         )
         run.train(trainer, tokenizer=tokenizer_fingerprint(tokenizer))
-        figures, machine = run.figures(trainer), run.segments[-1]["machine"]
-        seen = figures["steps"] * recipe.batch_size * processes()
-        tokens = round(seen * sum(int((probe[i]["input_ids"] != tokenizer.pad_token_id).sum()) for i in range(len(probe))) / len(probe))
-        figures |= {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens_seen": tokens,
-            "train_tokens": tokens,
-            "machine": machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores",
-        }
+        tokens = sum(int((probe[i]["input_ids"] != tokenizer.pad_token_id).sum()) for i in range(len(probe)))
+        figures = run.model_figures(trainer, tokens / len(probe))
         if figures["steps"] < figures["recipe"]["steps"]:
             ended = f"The run was ended after {figures['steps']:,} of its {figures['recipe']['steps']:,} steps, so its learning rate had not come down"
             figures["remarks"] = [*figures.get("remarks", ()), f"{ended}. The same command without `--steps` goes on to the end."]

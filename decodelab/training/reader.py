@@ -207,16 +207,8 @@ def train_reader(
         arguments = training_arguments(settings, run.folder, **cosine_adamw(settings) | {"bf16": False}, remove_unused_columns=False)
         trainer = RunTrainer(model, arguments, train_dataset=rows, eval_dataset=probe, data_collator=padded)
         run.train(trainer, tokenizer=tokenizer_fingerprint(tokenizer))
-        figures, machine = run.figures(trainer), run.segments[-1]["machine"]
         words = sum(len(probe[i]["input_ids"]) + len(probe[i]["labels"]) for i in range(len(probe))) / len(probe)
-        seen = round(figures["steps"] * settings.batch_size * processes() * words)
-        figures |= {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens_seen": seen,
-            "train_tokens": seen,
-            "machine": machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores",
-            **gap_figures(model, tokenizer, settings.facts),
-        }
+        figures = run.model_figures(trainer, words) | gap_figures(model, tokenizer, settings.facts)
         return run.finish(out, figures, model.bfloat16(), tokenizer)
 
 # %% ../../nbs/training/reader.ipynb #4ef020e2

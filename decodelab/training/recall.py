@@ -123,10 +123,8 @@ def train_recall(
         )
         trainer = RunTrainer(model, arguments, train_dataset=train, eval_dataset=probe)
         run.train(trainer, tokenizer=tokenizer_fingerprint(tokenizer))
-        figures, machine = run.figures(trainer), run.segments[-1]["machine"]
-        tokens = sum(len(train[i]["input_ids"]) for i in range(0, rows, train.batch_size)) * train.batch_size
-        figures |= {"parameters": sum(p.numel() for p in model.parameters()), "tokens_seen": tokens, "train_tokens": tokens}
-        figures["machine"] = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
+        lengths = [len(train[i]["input_ids"]) for i in range(0, rows, train.batch_size)]
+        figures = run.model_figures(trainer, sum(lengths) / len(lengths))
         if evaluate:
             model.bfloat16().float().eval()  # as it will be read from the file
             figures |= {"accuracy": {"answers in 256 tokens": recall_accuracy(model, n=evaluate)}, "examples_a_task": 16 * evaluate}

@@ -427,6 +427,21 @@ class TrainingRun(TrainerCallback):
         }
         return found | ({"remarks": [f"The run was planned for {plans[0]} steps{''.join(changes)}."]} if changes else {})
 
+    def model_figures(
+        self,
+        trainer: Any,  # after `train`
+        tokens_a_row: float,  # mean length of a row of a batch
+    ) -> dict[str, Any]:
+        "What a `training.json` says of a whole model: `figures`, parameters, tokens seen, machine."
+        figures, machine = self.figures(trainer), self.segments[-1]["machine"]
+        seen = round(figures["steps"] * trainer.get_total_train_batch_size(trainer.args) * tokens_a_row)
+        return figures | {
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+            "tokens_seen": seen,
+            "train_tokens": seen,
+            "machine": machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores",
+        }
+
     def finish(
         self,
         out: Path,  # folder of the finished model

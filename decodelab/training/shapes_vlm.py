@@ -218,16 +218,8 @@ def train_shapes_vlm(
         arguments = training_arguments(settings, run.folder, remove_unused_columns=False, label_names=["labels"], **cosine_adamw(settings))
         trainer = ShapesTrainer(model, arguments, train_dataset=rows, eval_dataset=probe, data_collator=collate_talks)
         run.train(trainer, tokenizer=tokenizer_fingerprint(processor.tokenizer))
-        figures, machine = run.figures(trainer), run.segments[-1]["machine"]
         tokens = sum(len(probe[i]["input_ids"]) for i in range(len(probe))) / len(probe)
-        seen = round(figures["steps"] * settings.batch_size * processes() * tokens)
-        figures |= {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens_seen": seen,
-            "train_tokens": seen,
-            "machine": machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores",
-            **answer_figures(model, processor),
-        }
+        figures = run.model_figures(trainer, tokens) | answer_figures(model, processor)
         return run.finish(out, figures, model.bfloat16(), processor)
 
 # %% ../../nbs/training/shapes_vlm.ipynb #a9138f85

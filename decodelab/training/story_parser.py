@@ -152,11 +152,7 @@ def train_story_parser(
         arguments = training_arguments(settings, run.folder, **cosine_adamw(settings) | fixed)
         trainer = RunTrainer(model, arguments, train_dataset=rows, eval_dataset=probe, data_collator=padded)
         run.train(trainer, tokenizer=tokenizer_fingerprint(tokenizer))
-        figures, machine = run.figures(trainer), run.segments[-1]["machine"]
-        each = sum(len(probe[i]["input_ids"]) for i in range(len(probe))) / len(probe)
-        seen = round(len(rows) * each)
-        figures |= {"parameters": sum(p.numel() for p in model.parameters()), "tokens_seen": seen, "train_tokens": seen}
-        figures["machine"] = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
+        figures = run.model_figures(trainer, sum(len(probe[i]["input_ids"]) for i in range(len(probe))) / len(probe))
         model.bfloat16().float().eval()  # as it will be read from the file
         figures |= {"accuracy": window_accuracy(model, tokenizer, evaluate), "examples_a_task": evaluate} if evaluate else {}
         return run.finish(out, figures, model.bfloat16(), tokenizer)

@@ -323,20 +323,10 @@ def train_summariser(
             tokenizer=tokenizer_fingerprint(tokenizer),
             **({"start": fingerprint(load(settings.start)[0])} if settings.start else {}),
         )
-        figures, machine = run.figures(trainer), run.segments[-1]["machine"]
-        words = sum(len(row.document.tagged()) + len(row.labels) for row in (rows[i] for i in range(min(64, len(rows))))) / min(
-            64, len(rows)
-        )
-        seen = round(figures["steps"] * settings.batch_size * processes() * words)
+        first = [rows[i] for i in range(min(64, len(rows)))]
+        figures = run.model_figures(trainer, sum(len(row.document.tagged()) + len(row.labels) for row in first) / len(first))
         last = [point["eval_loss"] for point in figures["curve"] if "eval_loss" in point]
-        figures |= {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens_seen": seen,
-            "train_tokens": seen,
-            "machine": machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores",
-            "held_out_loss": last[-1] if last else None,
-        }
-        return run.finish(out, figures, model.bfloat16(), tokenizer)
+        return run.finish(out, figures | {"held_out_loss": last[-1] if last else None}, model.bfloat16(), tokenizer)
 
 # %% ../../nbs/training/summariser.ipynb #c4108d64
 @recipe("summariser", SummariserRecipe())
