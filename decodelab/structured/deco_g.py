@@ -190,7 +190,19 @@ class _Rows:
                 self.f = self.tables.hmm.read(self.f, self.tokens)[0]
             self.remaining, self.tokens = self.remaining - 1, None
 
-# %% ../../nbs/structured/deco_g.ipynb #fde45071
+
+def _story(rows: _Rows) -> tuple[list[str], list[str]]:
+    # for the trace: whether the format left a choice, and whether it changed the best token
+    choices = (rows.after > -torch.inf).sum(-1).tolist()
+    before, after = rows.before.argmax(-1).tolist(), rows.after.argmax(-1).tolist()
+    roles = ["forced" if n == 1 else "steered" if a != b else "free" for n, a, b in zip(choices, before, after)]
+    notes = [f"{n} tokens possible; alone the model prefers token {b}" for n, b in zip(choices, before)]
+    if rows.tables.hmm is not None:
+        chances = rows.tables.probability(rows.states, rows.f, rows.remaining).tolist()
+        notes = [f"valid ending {p:.3g}; {note}" for p, note in zip(chances, notes)]
+    return roles, notes
+
+
 def _example(model: Any) -> DecoG:
     # some tokens open a bracket, many close one, and it must be closed in the end; a random HMM
     size = embedding_size(model)
@@ -199,7 +211,7 @@ def _example(model: Any) -> DecoG:
     target = torch.cat([(ids % 16 == 7).long(), (ids % 4 != 0).long()])
     return DecoG(TokenAutomaton(source, token, target, torch.tensor([True, False]), size), HMM.random(4, size, sharpness=2.0))
 
-
+# %% ../../nbs/structured/deco_g.ipynb #fde45071
 @register(
     "deco_g",
     family="structured",
@@ -279,15 +291,3 @@ class DecoG(Autoregressive):
             raise ValueError("a token was forced that the format does not allow: leave out the logits processor that forces it")
         rows.tokens = tokens
         return (tokens, *((None, None) if call.trace is None else _story(rows)))
-
-
-def _story(rows: _Rows) -> tuple[list[str], list[str]]:
-    # for the trace: whether the format left a choice, and whether it changed the best token
-    choices = (rows.after > -torch.inf).sum(-1).tolist()
-    before, after = rows.before.argmax(-1).tolist(), rows.after.argmax(-1).tolist()
-    roles = ["forced" if n == 1 else "steered" if a != b else "free" for n, a, b in zip(choices, before, after)]
-    notes = [f"{n} tokens possible; alone the model prefers token {b}" for n, b in zip(choices, before)]
-    if rows.tables.hmm is not None:
-        chances = rows.tables.probability(rows.states, rows.f, rows.remaining).tolist()
-        notes = [f"valid ending {p:.3g}; {note}" for p, note in zip(chances, notes)]
-    return roles, notes
