@@ -147,17 +147,18 @@ def test_greedy_in_padded_batches_of_three(name, rule, kind, share, references):
 
 @pytest.fixture(scope="module")
 def tale_references(tales):
-    "Transformers' greedy continuation of 42 openings, computed once a rule."
+    "Transformers' greedy continuation of 42 openings, or of every third, computed once a rule."
     model, tokenizer = tales
     who = ["The old king", "A poor fisherman", "The youngest daughter", "Once a fox", "The witch", "A giant", "Two brothers"]
     what = ["went into the forest and", "said to the", "had three sons, and", "came to a river, where", "was so", "began to"]
     prompts = [tokenizer(f"{a} {b}", return_tensors="pt").input_ids for a in who for b in what]
     kept = {}
 
-    def get(rule):
-        if rule not in kept:
-            kept[rule] = [plain(model, p, 24, **rules(rule)) for p in prompts]
-        return model, prompts, kept[rule]
+    def get(rule, share):
+        some = prompts if share == "all" else prompts[::3]
+        if (rule, share) not in kept:
+            kept[rule, share] = [plain(model, p, 24, **rules(rule)) for p in some]
+        return model, some, kept[rule, share]
 
     return get
 
@@ -165,8 +166,9 @@ def tale_references(tales):
 @every_lossless
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("rule", ["none", pytest.param("custom", marks=pytest.mark.slow)])
-def test_greedy_on_tales(name, rule, batch, tale_references):
-    model, prompts, expected = tale_references(rule)
+@pytest.mark.parametrize("share", ["third", pytest.param("all", marks=pytest.mark.slow)])
+def test_greedy_on_tales(name, rule, batch, share, tale_references):
+    model, prompts, expected = tale_references(rule, share)
     decoder = METHODS[name].example(model)
     pad = model.generation_config.pad_token_id or 0
     got = []

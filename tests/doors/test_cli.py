@@ -305,8 +305,8 @@ OBJECTS = ("caad", "edu_sum")  # need a grounding space, or documents in units, 
 def test_a_batch_equals_single_prompts(method, tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(OPENINGS), encoding="utf-8")
     command = ["generate", "--prompts", tmp_path / "p.txt", "-m", method, "--max-new-tokens", 8, "--json", *SHORT.get(method, ())]
-    one, three, two = (json.loads(run(*command, "--batch-size", n).stdout)["results"] for n in (1, 3, 2))
-    assert one == three == two
+    one, two = (json.loads(run(*command, "--batch-size", n).stdout)["results"] for n in (1, 2))  # two: the last batch is not full
+    assert one == two
 
 
 def test_prompts_are_shown_with_their_continuations(tmp_path):

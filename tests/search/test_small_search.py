@@ -26,7 +26,7 @@ from decodelab.search.transfer_q import TransferQ
 
 pytestmark = pytest.mark.small
 QUESTIONS = ["What is 17 + 25? Think step by step.", "Name three rivers."]
-NEW = 12
+NEW = 8
 
 
 @reads("ids")

@@ -36,7 +36,7 @@ def asked():
     texts = [tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True) for q in QUESTIONS]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
     inputs.pop("token_type_ids", None)
-    rules = {"max_new_tokens": 32, "do_sample": False}
+    rules = {"max_new_tokens": 20, "do_sample": False}
     return model, inputs, rules, model.generate(**inputs, **rules)
 
 
