@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .reading import check_decoder, decode_text, read_prompts
+from .reading import check_decoder, decode_text, decoder_kinds, read_prompts
 from .shell import ChatOption, DraftOption, JsonOption, ModelOption, PromptsOption, SampleOption, SeedOption, SetOption
 from .shell import TemperatureOption, TopKOption, TopPOption, check_drafter, check_model, check_place, decoder_settings
 from .shell import emit_json, load_for, make_decoder, sampling_settings, say
@@ -56,6 +56,19 @@ def _total(stats: list[Any]) -> dict[str, Any]:
     total = {name: sum(getattr(one, name) for one in stats) for name in _FIGURES}
     steps = sum(one.target_forwards if one.search else sum(map(len, one.emitted)) for one in stats)
     return total | {"tokens_per_forward": total["new_tokens"] / steps if steps else 0.0}
+
+
+def _tell_cost(method: str, figures: Mapping[str, Any]) -> None:
+    # a decoder whose drafts are all rejected gives the right text, only later
+    from decodelab.core.contract import decoders
+
+    known = decoders()[method]
+    if known.lossless and known.family in ("speculative", "vision") and figures["new_tokens"] >= 16 and figures["tokens_per_forward"] < 1.1:
+        way = (
+            "its drafter must be trained for this model, see `decodelab train --list`" if known.needs_training else "see `decodelab advise`"
+        )
+        way = "name another draft model with --draft" if "drafter" in decoder_kinds(method) and not known.needs_training else way
+        say(f"hardly a draft token was accepted, so {method} only adds work here: {way}")
 
 
 def _answers(out: Any, tokenizer: Any) -> list[dict[str, Any]]:
@@ -111,6 +124,7 @@ def _many(batches: Iterable[Any], tokenizer: Any, texts: list[str], facts: dict[
     if not as_json:
         figures = _total(stats)
         say(f"{figures['new_tokens']} new tokens, {figures['tokens_per_forward']:.2f} tokens per forward, {figures['seconds']:.3f} s")
+        _tell_cost(facts["method"], figures)
 
 # %% ../nbs/cli_generate.ipynb #f6b20d95
 def generate(
@@ -168,3 +182,4 @@ def generate(
         say(f"written: {write_whole(trace, trace_page(texts[0], out, method))}")
     if not as_json:
         say(str(out.stats))
+        _tell_cost(method, _total([out.stats]))

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -309,6 +310,7 @@ class TrainingRun(TrainerCallback):
     def __enter__(self) -> TrainingRun:
         if not self.folder.exists():
             self.check()  # nothing is left in a folder that is refused
+        self.new = [place for place in (self.folder, self.folder.parent) if not place.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.folder / ".lock")
@@ -344,6 +346,11 @@ class TrainingRun(TrainerCallback):
             kept = newest_whole_checkpoint(self.folder)
             where = f"{kept.name} is kept" if kept else "there is no checkpoint yet"
             raise OSError(f"no space left for {self.folder} ({where}): make space, and the same command goes on") from error
+        if error is not None and self.first and self.folder in self.new and {p.name for p in self.folder.iterdir()} <= {".lock"}:
+            (self.folder / ".lock").unlink(missing_ok=True)
+            with suppress(OSError):  # the outer one is not empty
+                for place in self.new:
+                    place.rmdir()
 
     def train(
         self,

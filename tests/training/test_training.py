@@ -770,6 +770,19 @@ def test_the_lock_is_given_back_while_the_run_is_still_known(tmp_path):
         assert not (refused.lock.is_locked or killed.lock.is_locked or run.lock.is_locked)
 
 
+def test_a_run_that_fails_before_it_writes_leaves_no_folder(tmp_path):
+    (tmp_path / "kept").mkdir()
+    for folder, left in ((tmp_path / "new" / "run", []), (tmp_path / "kept" / "run", ["kept"])):
+        with pytest.raises(ValueError, match="bad data"), TrainingRun(folder, MINI):
+            raise ValueError("bad data")
+        assert sorted(p.name for p in tmp_path.iterdir() if p.name == folder.parent.name) == left
+        assert not folder.exists()
+    with pytest.raises(ValueError, match="bad data"), TrainingRun(tmp_path / "new" / "run", MINI):
+        (tmp_path / "new" / "run" / "data").write_text("made")
+        raise ValueError("bad data")
+    assert (tmp_path / "new" / "run" / "data").exists()
+
+
 RECIPES = ["cj-grpo", "dpo", "drafter", "dupmae", "grpo", "hyperfitting", "prm", "specdec-pp", "tasks", "tasks-learn2pd", "tasks-mdm"]
 
 
