@@ -1,4 +1,4 @@
-"""Feed a model the passage from each of its tokens on: that scores all spans exactly, and the most probable one is the answer.
+"""Feed a model every suffix of the passage: that scores all spans exactly, and the most probable one is the answer.
 
 Docs: https://decodelab.github.io/decodelab/structured/exact_extract.html.md"""
 

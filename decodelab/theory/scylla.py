@@ -1,4 +1,4 @@
-"""Each time a drafter's training text is multiplied by ten, the tokens that a forward pass of the target yields grow by the same amount; how much faster that makes you depends on the machine.
+"""Each time a drafter's training text is multiplied by ten, the tokens that a forward pass of the target yields grow by about the same amount, the paper finds; how much faster that makes you depends on the machine.
 
 Docs: https://decodelab.github.io/decodelab/theory/scylla.html.md"""
 
