@@ -777,10 +777,10 @@ def test_a_run_that_fails_before_it_writes_leaves_no_folder(tmp_path):
             raise ValueError("bad data")
         assert sorted(p.name for p in tmp_path.iterdir() if p.name == folder.parent.name) == left
         assert not folder.exists()
-    with pytest.raises(ValueError, match="bad data"), TrainingRun(tmp_path / "new" / "run", MINI):
-        (tmp_path / "new" / "run" / "data").write_text("made")
-        raise ValueError("bad data")
-    assert (tmp_path / "new" / "run" / "data").exists()
+    data = tmp_path / "new" / "run" / "data"
+    with pytest.raises(ValueError, match="bad data"), TrainingRun(data.parent, MINI):
+        raise ValueError(f"bad data of {data.write_text('made')} characters")
+    assert data.exists()
 
 
 RECIPES = ["cj-grpo", "dpo", "drafter", "dupmae", "grpo", "hyperfitting", "prm", "specdec-pp", "tasks", "tasks-learn2pd", "tasks-mdm"]
