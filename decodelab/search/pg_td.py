@@ -25,7 +25,7 @@ def p_ucb(
     N: int,  # visits of the node (at least 1)
     n: int,  # returns of the edge
     c: float = 4.0,  # weight of exploration
-    c_base: float = 10.0,  # after how many visits it grows
+    c_base: float = 10.0,  # after how many visits beta grows
 ) -> float:
     "How much an edge asks to be tried next."
     beta = math.log((N + c_base + 1) / c_base) + c
