@@ -230,7 +230,7 @@ class PEARL(SpeculativeDecoder):
         news = window.follow(roots.tolist())
         lack = max(r - len(tail) for r, tail in zip(rest, window.tails))
         window.partner.begin(min(window.gamma, max(0, lack)), *news)
-        texts = [tail[: r - 1] for tail, r in zip(window.tails, rest)]  # of the last token a row may have, only the test is needed
+        texts = [tail[: r - 1] for tail, r in zip(window.tails, rest)]  # a round emits up to one token more than it reads of U
         window.read = list(map(len, texts))
         facts = None if call.trace is None else [{"window": "post" if n else "pre"} for n in window.read]
         return Draft(*chains(roots, texts), facts=facts)

@@ -88,7 +88,7 @@ def condition_maximum(
 ) -> torch.Tensor:
     "The scores `g`, shifted as if their maximum had been `top`, [..., n]; their order stays, -inf stays -inf."
     top = top[..., None]
-    # t = G - g + log(1 - exp(g - Z)),  G~ = G - max(0, t) - log(1 + exp(-|t|))
+    # t = G(u) - s + log(1 - exp(s - Z)),  G(v) = G(u) - max(0, t) - log(1 + exp(-|t|)); here `top` is G(u), `g` is s
     t = top - g + torch.log1p(-torch.exp(g - g.amax(-1, keepdim=True)))
     shifted = top - t.clamp_min(0) - torch.log1p(torch.exp(-t.abs()))
     return torch.where(g > -torch.inf, shifted, -torch.inf)
