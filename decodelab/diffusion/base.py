@@ -1,4 +1,4 @@
-"""Masked diffusion: how a model that fills masked positions becomes a model that writes; the loop in which every paper of this family changes one decision; and LLaDA's decoder, the plainest of them.
+"""Masked diffusion: how a model that fills masked positions writes a text; the loop in which every paper changes one decision; and LLaDA's decoder, the plainest.
 
 Docs: https://decodelab.github.io/decodelab/diffusion/base.html.md"""
 

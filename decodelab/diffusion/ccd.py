@@ -27,7 +27,7 @@ __all__ = ['entropy', 'History', 'CCD', 'average_choice']
 def entropy(
     p: torch.Tensor,  # distributions, [..., vocab]
 ) -> torch.Tensor:
-    "Shannon entropy H(p) in nats, [...]."
+    "Shannon entropy H(p) in nats, [...]; the best token apart, as 1 - left, since a p near 1 has lost its digits."
     others, left = without_best(p)
     return torch.special.entr(others).sum(-1) - torch.special.xlog1py(1 - left, -left)
 

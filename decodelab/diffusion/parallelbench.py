@@ -152,7 +152,7 @@ def top_k(
 
 def threshold(
     gamma: float,  # confidence to be exceeded
-    strict: bool = True,  # "more than gamma", as in the text; the released code takes gamma itself, too
+    strict: bool = True,  # "more than gamma", as in the text; ParallelBench's code takes gamma itself, too
 ) -> Count:
     "All that are more confident than gamma, at least one."
     edge = gamma + _EQUAL if strict else gamma - _EQUAL
@@ -161,7 +161,7 @@ def threshold(
 
 def factor(
     f: float,  # the factor
-    compat: bool = False,  # the released loop: equality passes, and a failure at the last rank commits everything
+    compat: bool = False,  # ParallelBench's loop, from Fast-dLLM: equality passes, and a failure at the last rank commits everything
 ) -> Count:
     "The largest m with (m + 1)(1 - c_(m)) < f, at least 1 (Fast-dLLM)."
 

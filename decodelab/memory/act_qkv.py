@@ -30,7 +30,7 @@ __all__ = ['token_weights', 'block_scores', 'flatness', 'layer_budget', 'represe
 def token_weights(
     q: torch.Tensor,  # queries of a window, [heads, w, head_dim]
 ) -> torch.Tensor:
-    "a_j = phi_j / sum phi, phi_j the mean over features of (q_j - mean)^2 / variance (activation bias), [w]."
+    "a_j = phi_j / sum phi, phi_j the mean over features of (q_j - mean)^2 / (variance + 1 % of the mean variance), the activation bias, [w]."
     z = q.transpose(0, 1).flatten(1).float()
     variance, mean = torch.var_mean(z, 0, correction=0)
     phi = ((z - mean).square() / (variance + variance.mean() / 100).clamp_min(torch.finfo(z.dtype).tiny)).mean(-1)
@@ -194,7 +194,7 @@ class BlockMemory:
         if len(here.k) > self.of.n_loc:
             from_afar = rotate(q, self.far)
             keys, more, fetched = self._far_keys(layer, from_afar)
-            old = max(0, len(here.k) - self.of.n_loc)  # a token of the latest is old for the last queries of the window only
+            old = max(0, len(here.k) - self.of.n_loc)  # query i of m sees as far ones all but the last m - 1 - i of these
             hidden = torch.zeros(m, keys.shape[1], dtype=torch.bool, device=q.device)
             hidden[:, keys.shape[1] - old :] = torch.ones(m, old, dtype=torch.bool, device=q.device).triu(old - m + 1)
             logits.append(self._logits(grouped(from_afar), keys, scale, hidden))
