@@ -63,12 +63,15 @@ def _tell_cost(method: str, figures: Mapping[str, Any]) -> None:
     from decodelab.core.contract import decoders
 
     known = decoders()[method]
-    if known.lossless and known.family in ("speculative", "vision") and figures["new_tokens"] >= 16 and figures["tokens_per_forward"] < 1.1:
-        way = (
-            "its drafter must be trained for this model, see `decodelab train --list`" if known.needs_training else "see `decodelab advise`"
-        )
-        way = "name another draft model with --draft" if "drafter" in decoder_kinds(method) and not known.needs_training else way
-        say(f"hardly a draft token was accepted, so {method} only adds work here: {way}")
+    if not known.lossless or known.family not in ("speculative", "vision"):
+        return
+    if figures["new_tokens"] < 16 or figures["tokens_per_forward"] >= 1.1:
+        return
+    if known.needs_training:
+        way = "it needs a part that is trained for this model, see `decodelab train --list`"
+    else:
+        way = "name another draft model with --draft" if "drafter" in decoder_kinds(method) else "see `decodelab advise`"
+    say(f"hardly a draft token was accepted, so {method} only adds work here: {way}")
 
 
 def _answers(out: Any, tokenizer: Any) -> list[dict[str, Any]]:
