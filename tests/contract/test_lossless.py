@@ -167,7 +167,7 @@ def tale_references(tales):
 
 
 @every_lossless
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", ["none", pytest.param("custom", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("share", ["third", pytest.param("all", marks=pytest.mark.slow)])
 def test_greedy_on_tales(name, rule, batch, share, tale_references):

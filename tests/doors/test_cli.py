@@ -301,7 +301,10 @@ SHORT = {"budget_forcing": ("--set", "reserve=2")}  # what eight tokens need
 OBJECTS = ("caad", "edu_sum")  # need a grounding space, or documents in units, which no text can name
 
 
-@pytest.mark.parametrize("method", [n for n, m in decoders().items() if m.family != "diffusion" and n not in OBJECTS])
+PROMPTED = [n for n, m in decoders().items() if m.family != "diffusion" and n not in OBJECTS]
+
+
+@pytest.mark.parametrize("method", [pytest.param(n, marks=[pytest.mark.slow] * (n == "pg_td")) for n in PROMPTED])
 def test_a_batch_equals_single_prompts(method, tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(OPENINGS), encoding="utf-8")
     command = ["generate", "--prompts", tmp_path / "p.txt", "-m", method, "--max-new-tokens", 8, "--json", *SHORT.get(method, ())]
@@ -1083,7 +1086,7 @@ def exportable() -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("name", exportable())
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "pg_td")) for n in exportable()])
 def test_export_round_trip(name, tmp_path, tales, masked, monkeypatch):
     model, tokenizer = masked if decoders()[name].family == "diffusion" else tales
     folder = tmp_path / name

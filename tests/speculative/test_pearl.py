@@ -102,7 +102,7 @@ def test_no_token_is_returned_unverified(llama, other):
 # sampled text
 
 
-@pytest.mark.parametrize("gamma", [1, 4])
+@pytest.mark.parametrize("gamma", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("rule", ["plain", "temperature", "top_p", "penalty"])
 def test_joint_distribution(rule, gamma, toy, toy_drafter):
     torch.manual_seed(0)

@@ -434,7 +434,7 @@ def test_auto_prices_what_was_drafted(llama, drafter):
 
 
 @pytest.mark.parametrize("greedy_draft", [False, True])
-@pytest.mark.parametrize("rule", ["plain", "temperature", "penalty"])
+@pytest.mark.parametrize("rule", ["plain", pytest.param("temperature", marks=pytest.mark.slow), "penalty"])
 def test_joint_distribution(toy, small_drafter, rule, greedy_draft):
     given_, processors = SAMPLING_RULES[rule]
     torch.manual_seed(1)
