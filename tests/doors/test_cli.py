@@ -304,12 +304,13 @@ OBJECTS = ("caad", "edu_sum")  # need a grounding space, or documents in units, 
 PROMPTED = [n for n, m in decoders().items() if m.family != "diffusion" and n not in OBJECTS]
 
 
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])  # two: the last batch is not full
 @pytest.mark.parametrize("method", [pytest.param(n, marks=[pytest.mark.slow] * (n == "pg_td")) for n in PROMPTED])
-def test_a_batch_equals_single_prompts(method, tmp_path):
+def test_a_batch_equals_single_prompts(method, size, tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(OPENINGS), encoding="utf-8")
     command = ["generate", "--prompts", tmp_path / "p.txt", "-m", method, "--max-new-tokens", 8, "--json", *SHORT.get(method, ())]
-    one, two = (json.loads(run(*command, "--batch-size", n).stdout)["results"] for n in (1, 2))  # two: the last batch is not full
-    assert one == two
+    one, many = (json.loads(run(*command, "--batch-size", n).stdout)["results"] for n in (1, size))
+    assert one == many
 
 
 def test_a_draft_that_is_never_accepted_is_told(tmp_path):
